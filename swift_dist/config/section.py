@@ -1,0 +1,11 @@
+"""The base of every configuration section: frozen, and unknown keys are errors."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A typed, immutable part of a job. Each field's description is the line that ``--help`` prints for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
