@@ -34,7 +34,9 @@ class ModelSection(Section):
 class DatasetEntry(Section):
     path: str = Field(description="prefix of a prepared dataset (PREFIX.bin and PREFIX.idx)")
     weight: float | None = Field(None, gt=0, description="share in the blend, relative to the other weights")
-    epochs: float | None = Field(None, gt=0, description="how often each of its samples is seen; sets its share instead")
+    epochs: float | None = Field(
+        None, gt=0, description="how often each of its samples is seen; sets its share instead"
+    )
 
 
 class DataSection(Section):
@@ -60,7 +62,9 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    steps: int | None = Field(None, gt=0, description="optimizer steps (may be left out where every dataset has epochs)")
+    steps: int | None = Field(
+        None, gt=0, description="optimizer steps (may be left out where every dataset has epochs)"
+    )
     micro_batch_size: int = Field(1, gt=0, description="samples in one forward pass of one data-parallel rank")
     global_batch_size: int = Field(8, gt=0, description="samples in one optimizer step over all ranks")
     seed: int = Field(1234, ge=0, description="of initial weights, dropout and data order")
@@ -81,7 +85,9 @@ class OptimizerSection(Section):
     name: Literal["adamw", "sgd", "muon"] = Field("adamw", description="the update rule")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
-    decay_norm_and_bias: bool = Field(False, description="also decay norm weights and biases (1-dimensional parameters)")
+    decay_norm_and_bias: bool = Field(
+        False, description="also decay norm weights and biases (1-dimensional parameters)"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator term")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's and Muon's momentum")
@@ -98,7 +104,9 @@ class ScheduleSection(Section):
     name: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to optimizer.lr")
     decay_steps: int | None = Field(
-        None, gt=0, description="step at which the lowest rate is reached (default: train.steps); wsd: length of the decay"
+        None,
+        gt=0,
+        description="step at which the lowest rate is reached (default: train.steps); wsd: length of the decay",
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="lowest rate as a fraction of optimizer.lr")
 
@@ -131,7 +139,9 @@ class CheckpointSection(Section):
 class ClusterSection(Section):
     nnodes: int = Field(1, gt=0, description="machines")
     nproc_per_node: int | None = Field(None, gt=0, description="ranks per machine (default: its GPUs, or 1 without)")
-    address: str | None = Field(None, description="Ray cluster to attach to (default: RAY_ADDRESS, else one of its own)")
+    address: str | None = Field(
+        None, description="Ray cluster to attach to (default: RAY_ADDRESS, else one of its own)"
+    )
     accelerator: Literal["auto", "gpu", "cpu"] = Field("auto", description="what the ranks compute on")
     cpus_per_rank: float = Field(1, gt=0, description="logical CPUs that one rank asks of Ray")
     threads_per_rank: int | None = Field(None, gt=0, description="OMP threads of a rank (default: by rule)")
@@ -148,7 +158,9 @@ class ClusterSection(Section):
 
 class ReportSection(Section):
     tensorboard: bool = Field(True, description="write TensorBoard event files")
-    trackers: tuple[Literal["wandb", "swanlab", "mlflow"], ...] = Field((), description="experiment trackers to report to")
+    trackers: tuple[Literal["wandb", "swanlab", "mlflow"], ...] = Field(
+        (), description="experiment trackers to report to"
+    )
     project: str = Field("swift_dist", description="the trackers' project name")
     name: str | None = Field(None, description="the trackers' run name (default: the output folder's name)")
 

@@ -1,0 +1,297 @@
+"""`swift-dist <verb> ...`: parsing and calling only. What each verb does lives in the module that its row names."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from swift_dist import __version__
+from swift_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_JOB_WRONG, JobError, RunError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A row of the command line: `module` holds `options` (a Section), `function` and, where named, `render`."""
+
+    name: str
+    help: str
+    module: str
+    options: str
+    function: str
+    positional: tuple[str, ...] = ()
+    render: str | None = None
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        "data prepare",
+        "text files -> tokenised Megatron dataset",
+        "swift_dist.data.prepare",
+        "PrepareOptions",
+        "prepare",
+        ("input...",),
+        "render",
+    ),
+    Verb(
+        "data train-tokenizer",
+        "text files -> byte-level BPE tokenizer",
+        "swift_dist.data.tokenizer",
+        "TrainTokenizerOptions",
+        "train_tokenizer",
+        ("input...",),
+        "render",
+    ),
+    Verb("pretrain", "train a model on prepared data, from scratch or continued", "swift_dist.config", "JobConfig", ""),
+    Verb(
+        "convert megatron-to-hf",
+        "checkpoint of a run -> Hugging Face folder",
+        "swift_dist.converters.megatron_to_hf",
+        "MegatronToHFOptions",
+        "run",
+        ("source", "target"),
+        "render",
+    ),
+    Verb(
+        "runs list",
+        "what ran and what runs",
+        "swift_dist.runs.verbs",
+        "ListOptions",
+        "list_runs",
+        ("root",),
+        "render_list",
+    ),
+    Verb(
+        "runs show",
+        "one run: job, state, newest numbers",
+        "swift_dist.runs.verbs",
+        "ShowOptions",
+        "show_run",
+        ("run",),
+        "render_show",
+    ),
+    Verb(
+        "runs plot",
+        "loss, gradient norm and throughput as a PNG",
+        "swift_dist.runs.verbs",
+        "PlotOptions",
+        "plot_run",
+        ("run",),
+        "render_plot",
+    ),
+    Verb(
+        "runs logs",
+        "logs of a run's ranks and driver",
+        "swift_dist.runs.verbs",
+        "LogsOptions",
+        "run_logs",
+        ("run",),
+        "render_logs",
+    ),
+    Verb(
+        "runs stop",
+        "ask a running run to checkpoint and end",
+        "swift_dist.runs.verbs",
+        "StopOptions",
+        "stop_run",
+        ("run",),
+        "render_stop",
+    ),
+    Verb("recipes list", "shipped job files", "swift_dist.recipes", "ListOptions", "list_verb", (), "render_list"),
+    Verb(
+        "recipes show",
+        "print a shipped job file",
+        "swift_dist.recipes",
+        "ShowOptions",
+        "show_verb",
+        ("name",),
+        "render_show",
+    ),
+)
+VERB_ALIASES = {"pt": "pretrain"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code (0 done, 1 failed, 2 job wrong, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    debug = "--debug" in words
+    words = [w for w in words if w not in ("--json", "--debug")]
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        result = _dispatch(words, as_json)
+    except JobError as error:
+        return _fail(error, "job", {"key": error.key, "remedy": error.remedy}, EXIT_JOB_WRONG, as_json)
+    except RunError as error:
+        return _fail(error, "run", {"remedy": error.remedy}, EXIT_FAILED, as_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted", "interrupted", {}, EXIT_INTERRUPTED, as_json)
+    except BrokenPipeError:  # `swift-dist ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    if result is None:
+        return EXIT_DONE
+    if as_json:
+        print(json.dumps(result, indent=2, default=str))
+    return EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE
+
+
+def _fail(error: object, kind: str, fields: dict[str, Any], code: int, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"kind": kind, "message": str(error), **fields}, "exit_code": code}, indent=2))
+    print(f"swift-dist: {error}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return None
+    if words[0] == "--version":
+        print(f"swift-dist {__version__}")
+        return None
+    if words[0] == "schema":
+        return _schema(as_json)
+    verb, rest = _find_verb(words)
+    if any(w in ("-h", "--help") for w in rest):
+        print(_help(verb))
+        return None
+    if verb.name == "pretrain":
+        return _train(verb.name, rest, as_json)
+    from swift_dist.config.load import build, parse_words
+
+    module = importlib.import_module(verb.module)
+    section = getattr(module, verb.options)
+    options = build(section, [parse_words(rest, section, positional=verb.positional)])
+    result = getattr(module, verb.function)(options)
+    if verb.render and not as_json:
+        _print(getattr(module, verb.render)(result))
+    return result
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    if text:
+        print(text, file=stream or sys.stdout)
+
+
+def _find_verb(words: list[str]) -> tuple[Verb, list[str]]:
+    from swift_dist.config.keys import did_you_mean
+
+    names = {verb.name: verb for verb in VERBS}
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        name = VERB_ALIASES.get(name, name)
+        if name in names:
+            return names[name], words[length:]
+    family = [name for name in names if name.startswith(words[0] + " ")]
+    if family:
+        if len(words) == 1 or words[1] in ("-h", "--help"):
+            print(_overview(words[0]))
+            raise SystemExit(EXIT_DONE if len(words) > 1 else EXIT_JOB_WRONG)
+        raise JobError(f"{words[0]} {words[1]}", "unknown verb", "one of: " + ", ".join(family))
+    hint = did_you_mean(words[0], [*names, *VERB_ALIASES, "schema"])
+    raise JobError(words[0], f"unknown verb. {hint}".strip(), "swift-dist --help lists them")
+
+
+def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
+    """`pretrain [job.yaml | recipe] [overrides] [--launcher local] [--dry-run]`."""
+    from swift_dist.config.load import load_job
+
+    dry_run, launcher, rest = False, "local", []
+    it = iter(words)
+    for word in it:
+        if word in ("--dry-run", "--dry_run"):
+            dry_run = True
+        elif word == "--launcher" or word.startswith("--launcher="):
+            launcher = word.partition("=")[2] or next(it, "")
+        else:
+            rest.append(word)
+    path = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    job = load_job(_job_file(path), rest, task)
+    from swift_dist.plugins import load_plugin
+
+    backend = load_plugin("swift_dist.launchers", launcher, "LAUNCHER", key="--launcher")
+    if dry_run:
+        from swift_dist.job import describe, render_plan
+
+        plan = describe(job)
+        plan["artefact"] = backend.render(job)
+        if not as_json:
+            _print(render_plan(plan))
+        return plan
+    result = backend.submit(job).wait()
+    if not as_json:
+        from swift_dist.job import render_result
+
+        _print(render_result(result))
+    return result
+
+
+def _job_file(path: str | None) -> str | None:
+    """A path as it is; else the file of the shipped recipe of that name."""
+    if path is None or os.path.exists(path):  # noqa: PTH110 - pathlib is not needed for anything else here
+        return path
+    from swift_dist.recipes import recipe_path
+
+    return str(recipe_path(path) or path)
+
+
+def _schema(as_json: bool) -> dict[str, Any] | None:
+    from swift_dist.config import JobConfig
+
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobConfig.model_json_schema()}
+    if not as_json:
+        print(json.dumps(schema, indent=2))
+        return None
+    return schema
+
+
+def _overview(family: str | None = None) -> str:
+    rows = [(v.name, v.help) for v in VERBS if family is None or v.name.startswith(family + " ")]
+    if family is None:
+        rows.append(("schema", "JSON Schema of a job file (editors complete YAML from it)"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in rows]
+    return "\n".join(
+        [
+            "usage: swift-dist <verb> [arguments] [--key value ...] [--json] [--debug]",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            "swift-dist <verb> --help lists every key of a verb with its type and default.",
+        ]
+    )
+
+
+def _help(verb: Verb) -> str:
+    from swift_dist.config.aliases import JOB_ALIASES
+    from swift_dist.config.keys import walk
+
+    section = getattr(importlib.import_module(verb.module), verb.options)
+    is_job = verb.name == "pretrain"
+    bare = "[job.yaml | recipe]" if is_job else " ".join(p.upper() for p in verb.positional)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in JOB_ALIASES.items() if is_job else ():
+        aliases.setdefault(name, []).append(alias)
+    lines = [f"usage: swift-dist {verb.name} {bare} [--key value ...]".replace("  ", " "), "", verb.help, ""]
+    if is_job:
+        lines += [
+            "  --launcher text (default local)  where the job runs",
+            "  --dry-run  print the resolved job, its layout and what would be started; start nothing",
+        ]
+    lines += ["  --json  make stdout one JSON object", ""]
+    for key in walk(section):
+        names = ", ".join(["--" + key.name, *("--" + a for a in aliases.get(key.name, ()))])
+        lines.append(f"  {names}  {key.type_text} (default {key.default_text})")
+        lines.append(f"      {key.description}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
