@@ -4,4 +4,19 @@ A job file becomes a parallel layout, the layout becomes a gang of Ray actors, t
 engine writes checkpoints that convert, serve and resume anywhere.
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "job_config", "pretrain"]
+
+if TYPE_CHECKING:
+    from swift_dist.api import job_config, pretrain
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that `swift-dist --help` and every rank's start do not pay for what they do not use.
+    if name in ("job_config", "pretrain"):
+        from swift_dist import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

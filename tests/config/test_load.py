@@ -152,3 +152,11 @@ def test_schema_accepts_what_we_dump():
     schema = JobConfig.model_json_schema()
     assert schema["additionalProperties"] is False
     assert set(yaml.safe_load(dump_job(JobConfig()))) == set(schema["properties"])
+
+
+def test_python_builds_the_same_job():
+    import swift_dist
+
+    assert swift_dist.job_config({"train": {"steps": 10}}, tp=2, optimizer__lr=1e-4) == load_job(
+        None, ["--train.steps", "10", "--tp", "2", "--optimizer.lr", "1e-4"]
+    )

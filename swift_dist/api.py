@@ -1,0 +1,41 @@
+"""The verbs as Python functions: what the command line does, without parsing words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swift_dist.config import JobConfig
+from swift_dist.config.aliases import JOB_ALIASES
+from swift_dist.config.load import build, read_yaml
+
+
+def job_config(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> JobConfig:
+    """A job from a file, a mapping or another job, with overrides by alias or by ``section__key``.
+
+    >>> job_config({"train": {"steps": 10}}, tp=2, optimizer__lr=1e-4).parallel.tensor_model_parallel_size
+    2
+
+    Raises:
+        JobError: as the command line does.
+    """
+    if isinstance(source, JobConfig):
+        layers: list[Mapping[str, Any]] = [source.model_dump(mode="json")]
+    elif isinstance(source, Mapping):
+        layers = [source]
+    else:
+        layers = [read_yaml(source)] if source else []
+    return build(JobConfig, [*layers, {k.replace("__", "."): v for k, v in overrides.items()}], JOB_ALIASES)
+
+
+def pretrain(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """`swift-dist pretrain`: run the job to its end and return its result (``output``, ``step``, ``loss``, ...).
+
+    Raises:
+        JobError: the job is wrong; nothing was started.
+        RunError: the run failed.
+    """
+    from swift_dist.job import run
+
+    return run(job_config(source, **overrides))
