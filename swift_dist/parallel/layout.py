@@ -140,13 +140,19 @@ class ParallelLayout:
         """A copy with some degrees changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
-    def flags(self) -> str:
-        """The layout as command-line flags that can be pasted (the world size is not among them)."""
+    def flags(self, instead_of: ParallelLayout | None = None) -> str:
+        """The layout as command-line flags that can be pasted (the world size is not among them).
+
+        Args:
+            instead_of: the layout that these flags are to override; its settings are undone explicitly.
+        """
+        other = instead_of or ParallelLayout(world_size=self.world_size)
         parts = [f"--tp {self.tp}", f"--pp {self.pp}", f"--cp {self.cp}", f"--ep {self.ep}"]
-        if self.vpp is not None:
-            parts.append(f"--parallel.virtual_pipeline_model_parallel_size {self.vpp}")
-        if self.expert_tp != self.tp:
+        if self.vpp is not None or other.vpp is not None:
+            vpp = "null" if self.vpp is None else self.vpp
+            parts.append(f"--parallel.virtual_pipeline_model_parallel_size {vpp}")
+        if self.expert_tp != self.tp or other.expert_tp != other.tp:
             parts.append(f"--parallel.expert_tensor_parallel_size {self.expert_tp}")
-        if self.sequence_parallel:
-            parts.append("--parallel.sequence_parallel true")
+        if self.sequence_parallel or other.sequence_parallel:
+            parts.append(f"--parallel.sequence_parallel {str(self.sequence_parallel).lower()}")
         return " ".join(parts)

@@ -1,4 +1,4 @@
-"""`ModelShape`: the geometry of a decoder-only transformer, which is all that validity, parameter counts and FLOPs need.
+"""`ModelShape`: the geometry of a decoder-only transformer: all that validity, parameter counts and FLOPs need.
 
 Pure arithmetic, no torch. A model family (`swift_dist/models/<family>.py`) produces it from a Hugging Face config.
 """
