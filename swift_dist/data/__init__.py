@@ -1,0 +1,1 @@
+"""Text to tokens (`prepare`), and tokens to the micro-batches of every rank (`loader`)."""
