@@ -1,0 +1,93 @@
+"""What rank 0 writes down of a run while it trains: metrics.jsonl, TensorBoard and trackers. Other ranks write nothing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from swift_dist.config import JobConfig
+from swift_dist.runs.metrics import MetricsLog
+from swift_dist.runs.reporters import Reporters
+from swift_dist.runs.throughput import Throughput, memory_gib
+from swift_dist.runs.worker import Worker
+
+
+class StepNumbers(Protocol):
+    """What an engine says about a step, the same on every rank."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class Recorder:
+    """Takes a step's numbers from the training loop; costs it one short file write (trackers have threads of their own).
+
+    Args:
+        job: the job.
+        worker: this rank; only rank 0 records.
+        flops_per_token: forward and backward, from `ModelShape.flops_per_token`.
+        first_step: steps that were done before (0: from scratch). Later rows of an earlier attempt are dropped.
+    """
+
+    def __init__(self, job: JobConfig, worker: Worker, flops_per_token: float, first_step: int = 0) -> None:
+        self._writes = worker.rank == 0
+        if not self._writes:
+            return
+        self._device = worker.device
+        self._throughput = Throughput.of(
+            worker.device,
+            flops_per_token=flops_per_token,
+            num_devices=worker.world_size,
+            precision=job.train.precision if job.train.fp8 == "none" else "fp8",
+        )
+        self._log = MetricsLog(worker.run_dir / "metrics.jsonl", first_step)
+        self._reporters = Reporters(job, worker.run_dir, first_step)
+
+    def step(self, step: int, result: StepNumbers, *, seconds: float, data_wait: float) -> None:
+        """A step is done.
+
+        Args:
+            step: steps done so far, this one included.
+            result: its numbers; ``tokens`` of the whole global batch.
+            seconds: wall time of the step, waiting for data included.
+            data_wait: the part of it that waited for data.
+
+        Raises:
+            RunError: if metrics.jsonl cannot be written.
+        """
+        if not self._writes:
+            return
+        row = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "step_seconds": round(seconds, 6),
+            **self._throughput.rates(result.tokens, seconds),
+            "memory_gib": memory_gib(self._device),
+            "data_wait_seconds": round(data_wait, 6),
+        }
+        if result.skipped:
+            row.update(skipped=True, reason=result.reason)
+        self._reporters.log(self._log.append(row))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """The validation loss after `step` steps."""
+        if self._writes:
+            self._reporters.log(self._log.append({"step": step, "eval_loss": loss}))
+
+    def close(self) -> None:
+        """Flush everything; trackers get a bounded time."""
+        if self._writes:
+            self._reporters.close()
+            self._log.close()
