@@ -1,11 +1,11 @@
 """The run folder: what a run leaves behind, who drives it now, and how it is asked to stop.
 
-    job.yaml            the resolved job, runnable again as it is
-    manifest.json       versions, git revision, hashes of data and model, layout, hosts, command lines
-    status.json         state, step and the driver that holds the folder
-    metrics.jsonl       a row a step
-    logs/  tensorboard/  checkpoints/
-    stop                there while the run is asked to checkpoint and end
+job.yaml            the resolved job, runnable again as it is
+manifest.json       versions, git revision, hashes of data and model, layout, hosts, command lines
+status.json         state, step and the driver that holds the folder
+metrics.jsonl       a row a step
+logs/  tensorboard/  checkpoints/
+stop                there while the run is asked to checkpoint and end
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class MetricsLog:
             if self.path.exists():
                 kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
                 write_atomically(self.path, "".join(_line(row) for row in kept))
-            # A process that was believed dead keeps its descriptor of the replaced file and cannot add rows to this one.
+            # A process believed dead keeps its descriptor of the replaced file: it cannot add rows to this one.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self._descriptor: int | None = os.open(self.path, flags, 0o644)
         except OSError as error:

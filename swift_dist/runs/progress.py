@@ -19,7 +19,6 @@ class View(Protocol):
     """Shows rows. Called from one thread."""
 
     def show(self, row: Row) -> None: ...
-
     def close(self) -> None: ...
 
 
@@ -63,7 +62,7 @@ def _number(value: Any, form: str) -> str:
 
 
 class TimeLeft:
-    """Seconds to the last step, from the pace of the last 20 seconds of steps (a first step is slower than the rest)."""
+    """Seconds to the last step, from the pace of the last 20 seconds (a first step is slower than the rest)."""
 
     def __init__(self, steps: int | None) -> None:
         self.steps = steps
@@ -83,7 +82,7 @@ class TimeLeft:
 
 
 class LineView:
-    """Plain lines: every `interval` steps, at most one a second; evaluations, skipped steps and the last step always."""
+    """Plain lines: every `interval` steps, at most one a second; evaluations, skipped and last steps always."""
 
     def __init__(self, steps: int | None, interval: int, stream: TextIO) -> None:
         self._steps, self._interval, self._stream = steps, interval, stream
@@ -180,7 +179,8 @@ class Monitor:
         self._view.close()
 
     def _watch(self) -> None:
-        written_at, unwritten = time.monotonic(), {}
+        written_at = time.monotonic()
+        unwritten: Row = {}
         for row in follow(self._folder.metrics_path, self._ending.is_set, only_new=True):
             if row is not None:
                 self._view.show(row)

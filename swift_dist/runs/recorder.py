@@ -1,4 +1,4 @@
-"""What rank 0 writes down of a run while it trains: metrics.jsonl, TensorBoard and trackers. Other ranks write nothing."""
+"""What rank 0 writes down of a run while it trains: metrics.jsonl, TensorBoard, trackers. Other ranks write nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StepNumbers(Protocol):
 
 
 class Recorder:
-    """Takes a step's numbers from the training loop; costs it one short file write (trackers have threads of their own).
+    """Takes a step's numbers from the training loop, at the cost of one short file write (trackers have own threads).
 
     Args:
         job: the job.
@@ -66,7 +66,7 @@ class Recorder:
         """
         if not self._writes:
             return
-        row = {
+        row: dict[str, object] = {
             "step": step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,

@@ -51,7 +51,7 @@ def check_trackers(report: ReportSection) -> None:
     Raises:
         JobError: naming the missing one.
     """
-    libraries = [("report.trackers", name) for name in report.trackers]
+    libraries: list[tuple[str, str]] = [("report.trackers", name) for name in report.trackers]
     if report.tensorboard:
         libraries.append(("report.tensorboard", "tensorboard"))
     for key, name in libraries:
@@ -233,6 +233,7 @@ class Reporter:
 
     def _drain(self) -> None:
         sink: Sink | None = None
+        row: Row | None = {}
         try:
             while (row := self._rows.get()) is not None:
                 if sink is None:
@@ -242,8 +243,8 @@ class Reporter:
                 sink.close()
         except Exception as error:  # a tracker's library may raise anything, and must not end the run
             log.warning("reporting to %s ended: %s: %s; the run goes on", self.name, type(error).__name__, error)
-            while self._rows.get() is not None:  # take the rest, so that the queue never fills
-                pass
+            while row is not None:  # take the rest, so that the queue never fills
+                row = self._rows.get()
 
 
 class Reporters:
