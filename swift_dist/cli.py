@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from swift_dist import __version__
 from swift_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_JOB_WRONG, JobError, RunError
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result is None:
         return EXIT_DONE
     if as_json:
-        print(json.dumps(result, indent=2, default=str))
+        print(json.dumps(result, indent=2, default=_as_json))
     return EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE
 
 
@@ -174,9 +174,15 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
     return result
 
 
-def _print(text: str, stream: TextIO | None = None) -> None:
-    if text:
-        print(text, file=stream or sys.stdout)
+def _as_json(value: Any) -> Any:
+    """What JSON lacks: an iterator (`runs logs --follow`) becomes the list of all that it gives, the rest its text."""
+    return list(value) if isinstance(value, Iterator) else str(value)
+
+
+def _print(text: str | Iterator[str], stream: TextIO | None = None) -> None:
+    for line in [text] if isinstance(text, str) else text:
+        if line:
+            print(line, file=stream or sys.stdout, flush=True)
 
 
 def _find_verb(words: list[str]) -> tuple[Verb, list[str]]:
@@ -213,9 +219,12 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
             rest.append(word)
     path = rest.pop(0) if rest and not rest[0].startswith("--") else None
     job = load_job(_job_file(path), rest, task)
-    from swift_dist.plugins import load_plugin
+    from swift_dist.plugins import UnknownPlugin, find
 
-    backend = load_plugin("swift_dist.launchers", launcher, "LAUNCHER", key="--launcher")
+    try:
+        backend = find("swift_dist.launchers", launcher, "LAUNCHER")
+    except UnknownPlugin as error:
+        raise JobError("--launcher", str(error)) from None
     if dry_run:
         from swift_dist.job import describe, render_plan
 

@@ -1,0 +1,143 @@
+"""From a job as the user wrote it to one that can run: geometry, layout, data and resume point, all checked.
+
+Everything that can be wrong with a job is found here, before anything is started or written; no torch, no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swift_dist.config import DatasetEntry, JobConfig, Section
+from swift_dist.errors import JobError
+from swift_dist.parallel import ModelShape, ParallelLayout
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job that passed every check.
+
+    Args:
+        job: the job with absolute paths, `train.steps`, `output` and `cluster.nproc_per_node` filled in.
+        hf_config: the model's config.json.
+        shape: its geometry.
+        layout: the parallel layout over all ranks.
+        data_fingerprint: identity of the training data (None without data).
+    """
+
+    job: JobConfig
+    hf_config: dict[str, Any]
+    shape: ModelShape
+    layout: ParallelLayout
+    data_fingerprint: str | None
+
+    def payload(self) -> dict[str, Any]:
+        """What every rank is handed: plain values, so that any transport carries them."""
+        return {
+            "job": self.job.model_dump(mode="json"),
+            "hf_config": self.hf_config,
+            "data_fingerprint": self.data_fingerprint,
+        }
+
+
+def resolve(job: JobConfig, *, nproc_per_node: int, output: str) -> ResolvedJob:
+    """Check a job against its model and data and fill what was left open.
+
+    Args:
+        job: as loaded.
+        nproc_per_node: ranks per machine (``cluster.nproc_per_node`` or what the machine offers).
+        output: the run folder.
+
+    Raises:
+        JobError: with the first thing that is wrong, and its remedy.
+    """
+    from swift_dist.models import find_family, read_hf_config
+    from swift_dist.parallel import require_valid
+
+    if job.engine != "megatron":
+        raise JobError("engine", f"{job.engine!r} cannot pretrain yet: only megatron can", "--engine megatron")
+    job = absolute_paths(job)
+    hf_config = read_hf_config(job.model)
+    family = find_family(hf_config)
+    shape = family.shape(hf_config)
+    layout = ParallelLayout.resolve(
+        job.parallel, world_size=job.cluster.nnodes * nproc_per_node, is_moe=shape.num_experts is not None
+    )
+    require_valid(
+        layout,
+        shape,
+        sequence_length=job.data.sequence_length,
+        micro_batch_size=job.train.micro_batch_size,
+        global_batch_size=job.train.global_batch_size,
+        fp8=job.train.fp8 != "none",
+    )
+    job, fingerprint = _with_data(job, shape)
+    _check_weights(job)
+    job = updated(
+        job,
+        output=str(Path(output).absolute()),
+        cluster=updated(job.cluster, nproc_per_node=nproc_per_node),
+    )
+    return ResolvedJob(job, hf_config, shape, layout, fingerprint)
+
+
+def updated(section: S, **changes: Any) -> S:
+    """A copy of a section with some fields changed, validated."""
+    return type(section).model_validate({**dict(section), **changes})
+
+
+def absolute_paths(job: JobConfig) -> JobConfig:
+    """Every path that exists here made absolute, so that ranks with another working folder find it.
+
+    A model or tokenizer that is not a folder stays as it is: a hub id.
+    """
+
+    def local(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+    def entries(items: tuple[DatasetEntry, ...]) -> tuple[DatasetEntry, ...]:
+        return tuple(updated(item, path=str(Path(item.path).absolute())) for item in items)
+
+    return updated(
+        job,
+        model=updated(job.model, path=local(job.model.path), tokenizer=local(job.model.tokenizer)),
+        data=updated(job.data, train=entries(job.data.train), validation=entries(job.data.validation)),
+        checkpoint=updated(job.checkpoint, load=local(job.checkpoint.load)),
+    )
+
+
+def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
+    """Open the data sets: they exist, are whole, fit the vocabulary; how many steps they make, and their identity."""
+    from swift_dist.data import TrainingData, check_data
+
+    if not job.data.train:
+        raise JobError("data.train", "no training data", "swift-dist data prepare makes it; then --dataset PREFIX")
+    size = job.train.global_batch_size
+    steps = check_data(
+        job.data,
+        global_batch_size=size,
+        steps=job.train.steps,
+        vocab_size=shape.vocab_size,
+        eval_steps=job.train.eval_steps if job.train.eval_interval else 0,
+    )
+    data = TrainingData(job.data, seed=job.train.seed, global_batch_size=size, micro_batch_size=1, dp_rank=0, dp_size=1)
+    try:
+        return updated(job, train=updated(job.train, steps=steps)), data.fingerprint()
+    finally:
+        data.close()
+
+
+def _check_weights(job: JobConfig) -> None:
+    folder = Path(job.model.path) if job.model.path and job.model.resolved_init == "pretrained" else None
+    if folder and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise JobError(
+            "model.path",
+            f"{folder} holds no *.safetensors to start from",
+            "--model.init random trains this geometry from scratch",
+        )
+    load = job.checkpoint.load
+    if load and not Path(load).exists():
+        raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
