@@ -179,10 +179,10 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else str(value)
 
 
-def _print(text: str | Iterator[str], stream: TextIO | None = None) -> None:
+def _print(text: str | Iterator[str]) -> None:
     for line in [text] if isinstance(text, str) else text:
         if line:
-            print(line, file=stream or sys.stdout, flush=True)
+            print(line, flush=True)
 
 
 def _find_verb(words: list[str]) -> tuple[Verb, list[str]]:
