@@ -43,7 +43,7 @@ class DataSection(Section):
     train: tuple[DatasetEntry, ...] = Field((), description="training data: paths, or {path, weight} or {path, epochs}")
     validation: tuple[DatasetEntry, ...] = Field((), description="validation data, as data.train")
     sequence_length: int = Field(1024, gt=0, description="tokens in one sample")
-    mask_eod_loss: bool = Field(False, description="give end-of-document tokens no loss")
+    mask_eod_loss: bool = Field(False, description="no loss where the input is an end-of-document token")
     prefetch: int = Field(4, ge=0, description="global batches read ahead by a background thread (0: none)")
 
     @model_validator(mode="before")
