@@ -111,7 +111,8 @@ def absolute_paths(job: JobConfig) -> JobConfig:
 
 def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
     """Open the data sets: they exist, are whole, fit the vocabulary; how many steps they make, and their identity."""
-    from swift_dist.data import TrainingData, check_data
+    from swift_dist.data.loader import TrainingData
+    from swift_dist.data.mixture import check_data
 
     if not job.data.train:
         raise JobError("data.train", "no training data", "swift-dist data prepare makes it; then --dataset PREFIX")

@@ -10,7 +10,7 @@ from typing import Any
 
 from swift_dist.checkpoint import Checkpoint, CheckpointWriter, load, newest_whole, open_checkpoint
 from swift_dist.config import JobConfig
-from swift_dist.data import TrainingData
+from swift_dist.data.loader import TrainingData
 from swift_dist.engines import Engine, build_engine
 from swift_dist.runs.recorder import Recorder
 from swift_dist.runs.worker import Worker
