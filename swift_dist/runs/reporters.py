@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -97,7 +98,7 @@ class _WandB:
         self._run = wandb.init(
             project=job.report.project,
             name=job.report.name or folder.name,
-            id=ids.get("wandb") or ids.keep("wandb", wandb.util.generate_id()),
+            id=ids.get("wandb") or ids.keep("wandb", secrets.token_hex(4)),
             resume="allow",
             dir=str(folder),
             config=_config(job),
@@ -115,8 +116,6 @@ class _WandB:
 
 class _SwanLab:
     def __init__(self, job: JobConfig, folder: Path, ids: _TrackerIds) -> None:
-        import secrets
-
         import swanlab
 
         self._library = swanlab
