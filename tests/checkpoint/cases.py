@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import resource
+import signal
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from swift_dist.checkpoint import CheckpointWriter, load, newest_whole
+from swift_dist.checkpoint import CheckpointWriter, background, load, newest_whole, open_checkpoint
+from swift_dist.errors import JobError, RunError
 
 CONTENT = {"non_homogeneous_layers": True}
 
@@ -111,3 +119,175 @@ def timing(rank: int, world: int, directory: str, mebibytes: int, saves: int) ->
         whole.append(time.monotonic() - begun)
     writer.close()
     return {"calls": calls, "whole": whole, "bytes": sum(t.nbytes for t in tensors.values())}
+
+
+def save_until_killed(rank: int, world: int, directory: str) -> None:
+    """Step 1 whole; then a write of step 2 that has begun and does not end."""
+    writer = writer_for(directory)
+    writer.save(1, build(rank, world, 1)[0], {})
+    writer.wait()
+    _stick_at_second_item()
+    writer.save(2, build(rank, world, 2)[0], {})
+    writer.wait()
+
+
+def _stick_at_second_item() -> None:
+    resolve, seen = background._StagedData.resolve_data, []
+
+    def slow(self, item):
+        seen.append(item)
+        while len(seen) > 1 and not self._stop.is_set():
+            time.sleep(0.01)
+        return resolve(self, item)
+
+    background._StagedData.resolve_data = slow  # type: ignore[method-assign]
+
+
+def peer_dies(rank: int, world: int, directory: str) -> dict[str, Any] | None:
+    """The last rank dies in the middle of its write; how long do the others take to notice, and to close?"""
+    writer = writer_for(directory)
+    _stick_at_second_item()
+    writer.save(1, build(rank, world, 1)[0], {})
+    dist.barrier()
+    if rank == world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun, error = time.monotonic(), None
+    while error is None:
+        try:
+            writer.poll()
+        except RuntimeError as failure:
+            error = failure
+    noticed = time.monotonic()
+    writer.close()
+    return {"noticed": noticed - begun, "closed": time.monotonic() - noticed, "error": type(error).__name__}
+
+
+def failing_write(rank: int, world: int, directory: str, rows: int, limit: int | None = None) -> dict[str, Any]:
+    """Steps with a save that fails (on the last rank if there is a file size `limit`): what each rank gets to know."""
+    writer = writer_for(directory)
+    writer.save(1, build(rank, world, 1)[0], {})
+    writer.wait()
+    if limit is not None and rank == world - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    answer: dict[str, Any] = {"steps": 0}
+    try:
+        writer.save(2, build(rank, world, 2, rows=rows)[0], {})
+        for _ in range(2000):
+            answer["steps"] += 1
+            if writer.poll():
+                break
+            time.sleep(0.005)
+    except RunError as error:
+        answer |= {"message": error.message, "remedy": error.remedy}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    answer["left"] = sorted(path.name for path in Path(directory).iterdir())
+    dist.barrier()
+    if limit is not None:  # the cause is gone: the same writer goes on
+        writer.save(3, build(rank, world, 3)[0], {})
+        answer["then"] = writer.wait()
+    writer.close()
+    return answer
+
+
+def bad_states(rank: int, world: int, directory: str) -> list[str]:
+    """Messages of saves that must be refused on every rank although one rank is at fault."""
+    writer = writer_for(directory)
+    messages = []
+
+    def attempt(state: dict[str, Any]) -> None:
+        try:
+            writer.save(len(messages) + 1, state, {})
+        except RunError as error:
+            messages.append(error.message)
+
+    hole = {"w": ShardedTensor.from_rank_offsets("w", torch.ones(2), (0, rank, world + 1))}
+    attempt(hole)
+    overlap = {"w": ShardedTensor.from_rank_offsets("w", torch.ones(2), (0, 0, world))}
+    attempt(overlap)
+    attempt({"o": ShardedObject("o", Fraction(1, 2) if rank == world - 1 else 1, (world,), (rank,))})
+    attempt({"w": None if rank else ShardedTensor.from_rank_offsets("w", torch.ones(2)).without_data()})
+    messages.append(",".join(sorted(path.name for path in Path(directory).iterdir())))
+    writer.close()
+    return messages
+
+
+def second_save_waits(rank: int, world: int, directory: str) -> list[Any]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("swift_dist.checkpoint").addHandler(handler)
+    logging.getLogger("swift_dist.checkpoint").setLevel(logging.INFO)
+    writer = writer_for(directory)
+    for step in (1, 2, 2):  # the repeated one is not written twice
+        writer.save(step, build(rank, world, step)[0], {})
+    whole = writer.wait()
+    writer.close()
+    return [whole, [text for text in said if "waiting" in text]]
+
+
+def structure_changes(rank: int, world: int, directory: str) -> list[Any]:
+    """The plan of one save must not be used for a state with other tensors, even where only one rank's differ."""
+    writer = writer_for(directory)
+    writer.save(1, build(rank, world, 1)[0], {})
+    state, _ = build(rank, world, 2)
+    if rank == world - 1:
+        state["extra"] = ShardedTensor.from_rank_offsets("extra", torch.arange(7.0))
+    writer.save(2, state, {})
+    writer.wait()
+    writer.close()
+    asked = {"extra": ShardedTensor.from_rank_offsets("extra", torch.zeros(7), replica_id=rank)}
+    checkpoint = newest_whole(directory)
+    assert checkpoint is not None
+    return load(checkpoint, asked, strict=False)["extra"].tolist()
+
+
+def mismatched_load(rank: int, world: int, directory: str) -> list[str]:
+    checkpoint = newest_whole(directory)
+    assert checkpoint is not None
+    messages = []
+    for change in ("shape", "unknown", "unasked", "different checkpoints"):
+        state, _ = build(rank, world, 0, columns=6 if change == "shape" else 5)
+        if change == "unknown" and rank == world - 1:
+            state["other"] = ShardedTensor.from_rank_offsets("other", torch.zeros(2))
+        if change == "unasked":
+            del state["model"]["shared"]
+        if change == "different checkpoints" and rank == 0:
+            checkpoint = open_checkpoint(Path(directory) / "step_3")
+        try:
+            load(checkpoint, state)
+        except (JobError, RunError) as error:
+            messages.append(f"{type(error).__name__}: {error.message}")
+    return messages
+
+
+def load_error(rank: int, world: int, path: str) -> str:
+    state, _ = build(rank, world, 0)
+    try:
+        load(open_checkpoint(path), state)
+    except (JobError, RunError) as error:
+        return f"{type(error).__name__}: {error.message}"
+    return "loaded"
+
+
+def read_with_megatron(rank: int, world: int, directory: str) -> dict[str, Any]:
+    """megatron-core's own load, nothing of ours."""
+    state, _ = build(rank, world, 0)
+    loaded = dist_checkpointing.load(state, directory, validate_access_integrity=True, strict="raise_all")
+    return {"wrong": wrong_tensors(rank, world, loaded, 7), "content": loaded["content_metadata"]}
+
+
+def polled(rank: int, world: int, directory: str) -> list[Any]:
+    """(call at which poll said that the step is whole, what it said); rank 1 is slow to write."""
+    writer = writer_for(directory)
+    if rank == 1:
+        resolve = background._StagedData.resolve_data
+        background._StagedData.resolve_data = lambda *a: (time.sleep(0.05), resolve(*a))[1]  # type: ignore[method-assign]
+    assert writer.poll() is None
+    writer.save(4, build(rank, world, 4)[0], {})
+    calls = 1
+    while (step := writer.poll()) is None:
+        calls += 1
+        time.sleep(0.001)
+    again = writer.poll()
+    writer.close()
+    return [calls, step, again]

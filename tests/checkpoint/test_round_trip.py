@@ -35,3 +35,36 @@ def test_record_and_latest(gang, tmp_path):
     record = json.loads((checkpoint.path / "swift_dist.json").read_text())
     assert names == {*record["files"], "swift_dist.json"}
     assert names == {".metadata", "common.pt", "metadata.json", "swift_dist.json", "__0_0.distcp", "__1_0.distcp"}
+
+
+def test_megatron_core_reads_it(gang, tmp_path):
+    gang.run("save", 2, directory=tmp_path, steps=[7])
+    for answer in gang.run("read_with_megatron", 2, directory=tmp_path / "step_7"):
+        assert answer == {"wrong": [], "content": {"non_homogeneous_layers": True}}
+
+
+def test_second_save_waits_and_says_so(gang, tmp_path):
+    for whole, said in gang.run("second_save_waits", 2, directory=tmp_path):
+        assert whole == 2
+        assert said == ["waiting for the checkpoint of step 1 before that of step 2"]
+    assert newest_whole(tmp_path).step == 2
+
+
+def test_plan_is_not_reused_for_another_structure(gang, tmp_path):
+    assert gang.run("structure_changes", 2, directory=tmp_path) == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2
+
+
+def test_mismatches_are_named_on_every_rank(gang, tmp_path):
+    gang.run("save", 2, directory=tmp_path, steps=[3, 7])
+    for shape, unknown, unasked, different in gang.run("mismatched_load", 2, directory=tmp_path):
+        assert shape.startswith("JobError") and "split: shape [24, 5] in the checkpoint, [24, 6] in the job" in shape
+        assert unknown.startswith("JobError") and "other: in the job's model, not in the checkpoint" in unknown
+        assert unasked.startswith("JobError") and "shared: in the checkpoint, not in the job's model" in unasked
+        assert different.startswith("RunError") and "steps [3, 7]" in different
+
+
+def test_poll_says_the_same_on_every_rank(gang, tmp_path):
+    first, *others = gang.run("polled", 3, directory=tmp_path)
+    assert others == [first, first]
+    calls, step, again = first
+    assert calls > 1 and step == 4 and again is None
