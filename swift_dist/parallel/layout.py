@@ -156,3 +156,13 @@ class ParallelLayout:
         if self.sequence_parallel or other.sequence_parallel:
             parts.append(f"--parallel.sequence_parallel {str(self.sequence_parallel).lower()}")
         return " ".join(parts)
+
+    def summary(self) -> str:
+        """The layout for people: every degree that is not 1, then data parallel, as in "tp4+sp pp4 vpp5 cp2 dp16"."""
+        parts = [f"tp{self.tp}" + ("+sp" if self.sequence_parallel else "")] if self.tp > 1 else []
+        parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        parts += [f"vpp{self.vpp}"] if self.vpp is not None else []
+        parts += [f"cp{self.cp}"] if self.cp > 1 else []
+        parts += [f"ep{self.ep}"] if self.ep > 1 else []
+        parts += [f"etp{self.expert_tp}"] if self.expert_tp != self.tp else []
+        return " ".join([*parts, f"dp{self.dp}"])
