@@ -111,7 +111,12 @@ def gather_in_order(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> t
 
 @lru_cache(maxsize=16)
 def _mask(num_queries: int, num_keys: int, start: int, window: int, device: torch.device) -> torch.Tensor:
-    """[num_queries, num_keys], True where query start+i may see key j: 0 <= start+i-j, and <= window if that is >= 0."""
+    """[num_queries, num_keys], True where query start+i may see key j: 0 <= start+i-j, <= window unless that is < 0."""
     distance = torch.arange(start, start + num_queries, device=device)[:, None] - torch.arange(num_keys, device=device)
     seen = distance >= 0
     return seen if window < 0 else seen & (distance <= window)
+
+
+def forget_masks() -> None:
+    """Free the masks that were kept for the next call."""
+    _mask.cache_clear()

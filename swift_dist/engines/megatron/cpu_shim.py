@@ -104,6 +104,7 @@ def _megatron_slots() -> dict[str, Any]:
 
 
 _MODULES_THAT_CREATE_CUDA_TENSORS = (
+    "megatron.core.utils",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",

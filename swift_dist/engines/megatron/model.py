@@ -1,0 +1,108 @@
+"""megatron-core's GPTModel with exact rotary frequencies and with vocabulary padding outside the softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from swift_dist.engines.megatron.spec import block_spec
+from swift_dist.models import Family
+from swift_dist.parallel import ParallelLayout
+
+
+class Model(GPTModel):
+    """GPTModel whose vocabulary is padded for tensor parallelism without a trace in the numbers.
+
+    Megatron stores a multiple of 128 * TP rows. Their logits would count in the softmax (a row of zeros has logit 0),
+    so the loss would depend on the layout and differ from the model's; here they are -inf for the softmax.
+
+    Args:
+        num_tokens: the real vocabulary size; `vocab_size` is the padded one.
+        frequencies: rotary inverse frequencies, exactly as Hugging Face's model has them.
+    """
+
+    def __init__(self, *args: Any, num_tokens: int, frequencies: tuple[float, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        device = torch.cuda.current_device()
+        self.rotary_pos_emb.inv_freq = torch.tensor(frequencies, dtype=torch.float32, device=device)
+        group = self.pg_collection.tp
+        rows = self.vocab_size // group.size()
+        self.real_rows = min(max(num_tokens - group.rank() * rows, 0), rows)
+        self.has_padding = self.real_rows < rows
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [b, s], logits [s, b, v/tp] -> loss of each token [b, s]."""
+        if self.has_padding:
+            logits = _Mask.apply(logits, self.real_rows)
+        return super().compute_language_model_loss(labels, logits)
+
+
+class _Mask(torch.autograd.Function):
+    """Fills columns from `start` on with the lowest number, in place; their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, start: int) -> torch.Tensor:
+        ctx.start = start
+        ctx.mark_dirty(logits)
+        logits[..., start:] = torch.finfo(logits.dtype).min
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        grad = grad.clone()
+        grad[..., ctx.start :] = 0
+        return grad, None
+
+
+def build_chunks(
+    config: TransformerConfig,
+    ddp_config: DistributedDataParallelConfig,
+    layout: ParallelLayout,
+    family: Family,
+    hf_config: dict[str, Any],
+) -> list[DistributedDataParallel]:
+    """This pipeline stage's part of the model: one chunk, or `layout.vpp` of them, wrapped for precision and DDP."""
+    wrapped = []
+    for index, chunk in enumerate(_models(config, layout, family, hf_config)):
+        module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
+        # Buckets let the reduction start early; of an interleaved stage only the first chunk finishes late enough.
+        wrapped.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def _models(
+    config: TransformerConfig, layout: ParallelLayout, family: Family, hf_config: dict[str, Any]
+) -> list[Model]:
+    arguments = family.gpt_model(hf_config)
+    num_tokens = arguments.pop("vocab_size")
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    num_chunks = layout.vpp or 1
+    return [
+        Model(
+            config=config,
+            transformer_layer_spec=block_spec(config, index if layout.vpp else None),
+            vocab_size=family.shape(hf_config).padded_vocab_size(layout.tp),
+            num_tokens=num_tokens,
+            frequencies=family.rope(hf_config).inverse_frequencies,
+            pre_process=first and index == 0,
+            post_process=last and index == num_chunks - 1,
+            parallel_output=True,
+            vp_stage=index if layout.vpp else None,
+            **arguments,
+        )
+        for index in range(num_chunks)
+    ]
+
+
+def unwrap(module: Any) -> Model:
+    """The model inside DDP and the precision wrapper."""
+    while not isinstance(module, Model):
+        module = module.module
+    return module

@@ -1,0 +1,162 @@
+"""megatron-core's optimizer for a job, with what it gets wrong around torch's AdamW put right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import ParamGroupOverride, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+from swift_dist.config import JobConfig
+from swift_dist.engines.megatron.settings import optimizer_config
+from swift_dist.optim import decays
+
+
+def build_optimizer(job: JobConfig, chunks: list[Any]) -> ChainedOptimizer:
+    """AdamW, SGD or Muon over the chunks' parameters; experts have their own optimizer in the chain."""
+    undecayed = ParamWithNamePredicate(
+        name="undecayed",
+        fn=lambda parameter, name: (
+            not decays(name, parameter.shape, decay_norm_and_bias=job.optimizer.decay_norm_and_bias)
+        ),
+    )
+    overrides = {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
+    config = optimizer_config(job)
+    if job.optimizer.name == "muon":
+        from megatron.core.optimizer.muon import get_megatron_muon_optimizer
+
+        optimizer = get_megatron_muon_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
+    else:
+        optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
+    assert isinstance(optimizer, ChainedOptimizer)
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer) and _inner_adamw(part) is not None:
+            part._set_main_param_and_optimizer_states = _StateSetter(part)
+    set_update_count(optimizer, 0)
+    _share_loss_scaler(optimizer)
+    return optimizer
+
+
+def parts(optimizer: ChainedOptimizer) -> list[MegatronOptimizer]:
+    """The chain's optimizers that have parameters on this rank, or might have."""
+    return [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+
+
+def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
+    """Give every parameter group its rate and decay. (Megatron leaves both to its stateful scheduler.)"""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def clip(optimizer: ChainedOptimizer, max_norm: float, total_norm: float) -> None:
+    """Scale the ready gradients so that their global norm is at most `max_norm` (0: leave them)."""
+    if max_norm == 0.0:
+        return
+    for part in parts(optimizer):
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm, total_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            )
+
+
+def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
+    """Make every torch AdamW state whole and say that `updates` updates were done.
+
+    Called when the optimizer is built, before it is saved and after it was loaded, against three traps of
+    megatron-core 0.16.1 with torch's AdamW (no transformer-engine, no apex):
+    - loading gives all parameters ONE `step` tensor, which AdamW then advances once per parameter: the first resumed
+      loss is right, the second is not;
+    - saving asserts that there is exactly one step value, so state must exist, also on a rank without parameters;
+    - an optimizer restored before its first update has no `step` (KeyError).
+    """
+    for part in parts(optimizer):
+        inner = _inner_adamw(part)
+        if inner is None:
+            continue
+        num_parameters = 0
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                num_parameters += 1
+                state = inner.state[parameter]
+                state["step"] = torch.tensor(float(updates))
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter.data)
+        if num_parameters == 0:
+            inner.state[_NO_PARAMETER] = {"step": torch.tensor(float(updates))}  # type: ignore[index]
+
+
+_NO_PARAMETER = "no parameter on this rank"
+
+
+def _inner_adamw(part: MegatronOptimizer) -> torch.optim.Optimizer | None:
+    return part.optimizer if isinstance(part.optimizer, (torch.optim.AdamW, torch.optim.Adam)) else None
+
+
+class _StateSetter:
+    """`DistributedOptimizer._set_main_param_and_optimizer_states` that leaves `step` alone: a checkpoint's
+    per-parameter tensors do not have it, and upstream's version asks for it."""
+
+    def __init__(self, part: DistributedOptimizer) -> None:
+        self._part = part
+
+    def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self._part.model_param_group_index_map[model_param]
+        main = self._part.optimizer.param_groups[group]["params"][order]
+        main.data.copy_(tensors["param"])
+        for name, value in self._part.optimizer.state[main].items():
+            if name != "step":
+                value.copy_(tensors[name])
+
+
+class LossScaler:
+    """One fp16 loss scale for the whole chain, moved once per step by the engine.
+
+    Megatron gives dense and expert parameters a scaler each and scales the loss with the first one's: once only one of
+    them overflows, the experts' gradients are divided by another number than they were multiplied with.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self._scaler.scale
+
+    @property
+    def inv_scale(self) -> torch.Tensor:
+        return self._scaler.inv_scale
+
+    @property
+    def at_minimum(self) -> bool:
+        return bool(self._scaler.scale <= self._scaler.min_scale)
+
+    def update(self, found_inf: bool) -> None:
+        """Called by each optimizer of the chain for itself: too early and too often. See `move`."""
+
+    def move(self, found_inf: bool) -> None:
+        self._scaler.update(found_inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scaler.load_state_dict(state)
+
+
+def _share_loss_scaler(optimizer: ChainedOptimizer) -> None:
+    scalers = [part.grad_scaler for part in optimizer.chained_optimizers if getattr(part, "grad_scaler", None)]
+    if scalers:
+        shared = LossScaler(scalers[0])
+        for part in optimizer.chained_optimizers:
+            part.grad_scaler = shared
+
+
+def loss_scaler(optimizer: ChainedOptimizer) -> LossScaler | None:
+    """The shared scaler, in fp16."""
+    return getattr(optimizer.chained_optimizers[0], "grad_scaler", None) if optimizer.chained_optimizers else None

@@ -1,0 +1,82 @@
+"""The engine's state as megatron-core's distributed checkpoint wants it, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
+from swift_dist.engines.megatron import rng
+from swift_dist.engines.megatron.model import unwrap
+from swift_dist.engines.megatron.optimizer import set_update_count
+from swift_dist.runs.guard import GuardHistory
+
+if TYPE_CHECKING:
+    from swift_dist.engines.megatron.engine import MegatronEngine
+
+
+def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
+    """See `MegatronEngine.sharded_state_dict`."""
+    metadata = engine._metadata()
+    names = chunk_names(len(engine.chunks))
+    state: dict[str, Any] = {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(names, engine.chunks, strict=True)
+    }
+    # While loading, megatron sizes its request by the state that is there; the numbers themselves are overwritten.
+    set_update_count(engine.optimizer, engine.updates)
+    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
+    state["engine"] = {
+        "steps": engine.steps,
+        "updates": engine.updates,
+        "layout": asdict(engine.layout),
+        "device": engine.device.type,
+        "guard": engine.history.to_dict(),
+    }
+    if not is_loading:
+        state["rng"] = rng.save_generators()
+    return state
+
+
+def restore(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
+    """See `MegatronEngine.load_state_dict`."""
+    for name, chunk in zip(chunk_names(len(engine.chunks)), engine.chunks, strict=True):
+        unwrap(chunk).load_state_dict(loaded[name], strict=True)
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    numbers = loaded["engine"]
+    engine.updates, engine.steps = numbers["updates"], numbers["steps"]
+    engine.history = GuardHistory.from_dict(numbers["guard"])
+    set_update_count(engine.optimizer, engine.updates)
+    same = numbers["layout"] == asdict(engine.layout) and numbers["device"] == engine.device.type
+    if same and rng.fits(loaded["rng"]):
+        rng.restore_generators(loaded["rng"])
+    else:  # other ranks, other streams: start new ones, the same for everyone who resumes here
+        rng.seed_generators(engine.job.train.seed, engine.layout, engine.rank, engine.steps)
+    engine._params_stale = False
+
+
+def chunk_names(count: int) -> list[str]:
+    """The names that megatron's optimizer expects for a stage's chunks."""
+    return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
+
+
+def load_pretrained(engine: MegatronEngine, folder: Path) -> None:
+    """See `MegatronEngine.load_pretrained`."""
+    from megatron.core import parallel_state
+
+    live = []
+    for chunk in engine.chunks:
+        model = unwrap(chunk)
+        offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+        live.append(LiveChunk(dict(model.named_parameters()), offset))
+    ep_size, num_experts = engine.layout.ep, engine.config.num_moe_experts or 0
+    shard = Shard(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=engine.layout.tp,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=engine.layout.expert_tp,
+        expert_offset=parallel_state.get_expert_model_parallel_rank() * (num_experts // ep_size),
+    )
+    load_hf_slices(live, folder, engine.family.rows(engine.hf_config), shard)
+    engine.optimizer.reload_model_params()
