@@ -64,8 +64,7 @@ class SafeFileSystemReader(FileSystemReader):
                 index = _IndexUnpickler(stream).load()
             if not isinstance(index, Metadata):
                 raise pickle.UnpicklingError(f"the index holds a {type(index).__name__}, not torch's Metadata")
-            if getattr(index, "storage_meta", None) is None:
-                index.storage_meta = StorageMeta()
+            index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
             index.storage_meta.load_id = self.load_id
             self._index = index
         return self._index

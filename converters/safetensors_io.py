@@ -175,7 +175,7 @@ class ShardedWriter:
         assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, f"{name} is not as planned"
         stream = self._files[file]
         stream.seek(offset)
-        stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Finish the files and force them to the disk."""
