@@ -1,0 +1,416 @@
+"""The gang: one actor a rank, run attempt after attempt until all ranks return or a policy gives up.
+
+Survivors of a lost rank keep their processes. Nothing here is on the path of a step: ranks are watched through their
+beat records and through Ray's news of a finished call or a dead actor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from swift_dist.cluster.agent import NodeAgent
+from swift_dist.cluster.agents import Agents
+from swift_dist.cluster.environment import PASSED, check_environment, matches
+from swift_dist.cluster.failures import Failure
+from swift_dist.cluster.heartbeat import Beat
+from swift_dist.cluster.interrupts import Interrupts
+from swift_dist.cluster.placement import Placement
+from swift_dist.cluster.policy import Finish, GiveUp, StallLimits, decide, find_stall, name_laggards
+from swift_dist.cluster.worker import Assignment, Begun, RankProcess, Setup
+from swift_dist.config.job import ClusterSection
+from swift_dist.errors import JobError, RunError
+from swift_dist.parallel.nodes import Place
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
+_BEATS_SECONDS = 0.2
+_GRACE_SECONDS = 10.0
+"""How long a rank may take to come back after a peer failed (or two steps, if that is longer)."""
+
+
+class Observer(Protocol):
+    """Who wants to know what happens to the gang."""
+
+    def placed(self, hosts: Sequence[str]) -> None:
+        """All ranks of an attempt have begun; `hosts` by rank."""
+
+    def restarting(self, cause: Failure, attempt: int) -> None:
+        """Attempt number `attempt` follows because of `cause`."""
+
+    def stop_requested(self) -> bool:
+        """Whether someone asked the run to checkpoint and end."""
+        return False
+
+
+@dataclass(frozen=True)
+class GangPlan:
+    """What to run and where.
+
+    Attributes:
+        entry: ``module:function``, called on every rank as ``function(payload, worker)``.
+        payload: plain values.
+        places: node and local rank of every rank.
+        run_dir: the run folder.
+        settings: the job's cluster section.
+        use_gpu: whether a rank gets a GPU.
+    """
+
+    entry: str
+    payload: dict[str, Any]
+    places: tuple[Place, ...]
+    run_dir: Path
+    settings: ClusterSection
+    use_gpu: bool
+
+
+@dataclass(frozen=True)
+class GangResult:
+    """How it ended: the entry's results by rank (none if it was interrupted before it could checkpoint)."""
+
+    state: Literal["done", "interrupted"]
+    results: dict[int, dict[str, Any]]
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass
+class _Process:
+    """One actor: a rank's, or a spare's (rank None)."""
+
+    name: str
+    node: int
+    actor: Any
+    rank: int | None = None
+    warm: Any = None
+    host: str = ""
+
+
+@dataclass
+class _Attempt:
+    """What is known about the attempt under way."""
+
+    number: int
+    began: float = field(default_factory=time.monotonic)
+    results: dict[int, Any] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    deadline: float | None = None
+
+
+class Gang:
+    """See the module. A context manager: leaving it ends every process it started."""
+
+    def __init__(self, plan: GangPlan, placement: Placement, interrupts: Interrupts, observer: Observer) -> None:
+        check_environment(plan.settings)
+        self._plan, self._placement, self._observer = plan, placement, observer
+        self._interrupts = interrupts
+        self._world_size = len(plan.places)
+        self._names = (f"process_{n}" for n in itertools.count())
+        self._ranks: dict[int, _Process] = {}
+        self._spares: list[_Process] = []
+        self._gpus: dict[int, list[str]] = {}
+        self._beats: dict[str, Beat] = {}
+        self._beats_read = 0.0
+        self._stop_sent = False
+        self._limits = StallLimits(plan.settings.stall_timeout, plan.settings.rendezvous_timeout)
+        # What a rank may see of the driver's environment: filtered here, so that no secret travels for nothing.
+        self._parent = {name: value for name, value in os.environ.items() if matches(name, PASSED)}
+        self._agents = Agents([self._agent(node) for node in range(plan.settings.nnodes)])
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end([*self._ranks.values(), *self._spares])
+        self._agents.close()
+
+    def run(self) -> GangResult:
+        """Run to the end.
+
+        Raises:
+            JobError: a rank found the job wrong.
+            RunError: the run failed, and another attempt would not help or is not allowed.
+            KeyboardInterrupt: interrupted twice, or before anything could be saved.
+        """
+        history: list[Failure] = []
+        self._interrupts.graceful = True
+        try:
+            for number in itertools.count():
+                attempt = self._attempt(number)
+                decision = decide(list(attempt.failures.values()), history, self._plan.settings.max_failures)
+                if isinstance(decision, Finish):
+                    state = "interrupted" if _stopped(attempt.results) else "done"
+                    return GangResult(state, attempt.results, tuple(history))  # type: ignore[arg-type]
+                if isinstance(decision, GiveUp):
+                    raise _as_error(decision)
+                log.warning("%s", decision.cause.describe())
+                history.append(decision.cause)
+                if self._stop_wanted():
+                    log.warning("the run was asked to end: what the newest checkpoint does not hold is lost")
+                    return GangResult("interrupted", {}, tuple(history))
+                log.warning(
+                    "starting again from the newest whole checkpoint (failure %d, cluster.max_failures %d)",
+                    len(history), self._plan.settings.max_failures,
+                )  # fmt: skip
+                self._observer.restarting(decision.cause, number + 1)
+                self._replace(decision.replace)
+            raise AssertionError("unreachable")
+        finally:
+            self._interrupts.graceful = False
+
+    # Processes
+
+    def _agent(self, node: int) -> Any | None:
+        """None where this process can be the agent: on its own node."""
+        import ray
+
+        if self._placement.node_ids[node] == ray.get_runtime_context().get_node_id():
+            return None
+        return ray.remote(NodeAgent).options(**self._placement.options(node, 0, 0)).remote()
+
+    def _new_process(self, node: int, rank: int | None) -> _Process:
+        import ray
+
+        name = next(self._names)
+        settings = self._plan.settings
+        setup = Setup(
+            entry=self._plan.entry,
+            run_dir=str(self._plan.run_dir),
+            settings=settings,
+            address=self._address(node),
+            ranks_on_node=sum(place.node == node for place in self._plan.places),
+            has_gpu=self._plan.use_gpu,
+        )
+        is_rank = rank is not None
+        options = self._placement.options(
+            node, settings.cpus_per_rank if is_rank else 0, int(self._plan.use_gpu and is_rank)
+        )
+        path = self._agents.offer(node, [name])[name]
+        actor = ray.remote(RankProcess).options(max_restarts=0, **options).remote(path, self._parent, setup)
+        return _Process(name, node, actor, rank)
+
+    def _address(self, node: int) -> str:
+        """How the other ranks reach a node: the loopback where all nodes are on one machine."""
+        addresses = self._placement.addresses
+        return addresses[node] if len(set(addresses)) > 1 else "127.0.0.1"
+
+    def _replace(self, ranks: Sequence[int]) -> None:
+        """Give lost ranks a warm spare of their node, else a new process (created by `_attempt`)."""
+        import ray
+
+        lost = [self._ranks.pop(rank) for rank in ranks if rank in self._ranks]
+        self._end(lost)
+        for process in lost:
+            assert process.rank is not None
+            spare = next((s for s in self._spares if s.node == process.node and _is_warm(s, ray)), None)
+            if spare is not None:
+                self._spares.remove(spare)
+                spare.rank = process.rank
+                self._ranks[process.rank] = spare
+                log.warning("rank %d goes on in a warm spare", process.rank)
+
+    def _end(self, processes: Sequence[_Process]) -> None:
+        """SIGKILL processes, also stopped ones, and take their actors off Ray's books."""
+        import ray
+
+        self._agents.kill([p.name for p in processes])
+        for process in processes:
+            ray.kill(process.actor, no_restart=True)
+        self._agents.forget([p.name for p in processes])
+
+    def _keep_spares(self) -> None:
+        """Start missing spares once the ranks are stepping: before that their imports would only slow the start."""
+        missing = self._plan.settings.spares - len(self._spares)
+        if missing <= 0:
+            return
+        beats = [self._beats.get(p.name, Beat()) for p in self._ranks.values()]
+        if not all(b.median_step for b in beats):
+            return
+        for _ in range(missing):
+            counts = [sum(s.node == node for s in self._spares) for node in range(self._plan.settings.nnodes)]
+            spare = self._new_process(counts.index(min(counts)), None)
+            spare.warm = spare.actor.warm.remote()
+            self._spares.append(spare)
+
+    # One attempt
+
+    def _attempt(self, number: int) -> _Attempt:
+        attempt = _Attempt(number)
+        self._agents.abort(False)
+        fresh = [rank for rank in range(self._world_size) if rank not in self._ranks]
+        for rank in fresh:
+            self._ranks[rank] = self._new_process(self._plan.places[rank].node, rank)
+        if self._plan.use_gpu and not self._gpus:
+            self._learn_gpus()
+        calls = {rank: p.actor.begin.remote(self._assignment(rank, number)) for rank, p in self._ranks.items()}
+        self._collect(attempt, calls, can_stop=False)
+        begun: dict[int, Begun] = attempt.results
+        for rank, answer in begun.items():
+            self._ranks[rank].host = answer.host
+            if answer.failure is not None:
+                attempt.failures[rank] = answer.failure
+        if attempt.failures:
+            return attempt
+        self._observer.placed([begun[rank].host for rank in range(self._world_size)])
+        store = begun[0].store
+        attempt.results = {}
+        payload = self._plan.payload
+        self._collect(
+            attempt, {rank: p.actor.run.remote(payload, store) for rank, p in self._ranks.items()}, can_stop=True
+        )
+        return attempt
+
+    def _learn_gpus(self) -> None:
+        """The GPUs of each node by local rank, as Ray set them aside for the first processes."""
+        import ray
+
+        found = ray.get([self._ranks[rank].actor.hello.remote() for rank in range(self._world_size)])
+        for place, gpus in zip(self._plan.places, found, strict=True):
+            self._gpus.setdefault(place.node, []).extend(gpus)
+
+    def _assignment(self, rank: int, attempt: int) -> Assignment:
+        place = self._plan.places[rank]
+        use_gpu = self._plan.use_gpu
+        return Assignment(
+            rank=rank,
+            world_size=self._world_size,
+            local_rank=place.local_rank,
+            local_world_size=sum(p.node == place.node for p in self._plan.places),
+            node_rank=place.node,
+            attempt=attempt,
+            device=f"cuda:{place.local_rank}" if use_gpu else "cpu",
+            visible_devices=",".join(self._gpus[place.node]) if use_gpu else None,
+        )
+
+    def _collect(self, attempt: _Attempt, calls: dict[int, Any], can_stop: bool) -> None:
+        """Wait until every call has an answer, a failure, or was given up on; fills `attempt`."""
+        import ray
+
+        pending = {call: rank for rank, call in calls.items()}
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
+            for call in done:
+                rank = pending.pop(call)
+                try:
+                    answer = ray.get(call)
+                except ray.exceptions.RayError as error:
+                    answer = self._died(rank, error)
+                if isinstance(answer, Failure):
+                    self._failed(attempt, answer)
+                else:
+                    attempt.results[rank] = answer
+            self._watch(attempt, set(pending.values()), can_stop)
+
+    def _watch(self, attempt: _Attempt, waiting: set[int], can_stop: bool) -> None:
+        now = time.monotonic()
+        if now - self._beats_read >= _BEATS_SECONDS:
+            self._beats, self._beats_read = self._agents.read(), now
+            self._keep_spares()
+        if self._stop_wanted() and not self._stop_sent:
+            if not can_stop:
+                raise KeyboardInterrupt  # nothing has been trained that could be saved
+            log.warning("stopping after a checkpoint at the next step boundary (once more ends it at once)")
+            self._agents.request_stop()
+            self._stop_sent = True
+        if not waiting:
+            return
+        if attempt.deadline is not None and can_stop:
+            if now > attempt.deadline:
+                self._give_up_on(attempt, waiting - set(attempt.failures))
+            return
+        stall = find_stall({r: self._beat(r, now - attempt.began) for r in waiting}, self._limits)
+        if stall is not None:
+            stacks = self._save_stacks(attempt.number, sorted(waiting))
+            named = name_laggards(stall, stacks)
+            for rank in named or sorted(waiting):
+                text = f"no step for {stall.seconds:.0f} s (phase {stall.phase}); " + (
+                    "this rank is behind the others" if named else "no rank stands out"
+                )
+                if self._beat(rank).state in ("T", "t"):
+                    text += ": its process is stopped (SIGSTOP)"
+                self._failed(attempt, self._failure(rank, "stalled", text))
+            self._agents.kill([self._ranks[rank].name for rank in named or waiting])
+
+    def _beat(self, rank: int, age: float = 0.0) -> Beat:
+        """A rank's last beat; one that has not spoken is `age` seconds old."""
+        beat = self._beats.get(self._ranks[rank].name, Beat())
+        return beat if beat.pid else Beat(age=age)
+
+    def _failed(self, attempt: _Attempt, failure: Failure) -> None:
+        if failure.rank in attempt.failures:
+            return  # killed by us after we had given up on it
+        attempt.failures[failure.rank] = failure
+        if attempt.deadline is None:
+            medians = [b.median_step for b in self._beats.values() if b.median_step]
+            attempt.deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(medians, default=0.0))
+            self._agents.abort()
+
+    def _give_up_on(self, attempt: _Attempt, ranks: set[int]) -> None:
+        for rank in sorted(ranks):
+            text = "it did not come back after another rank had failed; its process was ended"
+            self._failed(attempt, self._failure(rank, "unresponsive", text))
+        self._agents.kill([self._ranks[rank].name for rank in ranks])
+
+    def _died(self, rank: int, error: Exception) -> Failure:
+        log.debug("rank %d: %s", rank, error)
+        return self._failure(
+            rank, "died", "its process ended without a word (killed, out of memory, or crashed; its log may say more)"
+        )
+
+    def _failure(self, rank: int, kind: Any, message: str) -> Failure:
+        self._beats = self._agents.read()
+        return Failure(
+            rank=rank,
+            kind=kind,
+            message=message,
+            host=self._ranks[rank].host,
+            log=str(self._plan.run_dir / "logs" / f"rank_{rank}.log"),
+            step=self._beat(rank).step,
+            time=time.time(),
+        )
+
+    def _save_stacks(self, attempt: int, ranks: Sequence[int]) -> dict[int, str]:
+        folder = self._plan.run_dir / "logs" / f"stall-{attempt}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = self._agents.dump_stacks([self._ranks[rank].name for rank in ranks])
+        stacks = {rank: found.get(self._ranks[rank].name, "") for rank in ranks}
+        for rank, text in stacks.items():
+            (folder / f"rank_{rank}.txt").write_text(text)
+        log.warning("the gang has stalled: the stacks of all ranks are in %s", folder)
+        return stacks
+
+    def _stop_wanted(self) -> bool:
+        return self._interrupts.requested or self._observer.stop_requested()
+
+
+def _is_warm(spare: _Process, ray: Any) -> bool:
+    """Whether a spare has imported what it needs and still lives."""
+    done, _ = ray.wait([spare.warm], timeout=0)
+    try:
+        return bool(done) and ray.get(spare.warm) is None
+    except ray.exceptions.RayError:
+        return False
+
+
+def _stopped(results: dict[int, Any]) -> bool:
+    return any(isinstance(r, dict) and r.get("stopped") for r in results.values())
+
+
+def _as_error(decision: GiveUp) -> Exception:
+    cause = decision.cause
+    if cause.kind == "job":
+        return JobError(cause.key, cause.message, cause.remedy)
+    lines = [cause.describe()]
+    if decision.reason:
+        lines.append(decision.reason)
+    if cause.traceback and cause.kind != "run":
+        lines.append(cause.traceback.rstrip())
+    if cause.log:
+        lines.append(f"log: {cause.log}")
+    return RunError("\n".join(lines), cause.remedy)
