@@ -31,7 +31,7 @@ def save_generators() -> torch.Tensor:
     device = torch.cuda.current_device()
     mine = torch.cat(_states()).to(device)
     everyone = torch.empty((dist.get_world_size(), mine.numel()), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everyone, mine)
+    dist.all_gather_into_tensor(everyone.view(-1), mine)  # flat: gloo takes no other shape
     return everyone.cpu()
 
 
