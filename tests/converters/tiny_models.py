@@ -37,7 +37,7 @@ def tiny_model(name: str, **changes: Any) -> Any:
     """A random model in fp32 (every weight drawn, norms and biases too, so that nothing is equal by accident)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name.removesuffix("_biased"), **COMMON, **{**CONFIGS[name], **changes})
+    config = AutoConfig.for_model(name.removesuffix("_biased"), **{**COMMON, **CONFIGS[name], **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
