@@ -38,7 +38,8 @@ def save_generators() -> torch.Tensor:
 def restore_generators(everyone: torch.Tensor) -> None:
     """Set this rank's generators from what `save_generators` returned on the same layout and kind of device."""
     states = _states()
-    mine = list(everyone[dist.get_rank()].split([state.numel() for state in states]))
+    rows = everyone[dist.get_rank()].split([state.numel() for state in states])
+    mine = [row.clone() for row in rows]  # torch reads a state as an aligned struct; an odd offset is a segfault
     torch.set_rng_state(mine[0])
     torch.cuda.set_rng_state(mine[1])
     tracker = get_cuda_rng_tracker()
