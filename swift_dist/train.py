@@ -32,12 +32,12 @@ def main(payload: dict[str, Any], worker: Worker) -> dict[str, Any]:
     worker.beat("build", 0)
     engine = build_engine(job, payload["hf_config"], worker)
     try:
-        return _train(job, engine, worker, payload["data_fingerprint"])
+        return _train(job, engine, worker, {k: payload[k] for k in ("hf_config", "data_fingerprint")})
     finally:
         engine.close()
 
 
-def _train(job: JobConfig, engine: Engine, worker: Worker, fingerprint: str) -> dict[str, Any]:
+def _train(job: JobConfig, engine: Engine, worker: Worker, origin: dict[str, Any]) -> dict[str, Any]:
     steps = job.train.steps
     assert steps is not None, "resolve() fills it"
     data = TrainingData(
@@ -74,7 +74,7 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, fingerprint: str) -> 
             due = job.checkpoint.interval and step % job.checkpoint.interval == 0
             if due or stop or step == steps:
                 worker.beat("save", step)
-                writer.save(step, engine.sharded_state_dict(), _metadata(job, engine, step, fingerprint))
+                writer.save(step, engine.sharded_state_dict(), _metadata(job, engine, step, origin))
                 saved = step
         worker.beat("final", step)
         writer.wait()
@@ -113,11 +113,11 @@ def _agree_on_checkpoint(job: JobConfig, worker: Worker) -> Checkpoint | None:
     return open_checkpoint(path) if path else None
 
 
-def _metadata(job: JobConfig, engine: Engine, step: int, fingerprint: str) -> dict[str, Any]:
+def _metadata(job: JobConfig, engine: Engine, step: int, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": step,
         "consumed_samples": step * job.train.global_batch_size,
         "layout": asdict(engine.layout),
-        "data_fingerprint": fingerprint,
+        **origin,
         "content_metadata": engine.content_metadata,
     }
