@@ -72,7 +72,7 @@ def _start(spec: dict[str, Any], temp_dir: str) -> dict[str, Any]:
             object_store_memory=_OBJECT_STORE_BYTES,
             temp_dir=temp_dir,
             no_monitor=True,
-            include_log_monitor=False,  # type: ignore[arg-type] - a bool, whatever its annotation says
+            include_log_monitor=False,  # type: ignore[arg-type]  # Ray's annotation is wrong
             include_dashboard=spec["dashboard"],
             dashboard_host="127.0.0.1",
             **more,

@@ -37,11 +37,7 @@ class Demand:
 
 
 def what_is_missing(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why the demand can never be met by nodes with these total resources; None: it can.
-
-    >>> what_is_missing(Demand(2, 8, 8, 8), [{"CPU": 64, "GPU": 8}, {"CPU": 64, "GPU": 4}])
-    'the job needs 2 nodes with 8 GPUs and 8 CPUs each; the cluster has 1 such node (of 2: 1 x 8 GPUs, 64 CPUs; ...)'
-    """
+    """Why the demand can never be met by nodes with these total resources; None: it can."""
     fitting = [n for n in nodes if all(n.get(name, 0) >= amount for name, amount in demand.bundle.items())]
     if len(fitting) >= demand.nnodes:
         return None
@@ -137,7 +133,10 @@ class Placement:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=node),
         }
 
-    def close(self) -> None:
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         from ray.util.placement_group import remove_placement_group
 
         remove_placement_group(self.group)

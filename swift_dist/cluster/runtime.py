@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 
+from swift_dist.cluster.devices import Devices, choose_devices, gpus_of_this_machine, gpus_per_node
+from swift_dist.cluster.environment import without_dropped
+from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 
 log = logging.getLogger(__name__)
@@ -20,48 +24,60 @@ log = logging.getLogger(__name__)
 _START_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
-class ClusterSpec:
-    """What a job asks of a cluster.
-
-    Attributes:
-        address: GCS address of a running cluster, or None: RAY_ADDRESS, else one of its own.
-        nnodes: nodes; an own cluster simulates them on this machine with a raylet each.
-        num_cpus: logical CPUs per node of an own cluster.
-        num_gpus: GPUs per node of an own cluster.
-        dashboard: serve Ray's dashboard on 127.0.0.1 (own cluster).
-    """
-
-    address: str | None
-    nnodes: int
-    num_cpus: float
-    num_gpus: int
-    dashboard: bool = False
-
-
 class Cluster:
-    """Opens in the constructor's background, connects in `connect`, ends in `close`. A context manager.
+    """The cluster of one job. A context manager: leaving it disconnects, and ends the cluster if it is our own.
 
     Attributes:
-        is_own: whether this object started the cluster.
+        is_own: whether the job gets a cluster of its own on this machine.
     """
 
-    def __init__(self, spec: ClusterSpec, environment: Mapping[str, str] | None = None) -> None:
-        """Begin to start an own cluster if one is needed: returns at once, `connect` waits.
+    def __init__(self, settings: ClusterSection) -> None:
+        """Nothing is started or contacted yet.
 
         Args:
-            spec: what is asked for.
-            environment: variables that an own cluster's processes get beside this process's.
+            settings: the job's cluster section: `address`, else RAY_ADDRESS, else an own cluster.
         """
-        self._spec = spec
-        self._address = spec.address or os.environ.get("RAY_ADDRESS") or None
-        self.is_own = self._address in (None, "local")
+        self._settings = settings
+        self._address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+        self.is_own = self._address == "local"
         self._host: subprocess.Popen[str] | None = None
-        self._connected = False
-        self._saved: dict[str, str | None] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def devices(self) -> Devices:
+        """What the ranks compute on. Looks at this machine, or connects to the cluster and asks it.
+
+        Raises:
+            JobError: GPUs are asked for and there are too few, or nothing answers at the address.
+        """
         if self.is_own:
-            self._set_variables(_own_cluster_variables())
-            self._host = _start_host(spec, environment or {})
+            return choose_devices(self._settings, gpus_of_this_machine(), "this machine")
+        self.connect()
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nnodes = self._settings.nnodes
+        return choose_devices(self._settings, gpus_per_node(nodes, nnodes), "a node of the cluster")
+
+    def start(self, devices: Devices) -> None:
+        """Begin to start an own cluster with room for the ranks, nodes simulated by a raylet each. Does not wait."""
+        if not self.is_own or self._host:
+            return
+        self._set_variables(_own_cluster_variables())
+        num_cpus = math.ceil(self._settings.cpus_per_rank * devices.nproc_per_node)
+        request = {
+            "num_cpus": num_cpus,
+            "num_gpus": devices.nproc_per_node if devices.use_gpu else 0,
+            "nnodes": self._settings.nnodes,
+            "dashboard": self._settings.dashboard,
+        }
+        self._host = subprocess.Popen(
+            [sys.executable, "-m", "swift_dist.cluster.host", json.dumps(request)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=without_dropped({**os.environ, **self._settings.env}),
+            text=True,
+            start_new_session=True,  # the terminal's Ctrl-C goes to the driver alone
+        )
 
     def connect(self) -> None:
         """Connect this process as the driver.
@@ -71,8 +87,15 @@ class Cluster:
             RunError: the own cluster did not start.
         """
         import ray  # while the cluster starts in its own process
+        import ray._private.worker as ray_worker
 
+        if ray.is_initialized():
+            return
         address = self._own_address() if self._host else self._address
+        # Ray prints news such as a worker's death to stdout, which belongs to the result; the gang reports it itself.
+        printer = ray_worker.print_to_stdstream
+        ray_worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", data.get("lines"))
+        self._undo.append(lambda: setattr(ray_worker, "print_to_stdstream", printer))
         try:
             ray.init(
                 address=address,
@@ -89,31 +112,22 @@ class Cluster:
                 f"no Ray cluster answers at {address}: {error}",
                 "leave it (and RAY_ADDRESS) out for a cluster of the job's own, or start one with `ray start --head`",
             ) from error
-        self._connected = True
+        self._undo.append(ray.shutdown)
 
     def close(self) -> None:
         """Disconnect; end the cluster if it is our own. Nothing of it runs afterwards."""
-        if self._connected:
-            import ray
-
-            ray.shutdown()
-            self._connected = False
-        if self._host is not None:
-            host, self._host = self._host, None
+        while self._undo:
+            self._undo.pop()()
+        host, self._host = self._host, None
+        if host is not None:
             assert host.stdin and host.stdout
-            host.stdin.close()
+            host.stdin.close()  # at which it ends everything below it
             try:
                 host.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 host.kill()
                 host.wait()
             host.stdout.close()
-        for name, value in self._saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._saved = {}
 
     def __enter__(self) -> Cluster:
         return self
@@ -141,7 +155,7 @@ class Cluster:
 
     def _set_variables(self, variables: Mapping[str, str]) -> None:
         for name, value in variables.items():
-            self._saved[name] = os.environ.get(name)
+            self._undo.append(partial(_restore, name, os.environ.get(name)))
             os.environ[name] = value
 
 
@@ -156,23 +170,12 @@ def _own_cluster_variables() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a rank without a GPU of its own keeps CUDA_VISIBLE_DEVICES
     }
 
 
-def _start_host(spec: ClusterSpec, environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    request = {
-        "num_cpus": spec.num_cpus,
-        "num_gpus": spec.num_gpus,
-        "nnodes": spec.nnodes,
-        "dashboard": spec.dashboard,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "swift_dist.cluster.host", json.dumps(request)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **environment},
-        text=True,
-        start_new_session=True,  # the terminal's Ctrl-C goes to the driver alone
-    )
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

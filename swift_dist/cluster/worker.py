@@ -1,9 +1,9 @@
 """The process of a rank: a plain Ray actor whose main thread runs the engine.
 
-It is told three things, in this order, by calls that all ranks get at once: its construction (environment), `begin` (its
-place in an attempt; it imports what the entry needs, and rank 0 opens the store), `run` (the entry). A rank that survives
-a peer gets `begin` and `run` again; a spare is only told to `warm`. While `run` runs no call is served: the process is
-reached through its beat record and by signals only.
+It is told three things, in this order, by calls that all ranks get at once: its construction (environment), `begin`
+(its place in an attempt; it imports what the entry needs, and rank 0 opens the store), `run` (the entry). A rank that
+survives a peer gets `begin` and `run` again; a spare is only told to `warm`. While `run` runs no call is served: the
+process is reached through its beat record and by signals only.
 """
 
 from __future__ import annotations

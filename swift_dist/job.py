@@ -1,0 +1,169 @@
+"""THE page of the driver: job -> layout -> cluster -> placement -> gang with restarts -> result."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from swift_dist.cluster.devices import Devices
+from swift_dist.cluster.environment import check_environment
+from swift_dist.cluster.failures import Failure
+from swift_dist.cluster.gang import Gang, GangPlan
+from swift_dist.cluster.interrupts import Interrupts
+from swift_dist.cluster.placement import Demand, Placement, crossing_warning, rank_places
+from swift_dist.cluster.runtime import Cluster
+from swift_dist.config import JobConfig
+from swift_dist.resolve import ResolvedJob, resolve
+from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.logs import LOG_FORMAT
+from swift_dist.runs.progress import Monitor
+
+log = logging.getLogger(__name__)
+
+ENTRY = "swift_dist.train:main"
+
+
+def run(job: JobConfig) -> dict[str, Any]:
+    """Run a job to its end.
+
+    Returns:
+        ``state`` ("done" or "interrupted"), ``output``, ``step``, ``loss``, ``checkpoint`` (step of the newest),
+        ``restarts`` (failures survived) and ``seconds``.
+
+    Raises:
+        JobError: the job is wrong; nothing was written unless a rank found it out.
+        RunError: the run failed.
+        KeyboardInterrupt: interrupted before anything could be saved, or twice.
+    """
+    began = time.monotonic()
+    check_environment(job.cluster)
+    with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
+        folder = RunFolder.for_job(job)
+        devices = cluster.devices()
+        resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+        cluster.start(devices)
+        cluster.connect()
+        interrupts.install()  # Ray has set handlers of its own
+        demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
+        with Placement(demand, job.cluster.placement_timeout) as placement:
+            result = _train(folder, resolved, placement, demand, interrupts)
+    return {**result, "seconds": round(time.monotonic() - began, 3)}
+
+
+def _train(
+    folder: RunFolder, resolved: ResolvedJob, placement: Placement, demand: Demand, interrupts: Interrupts
+) -> dict[str, Any]:
+    job = resolved.job
+    places = rank_places(resolved.layout, demand)
+    plan = GangPlan(ENTRY, resolved.payload(), places, folder.path, job.cluster, use_gpu=demand.gpus > 0)
+    folder.begin(job, layout=asdict(resolved.layout))
+    with _driver_log(folder):
+        warning = crossing_warning(resolved.layout, places)
+        if warning:
+            log.warning("%s", warning)
+        try:
+            with (
+                Monitor(folder, steps=job.train.steps, log_interval=job.train.log_interval),
+                Gang(plan, placement, interrupts, _Notes(folder)) as gang,
+            ):
+                outcome = gang.run()
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            folder.end(state, message=str(error))  # type: ignore[arg-type]
+            raise
+        last = outcome.results.get(0, {})
+        folder.end(outcome.state, step=last.get("step"))
+    return {
+        "state": outcome.state,
+        "output": str(folder.path),
+        "step": last.get("step"),
+        "loss": last.get("loss"),
+        "checkpoint": last.get("checkpoint", _newest_step(folder)),
+        "restarts": len(outcome.failures),
+    }
+
+
+def describe(job: JobConfig) -> dict[str, Any]:
+    """What `run` would do, as plain values: the resolved job, its layout, where each rank would go. Starts nothing.
+
+    Raises:
+        JobError: as `run` does.
+    """
+    check_environment(job.cluster)
+    with Cluster(job.cluster) as cluster:
+        devices: Devices = cluster.devices()
+        folder = RunFolder.for_job(job)
+        resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+        demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
+        places = rank_places(resolved.layout, demand)
+        return {
+            "job": resolved.job.model_dump(mode="json"),
+            "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
+            "parameters": resolved.shape.num_parameters(),
+            "cluster": "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address",
+            "needs": str(demand),
+            "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
+            "warnings": [w for w in [crossing_warning(resolved.layout, places)] if w],
+        }
+
+
+def render_plan(plan: dict[str, Any]) -> Iterator[str]:
+    """`describe` for people: YAML that `swift-dist pretrain` would take, then what would be started."""
+    yield yaml.safe_dump(plan["job"], sort_keys=False).rstrip()
+    layout = ", ".join(f"{name} {value}" for name, value in plan["layout"].items() if value is not None)
+    yield f"# layout: {layout}"
+    yield f"# parameters: {plan['parameters']:,}"
+    yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
+    yield from (f"# warning: {warning}" for warning in plan["warnings"])
+    yield f"# would run: {plan['artefact']}"
+
+
+def render_result(result: dict[str, Any]) -> str:
+    """The result of `run` for people."""
+    loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+    step = "" if result["step"] is None else f" at step {result['step']}"
+    survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
+    return f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+
+
+class _Notes:
+    """What happens to the gang, noted in the run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def placed(self, hosts: Sequence[str]) -> None:
+        self._folder.set_hosts(hosts)
+
+    def restarting(self, cause: Failure, attempt: int) -> None:
+        self._folder.add_restart(reason=cause.describe(), from_step=_newest_step(self._folder))
+
+    def stop_requested(self) -> bool:
+        return self._folder.stop_requested()
+
+
+def _newest_step(folder: RunFolder) -> int | None:
+    """The step that checkpoints/latest names."""
+    try:
+        return int((folder.checkpoints / "latest").read_text().strip().removeprefix("step_"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _driver_log(folder: RunFolder) -> Iterator[None]:
+    """What the driver logs also goes to logs/driver.log."""
+    handler = logging.FileHandler(folder.logs / "driver.log")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
