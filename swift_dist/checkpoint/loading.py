@@ -3,33 +3,18 @@
 ``megatron.core.dist_checkpointing.load`` does the work, with three changes: nothing in the checkpoint is unpickled
 beyond tensors, plain values and the index's own classes; each rank reads what it needs without talking to the others;
 and a mismatch between checkpoint and job is found before anything is read, and raised on every rank alike.
+
+megatron-core is imported inside the functions: on a machine without CUDA the engine must prepare that import.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
-    TorchDistLoadShardedStrategy,
-    _replace_sharded_keys_with_state_dict_keys,
-    _replace_state_dict_keys_with_sharded_keys,
-    _restore_dict_types,
-    _unwrap_pyt_sharded_tensor,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from swift_dist.checkpoint.folder import Checkpoint
@@ -37,6 +22,9 @@ from swift_dist.checkpoint.groups import gloo_group
 from swift_dist.checkpoint.trusted import safe_types
 from swift_dist.converters.dist_checkpoint_io import SafeFileSystemReader
 from swift_dist.errors import JobError, RunError
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +46,10 @@ def load(checkpoint: Checkpoint, sharded_state_dict: dict[str, Any], *, strict: 
         JobError: on every rank, where names or shapes in the checkpoint do not fit the job: another model.
         RunError: on every rank, where the ranks were given different checkpoints, or a file cannot be read.
     """
+    from megatron.core import dist_checkpointing
+
+    from swift_dist.checkpoint.strategies import CommonStrategy, ShardedStrategy
+
     begun = time.monotonic()
     group, owned = gloo_group()
     try:
@@ -75,8 +67,8 @@ def load(checkpoint: Checkpoint, sharded_state_dict: dict[str, Any], *, strict: 
                 state = dist_checkpointing.load(
                     sharded_state_dict,
                     str(checkpoint.path),
-                    sharded_strategy=_ShardedStrategy(index),
-                    common_strategy=_CommonStrategy(),
+                    sharded_strategy=ShardedStrategy(index),
+                    common_strategy=CommonStrategy(),
                     validate_access_integrity=False,
                 )
         except Exception as error:
@@ -90,51 +82,15 @@ def load(checkpoint: Checkpoint, sharded_state_dict: dict[str, Any], *, strict: 
     return state
 
 
-class _CommonStrategy(TorchCommonLoadStrategy):
-    """Reads common.pt without running code."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return torch.load(Path(checkpoint_dir) / "common.pt", map_location="cpu", weights_only=True)
-
-
-class _LoadPlanner(MCoreLoadPlanner):
-    """Reads sharded objects without running code (torch's own planner unpickles anything)."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        name = read_item.dest_index.fqn  # our state is flat: the name is the key
-        self.original_state_dict[name] = torch.load(value, map_location="cpu", weights_only=True)
-
-
-class _ShardedStrategy(TorchDistLoadShardedStrategy):
-    """megatron-core's strategy with the index already read, the planner above, and no collectives."""
-
-    def __init__(self, index: Metadata) -> None:
-        super().__init__()
-        self._index = index
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        state = mcore_to_pyt_state_dict(by_key, is_loading=True)
-        planner = _LoadPlanner(
-            flatten_state_dict=False,
-            shapes_validation_sharded_tensors=[tensor for tensor in tensors if not tensor.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
-        )
-        reader = SafeFileSystemReader(checkpoint_dir)
-        planner.set_up_planner(state, self._index, is_coordinator=False)
-        reader.set_up_storage_reader(self._index, is_coordinator=False)
-        reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
-        loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, rename_mapping)
-        _restore_dict_types(loaded, sharded_state_dict)
-        return loaded
-
-
 def _require_fit(
     checkpoint: Checkpoint, index: Metadata, sharded_state_dict: dict[str, Any], strict: bool, group: dist.ProcessGroup
 ) -> None:
     """Compare names and shapes of what the ranks ask for with what the checkpoint holds. Collective."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
+
     sharded, _, _ = load_preprocess(sharded_state_dict)
     sharded, _ = extract_sharded_base(sharded)
     asked = [value for value in nested_values(sharded) if isinstance(value, (ShardedTensor, ShardedObject))]
@@ -171,6 +127,8 @@ def _require_fit(
 
 def _misfits(index: Metadata, asked: list[ShardedTensor | ShardedObject]) -> set[str]:
     """One line for each tensor or object that the checkpoint does not hold as it is asked for."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
     lines = set()
     for value in asked:
         key = value.unique_key if isinstance(value, ShardedObject) else value.key

@@ -3,6 +3,8 @@
 A save is planned from the rank's ``sharded_state_dict``: megatron-core applies its factories and picks the main
 replicas, torch's planner turns them into write items, rank 0 checks that all ranks' items cover every tensor exactly
 once and builds the checkpoint's index. All collectives go through the gloo group that is handed in.
+
+megatron-core is imported inside the functions: on a machine without CUDA the engine must prepare that import.
 """
 
 from __future__ import annotations
@@ -14,15 +16,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
@@ -61,6 +54,15 @@ def item_key(item: WriteItem) -> WriteItemKey:
 
 def plan_locally(sharded_state_dict: dict[str, Any], content_metadata: dict[str, Any] | None, rank: int) -> LocalShards:
     """Turn a rank's ``sharded_state_dict`` (megatron-core's; consumed) into write items. No collectives."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+    from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+
     state = dict(sharded_state_dict)
     if content_metadata is not None:
         state[CONTENT_METADATA_KEY] = dict(content_metadata)
@@ -90,6 +92,9 @@ def plan_globally(local: LocalShards, group: dist.ProcessGroup) -> Metadata | No
     Raises:
         ValueError: on every rank, where the shards of the ranks overlap or leave a hole.
     """
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+    from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+
     rank = dist.get_rank(group)
     gathered: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
     dist.gather_object((local.plan, local.shards), gathered, dst=0, group=group)

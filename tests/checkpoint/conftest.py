@@ -27,6 +27,7 @@ class Started:
         """Each rank's answer: its value, an Exception-like dict {"error", "message"}, or None if it was killed."""
         statuses = self.gang.ask({"wait": self.pids, "seconds": seconds})
         assert None not in statuses, f"ranks did not end:\n{self.output()}"
+        self.statuses = statuses
         answers = []
         for rank in range(len(self.pids)):
             path = self.folder / f"result-{rank}.json"
@@ -70,7 +71,7 @@ class Gang:
         answers = started.join()
         for answer in answers:
             assert not (isinstance(answer, dict) and "traceback" in answer), answer["traceback"] + started.output()
-            assert answer is not None, started.output()
+            assert answer is not None, f"exit statuses {started.statuses}\n{started.output()}"
         return answers
 
     def close(self) -> None:

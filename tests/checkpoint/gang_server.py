@@ -2,12 +2,14 @@
 
 Run as a program. Each line on stdin is a JSON request; each answer is a line on stdout.
 ``{"start": case, "world": n, "arguments": {...}, "folder": path}`` forks n ranks that call ``cases.<case>(rank, world,
-**arguments)`` with a gloo group open, and answers with their process ids. ``{"wait": pids, "seconds": s}`` answers with
-their exit statuses. A rank leaves ``<folder>/result-<rank>.json``.
+**arguments)`` with a gloo group open (or ``train_cases.<case>`` without one), and answers with their process ids.
+``{"wait": pids, "seconds": s}`` answers with their exit statuses. A rank leaves ``<folder>/result-<rank>.json``.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import os
 import sys
@@ -15,18 +17,27 @@ import time
 import traceback
 from pathlib import Path
 
-import cases
 import torch
 import torch.distributed as dist
+
+from swift_dist.engines.megatron import cpu_shim
+
+cpu_shim.apply()  # before megatron-core is imported
+cases, train_cases = importlib.import_module("cases"), importlib.import_module("train_cases")
 
 
 def _rank(case: str, rank: int, world: int, arguments: dict, folder: Path) -> None:
     os.dup2(os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(2, 1)
     torch.set_num_threads(1)
+    faulthandler.enable()
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
-        answer = {"value": getattr(cases, case)(rank, world, **arguments)}
+        function = getattr(train_cases, case, None)
+        if function is None:
+            store = dist.FileStore(str(folder / "store"), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            function = getattr(cases, case)
+        answer = {"value": function(rank, world, **arguments)}
     except BaseException as error:
         answer = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
     (folder / f"result-{rank}.json").write_text(json.dumps(answer))
