@@ -104,7 +104,11 @@ class _Attempt:
 
 
 class Gang:
-    """See the module. A context manager: leaving it ends every process it started."""
+    """See the module. A context manager: leaving it ends every process it started.
+
+    Attributes:
+        spares_used: lost ranks that went on in a warm spare.
+    """
 
     def __init__(self, plan: GangPlan, placement: Placement, interrupts: Interrupts, observer: Observer) -> None:
         check_environment(plan.settings)
@@ -118,6 +122,7 @@ class Gang:
         self._beats: dict[str, Beat] = {}
         self._beats_read = 0.0
         self._stop_sent = False
+        self.spares_used = 0
         self._limits = StallLimits(plan.settings.stall_timeout, plan.settings.rendezvous_timeout)
         # What a rank may see of the driver's environment: filtered here, so that no secret travels for nothing.
         self._parent = {name: value for name, value in os.environ.items() if matches(name, PASSED)}
@@ -181,6 +186,7 @@ class Gang:
         settings = self._plan.settings
         setup = Setup(
             entry=self._plan.entry,
+            payload=self._plan.payload,
             run_dir=str(self._plan.run_dir),
             settings=settings,
             address=self._address(node),
@@ -211,6 +217,7 @@ class Gang:
             spare = next((s for s in self._spares if s.node == process.node and _is_warm(s, ray)), None)
             if spare is not None:
                 self._spares.remove(spare)
+                self.spares_used += 1
                 spare.rank = process.rank
                 self._ranks[process.rank] = spare
                 log.warning("rank %d goes on in a warm spare", process.rank)
@@ -260,10 +267,8 @@ class Gang:
         self._observer.placed([begun[rank].host for rank in range(self._world_size)])
         store = begun[0].store
         attempt.results = {}
-        payload = self._plan.payload
-        self._collect(
-            attempt, {rank: p.actor.run.remote(payload, store) for rank, p in self._ranks.items()}, can_stop=True
-        )
+        calls = {rank: p.actor.run.remote(store) for rank, p in self._ranks.items()}
+        self._collect(attempt, calls, can_stop=True)
         return attempt
 
     def _learn_gpus(self) -> None:

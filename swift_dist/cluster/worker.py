@@ -60,7 +60,8 @@ class Setup:
     """What a process keeps through all attempts.
 
     Attributes:
-        entry: ``module:function``, called as ``function(payload, worker)``; its module may have a ``warm()``.
+        entry: ``module:function``, called as ``function(payload, worker)``; its module may have ``warm(payload)``.
+        payload: plain values for the entry.
         run_dir: the run folder.
         settings: the job's cluster section.
         address: of the node it runs on, as the other nodes reach it; 127.0.0.1 where there are no others.
@@ -69,6 +70,7 @@ class Setup:
     """
 
     entry: str
+    payload: dict[str, Any]
     run_dir: str
     settings: ClusterSection
     address: str
@@ -154,7 +156,7 @@ class RankProcess:
             import torch.distributed  # noqa: F401 - for the store
 
             module = importlib.import_module(self._setup.entry.partition(":")[0])
-            getattr(module, "warm", lambda: None)()
+            getattr(module, "warm", lambda payload: None)(self._setup.payload)
             return None
         except Exception as error:
             return self._failure(error, None)
@@ -178,7 +180,7 @@ class RankProcess:
             self._server = StoreServer(assignment, self._setup, self._pulse.aborted)
         return Begun(host, pid, self._server.address if self._server else None, failure)
 
-    def run(self, payload: dict[str, Any], store_address: str) -> dict[str, Any] | Failure:
+    def run(self, store_address: str) -> dict[str, Any] | Failure:
         """Run the entry to its end: its result, or why there is none."""
         assert self._assignment and threading.current_thread() is threading.main_thread()
         worker: GangWorker | None = None
@@ -186,7 +188,7 @@ class RankProcess:
             store = _join_store(self._assignment, self._setup, store_address)
             worker = GangWorker(self._assignment, self._setup.run_dir, self._pulse, store)
             module, _, function = self._setup.entry.partition(":")
-            result = getattr(importlib.import_module(module), function)(payload, worker)
+            result = getattr(importlib.import_module(module), function)(self._setup.payload, worker)
             self._pulse.beat("ended", worker.step)
             return result
         except BaseException as error:
@@ -236,6 +238,9 @@ def _cleaned_up(failure: Failure) -> Failure:
                 dist.distributed_c10d._abort_process_group()  # destroy would wait for collectives that never end
             else:
                 dist.destroy_process_group()
+        else:
+            # A start that failed half-way has used up a name; peers that are new would wait under another one.
+            dist.distributed_c10d._world.group_count = 0
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -288,6 +293,8 @@ def _join_store(assignment: Assignment, setup: Setup, address: str) -> Any:
     from torch.distributed import TCPStore
 
     host, _, port = address.rpartition(":")
+    # The server was there before anyone was told. If it has gone, so has rank 0: TCPStore itself would go on trying.
+    socket.create_connection((host, int(port)), timeout=setup.settings.rendezvous_timeout).close()
     return TCPStore(
         host,
         int(port),
