@@ -7,6 +7,7 @@ Failures travel through the main threads (``CheckpointWriter.poll``): a full dis
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -22,12 +23,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization_config
 
 from swift_dist.checkpoint import folder as folders
-from swift_dist.checkpoint.planning import LocalShards, WriteItemKey, item_key
+from swift_dist.checkpoint.planning import WriteItemKey, item_key
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ class ShardWrite:
         step: int,
         attempt: int,
         rank: int,
-        local: LocalShards,
-        staged: Mapping[WriteItemKey, torch.Tensor],
+        plan: SavePlan,
+        data: Mapping[WriteItemKey, torch.Tensor | io.BytesIO],
         commit: Commit | None,
     ) -> None:
         self.step = step
@@ -86,7 +87,7 @@ class ShardWrite:
         self.finished = threading.Event()
         self.error: BaseException | None = None
         self.committed = False
-        self._attempt, self._rank, self._local, self._staged, self._commit = attempt, rank, local, staged, commit
+        self._attempt, self._rank, self._plan, self._data, self._commit = attempt, rank, plan, data, commit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
 
@@ -116,18 +117,18 @@ class ShardWrite:
         except BaseException as error:  # reported by the main thread; nothing may be lost in a thread
             self.error = error
         finally:
-            self._local = self._staged = None  # type: ignore[assignment]  # give the copies back
+            self._data = {}  # give the copies back
             self.written.set()
             self.finished.set()
 
     def _write_shards(self) -> None:
         self.folder.mkdir(exist_ok=True)
         results: list[WriteResult] = []
-        if self._local.plan.items:
+        if self._plan.items:
             writer = _writer(self.folder, self.final)
-            source = _StagedData(self._local, self._staged, self._stop)
+            source = _StagedData(self._data, self._stop)
             with _without_crc32():
-                results = writer.write_data(self._local.plan, source).wait()  # type: ignore[arg-type]
+                results = writer.write_data(self._plan, source).wait()  # type: ignore[arg-type]
         items = [_to_row(result) for result in results]
         files = {name: (self.folder / name).stat().st_size for name in {row[3] for row in items}}
         record = self.folder / _record_name(self._rank)
@@ -193,13 +194,13 @@ class ShardWrite:
 class _StagedData:
     """Hands torch's writer the private copies, item by item; the place where a write is stopped."""
 
-    def __init__(self, local: LocalShards, staged: Mapping[WriteItemKey, torch.Tensor], stop: threading.Event) -> None:
-        self._objects, self._staged, self._stop = local.objects, staged, stop
+    def __init__(self, data: Mapping[WriteItemKey, torch.Tensor | io.BytesIO], stop: threading.Event) -> None:
+        self._data, self._stop = data, stop
 
     def resolve_data(self, item: WriteItem) -> Any:
         if self._stop.is_set():
             raise Stopped
-        return (self._objects if item.type == WriteItemType.BYTE_IO else self._staged)[item_key(item)]
+        return self._data[item_key(item)]
 
 
 class _Writer(FileSystemWriter):

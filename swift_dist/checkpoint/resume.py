@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     "parallel.expert_model_parallel_size": Rule.FREE,
     "parallel.expert_tensor_parallel_size": Rule.FREE,
     "parallel.sequence_parallel": Rule.FREE,
-    "parallel.use_distributed_optimizer": Rule.FREE,
+    "parallel.use_distributed_optimizer": Rule.FIXED,  # the optimizer's state has other names
     "parallel.overlap_grad_reduce": Rule.FREE,
     "parallel.overlap_param_gather": Rule.FREE,
     "checkpoint.interval": Rule.FREE,

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
 
 from swift_dist.checkpoint import folder as folders
 from swift_dist.checkpoint import planning
@@ -52,8 +50,7 @@ class CheckpointWriter:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group, self._owns_group = gloo_group()
         self._arena = StagingArena()
-        self._plan: SavePlan | None = None
-        self._index: Metadata | None = None
+        self._plan: planning.Plan | None = None
         self._write: ShardWrite | None = None
         self._newest: int | None = None
         error = None
@@ -84,30 +81,17 @@ class CheckpointWriter:
             self.wait()
         begun = time.monotonic()
         temporary = self.directory / folders.temporary_name(step, self._attempt)
-        local, staged, error = None, {}, None
-        try:
-            local = planning.plan_locally(sharded_state_dict, metadata.get(planning.CONTENT_METADATA_KEY), self._rank)
-            staged = dict(zip(local.tensors, self._arena.stage(list(local.tensors.values())), strict=True))
-            if self._rank == 0:
-                remove_half_written(temporary)
-                temporary.mkdir()
-        except Exception as failure:
-            error = failure
-        changed = local is not None and not planning.same_structure(local.plan, self._plan)
-        changed = bool(self._raise_if_any(error, temporary, changed))
-        assert local is not None
-        if changed:
-            self._replan(local, temporary)
-        self._plan = local.plan
-        commit = self._commit(local, metadata) if self._rank == 0 else None
+        local = self._collect(sharded_state_dict, metadata, temporary)
+        plan = self._planned(local, temporary)
+        staged = self._stage(local, plan, temporary)
         self._write = ShardWrite(
             self.directory,
             step=step,
             attempt=self._attempt,
             rank=self._rank,
-            local=local,
-            staged=staged,
-            commit=commit,
+            plan=plan.for_torch(self._rank),
+            data={**staged, **local.objects},
+            commit=self._commit(local, plan, metadata) if self._rank == 0 else None,
         )
         self._newest = step
         self._write.start()
@@ -154,21 +138,50 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
         self._owns_group = False
 
-    def _replan(self, local: planning.LocalShards, temporary: Path) -> None:
-        """Structure seen for the first time: check that it covers every tensor and can be read back, keep the index."""
-        error = None
+    def _collect(self, state: dict[str, Any], metadata: dict[str, Any], temporary: Path) -> planning.LocalShards:
+        local, error = None, None
         try:
-            self._index = planning.plan_globally(local, self._group)
-            planning.check_readable(local)
-        except ValueError as failure:
+            local = planning.collect_shards(state, metadata.get(planning.CONTENT_METADATA_KEY))
+            if self._rank == 0:
+                remove_half_written(temporary)
+                temporary.mkdir()
+        except Exception as failure:
+            error = failure
+        stale = local is not None and (self._plan is None or not self._plan.fits(local))
+        if self._raise_if_any(error, temporary, stale):
+            self._plan = None  # on every rank, if it is on one
+        assert local is not None
+        return local
+
+    def _planned(self, local: planning.LocalShards, temporary: Path) -> planning.Plan:
+        """The plan for this structure: the last save's if it fits, else a new one."""
+        if self._plan is None:
+            error = None
+            try:
+                self._plan = planning.make_plan(local, self._group)
+            except ValueError as failure:  # the same on every rank
+                error = failure
+            self._raise_if_any(error, temporary)
+        assert self._plan is not None
+        return self._plan
+
+    def _stage(
+        self, local: planning.LocalShards, plan: planning.Plan, temporary: Path
+    ) -> dict[planning.WriteItemKey, torch.Tensor]:
+        """Private copies of what this rank writes."""
+        staged, error, keys = [], None, plan.tensor_keys()
+        try:
+            staged = self._arena.stage([local.tensors[key] for key in keys])
+        except (RuntimeError, MemoryError) as failure:  # no memory
             error = failure
         self._raise_if_any(error, temporary)
+        return dict(zip(keys, staged, strict=True))
 
-    def _commit(self, local: planning.LocalShards, metadata: dict[str, Any]) -> Commit:
-        assert self._index is not None
+    def _commit(self, local: planning.LocalShards, plan: planning.Plan, metadata: dict[str, Any]) -> Commit:
+        assert plan.index is not None
         versions = {name: version(name) for name in ("torch", "megatron-core")}
         return Commit(
-            index=copy.copy(self._index),
+            index=copy.copy(plan.index),
             metadata={**metadata, "versions": versions, "attempt": self._attempt, "world_size": self._world_size},
             common=local.common,
             world_size=self._world_size,

@@ -30,6 +30,7 @@ def test_every_key_is_decided():
         ("optimizer", "name", "sgd"),
         ("optimizer", "lr", 1e-5),
         ("schedule", "name", "linear"),
+        ("parallel", "use_distributed_optimizer", False),
     ],
 )
 def test_another_training_is_refused(section, key, value):
@@ -46,7 +47,7 @@ def test_another_training_is_refused(section, key, value):
         ("train", "micro_batch_size", 2),
         ("train", "eval_interval", 5),
         ("parallel", "tensor_model_parallel_size", 4),
-        ("parallel", "use_distributed_optimizer", False),
+        ("parallel", "sequence_parallel", False),
         ("checkpoint", "interval", 3),
         ("cluster", "nproc_per_node", 8),
         ("report", "tensorboard", False),
