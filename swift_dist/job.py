@@ -19,7 +19,7 @@ from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Demand, Placement, crossing_warning, rank_places
 from swift_dist.cluster.runtime import Cluster
 from swift_dist.config import JobConfig
-from swift_dist.resolve import ResolvedJob, resolve
+from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.logs import LOG_FORMAT
 from swift_dist.runs.progress import Monitor
@@ -46,7 +46,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
         folder = RunFolder.for_job(job)
         devices = cluster.devices()
-        resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+        resolved = _resolve(job, folder, devices)
         cluster.start(devices)
         cluster.connect()
         interrupts.install()  # Ray has set handlers of its own
@@ -54,6 +54,13 @@ def run(job: JobConfig) -> dict[str, Any]:
         with Placement(demand, job.cluster.placement_timeout) as placement:
             result = _train(folder, resolved, placement, demand, interrupts)
     return {**result, "seconds": round(time.monotonic() - began, 3)}
+
+
+def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
+    resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+    if folder.exists():
+        check_resume(resolved, folder.path, folder.job())
+    return resolved
 
 
 def _train(
@@ -99,7 +106,7 @@ def describe(job: JobConfig) -> dict[str, Any]:
     with Cluster(job.cluster) as cluster:
         devices: Devices = cluster.devices()
         folder = RunFolder.for_job(job)
-        resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+        resolved = _resolve(job, folder, devices)
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         places = rank_places(resolved.layout, demand)
         return {

@@ -5,15 +5,22 @@ Everything that can be wrong with a job is found here, before anything is starte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swift_dist.config import DatasetEntry, JobConfig, Section
 from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape, ParallelLayout
 
+if TYPE_CHECKING:
+    from swift_dist.checkpoint.resume import Difference
+
 S = TypeVar("S", bound=Section)
+
+NOT_GEOMETRY = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+"""Entries of a config.json that say nothing about the weights or what is computed with them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,39 @@ def resolve(job: JobConfig, *, nproc_per_node: int, output: str) -> ResolvedJob:
         cluster=updated(job.cluster, nproc_per_node=nproc_per_node),
     )
     return ResolvedJob(job, hf_config, shape, layout, fingerprint)
+
+
+def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with what a resume may not change.
+
+    Args:
+        resolved: the new job.
+        run_dir: the run folder.
+        old_job: its job.yaml.
+
+    Raises:
+        JobError: names every difference.
+    """
+    from swift_dist.checkpoint import newest_whole
+    from swift_dist.checkpoint.resume import require_same_training, resume_difference
+
+    checkpoint = newest_whole(run_dir / "checkpoints")
+    origin = checkpoint.metadata if checkpoint else {}
+    old, new = {}, {"data": str(resolved.data_fingerprint)}
+    if "data_fingerprint" in origin:
+        old["data"] = origin["data_fingerprint"]
+    changed: list[Difference] = []
+    if "hf_config" in origin:  # name what differs in the geometry rather than print two whole configurations
+        changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
+        old["model"] = new["model"] = ""
+    require_same_training([*changed, *resume_difference(old_job, resolved.job, old, new)], run_dir)
+
+
+def _geometry_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    from swift_dist.checkpoint.resume import Difference
+
+    keys = sorted((old.keys() | new.keys()) - NOT_GEOMETRY)
+    return [Difference(f"model.config.{k}", old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
 
 
 def updated(section: S, **changes: Any) -> S:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from swift_dist.checkpoint import Checkpoint, CheckpointWriter, load, newest_whole, open_checkpoint
 from swift_dist.config import JobConfig
 from swift_dist.data.loader import TrainingData
 from swift_dist.engines import Engine, build_engine
+from swift_dist.models import model_folder
 from swift_dist.runs.recorder import Recorder
 from swift_dist.runs.worker import Worker
 
@@ -94,7 +94,7 @@ def _start(job: JobConfig, engine: Engine, worker: Worker) -> int:
         return checkpoint.step
     if job.model.resolved_init == "pretrained":
         assert job.model.path
-        engine.load_pretrained(Path(job.model.path))
+        engine.load_pretrained(model_folder(job.model.path, weights=True))
     return 0
 
 
