@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from swift_dist.errors import JobError, RunError
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 120.0
+_CONNECT_SECONDS = 10.0
 
 
 class Cluster:
@@ -92,6 +94,8 @@ class Cluster:
         if ray.is_initialized():
             return
         address = self._own_address() if self._host else self._address
+        if not self.is_own:
+            _require_listener(address)
         # Ray prints news such as a worker's death to stdout, which belongs to the result; the gang reports it itself.
         printer = ray_worker.print_to_stdstream
         ray_worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", data.get("lines"))
@@ -157,6 +161,25 @@ class Cluster:
         for name, value in variables.items():
             self._undo.append(partial(_restore, name, os.environ.get(name)))
             os.environ[name] = value
+
+
+def _require_listener(address: str) -> None:
+    """Ray waits minutes for an address at which nothing listens; ask first.
+
+    Raises:
+        JobError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or something that Ray itself refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise JobError(
+            "cluster.address",
+            f"no Ray cluster answers at {address}: {error}",
+            "leave it (and RAY_ADDRESS) out for a cluster of the job's own, or start one with `ray start --head`",
+        ) from None
 
 
 def _own_cluster_variables() -> dict[str, str]:
