@@ -1,0 +1,47 @@
+# make demo      from nothing to a pretrained model: install, then text -> tokens -> training -> export -> sample
+# make install   .venv with everything, and .venv/bin/swift-dist
+# make test      the whole CPU test suite; test-fast: without what takes long (under 3 minutes)
+# make lint      style and types
+# make bench     our speed against bare megatron-core, torchrun and tokenizers
+# make tables    the full golden parity tables (long)
+# make clean     remove what the above made, except .venv; distclean: .venv too
+#
+# Variables: VENV, PYTHON, TORCH_ARGS (see .ci/install); DEMO: the demo's folder; ARGS: more words for pytest.
+
+VENV ?= .venv
+DEMO ?= .demo
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+export VENV PYTHON TORCH_ARGS
+
+.PHONY: demo install test test-fast lint bench tables clean distclean
+
+demo: install
+	@$(BIN)/python -m swift_dist.demo --folder $(DEMO)
+
+install:
+	@bash .ci/install
+
+test: install
+	$(PYTEST) -m "not table" $(ARGS)
+
+test-fast: install
+	$(PYTEST) -m "not table and not slow" $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+tables: install
+	$(PYTEST) -m table $(ARGS)
+
+clean:
+	rm -rf build dist .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info
