@@ -58,3 +58,16 @@ class Permutation:
         while (outside := np.flatnonzero(out >= self.n)).size:
             out[outside] = self._network(out[outside])
         return out.astype(np.int64).reshape(np.shape(index))
+
+
+def document_keys(seed: int, purpose: str, files: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Pseudo-random keys of documents, by their file and place in it: sorted by them, documents are shuffled.
+
+    Args:
+        files: int64 [n], index of each document's file; positions: int64 [n], where it begins there.
+
+    Returns:
+        uint64 [n].
+    """
+    first, second = np.frombuffer(derive(seed, purpose, size=16), dtype="<u8").astype(np.uint64)
+    return _mix(_mix(positions.astype(np.uint64) ^ first) + _mix(files.astype(np.uint64) ^ second))
