@@ -154,7 +154,8 @@ class Cluster:
             log.error("%s", answer.get("logs", ""))
             raise RunError(f"the job's own Ray cluster did not start: {answer['error']}")
         if answer["dashboard"]:
-            log.info("Ray dashboard: http://%s", answer["dashboard"])
+            # To the terminal only: driver.log begins later. The page asks for the token once.
+            log.info("Ray dashboard: http://%s  token: %s", answer["dashboard"], os.environ["RAY_AUTH_TOKEN"])
         return answer["address"]
 
     def _set_variables(self, variables: Mapping[str, str]) -> None:
