@@ -317,6 +317,8 @@ class Gang:
         if now - self._beats_read >= _BEATS_SECONDS:
             self._beats, self._beats_read = self._agents.read(), now
             self._keep_spares()
+        if self._interrupts.insistent:
+            raise KeyboardInterrupt
         if self._stop_wanted() and not self._stop_sent:
             if not can_stop:
                 raise KeyboardInterrupt  # nothing has been trained that could be saved

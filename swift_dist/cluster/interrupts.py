@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from swift_dist.errors import EXIT_INTERRUPTED
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Counts interrupts. Outside `graceful` one raises KeyboardInterrupt at once, as does the second one inside."""
+    """Counts interrupts. Outside `graceful` the first one raises KeyboardInterrupt; inside, the owner asks.
+
+    Nothing is raised while what the first one began is under way: clean-up is not interrupted half-way. The fifth ends
+    the process on the spot (the kernel then ends what it started).
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -20,7 +27,13 @@ class Interrupts:
 
     @property
     def requested(self) -> bool:
+        """Whether the run is to checkpoint and end."""
         return self.count > 0
+
+    @property
+    def insistent(self) -> bool:
+        """Whether it is to end at once."""
+        return self.count > 1
 
     def install(self) -> None:
         """Take the signals (again: libraries such as Ray set handlers of their own). Main thread only, else nothing."""
@@ -31,7 +44,9 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
-        if not self.graceful or self.count > 1:
+        if self.count >= 5:
+            os._exit(EXIT_INTERRUPTED)
+        if not self.graceful and self.count == 1:
             raise KeyboardInterrupt
 
     def __enter__(self) -> Interrupts:
@@ -44,3 +59,5 @@ class Interrupts:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}
+        if self.requested and error is not None and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # compiled code, such as Ray's, turns the one into the other

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch.distributed
 
 _PR_SET_PDEATHSIG = 1
+_CONNECT_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
@@ -185,7 +186,7 @@ class RankProcess:
         assert self._assignment and threading.current_thread() is threading.main_thread()
         worker: GangWorker | None = None
         try:
-            store = _join_store(self._assignment, self._setup, store_address)
+            store = _join_store(self._assignment, self._setup, store_address, self._pulse.aborted)
             worker = GangWorker(self._assignment, self._setup.run_dir, self._pulse, store)
             module, _, function = self._setup.entry.partition(":")
             result = getattr(importlib.import_module(module), function)(self._setup.payload, worker)
@@ -289,20 +290,31 @@ class StoreServer:
                 return
 
 
-def _join_store(assignment: Assignment, setup: Setup, address: str) -> Any:
-    from torch.distributed import TCPStore
+def _join_store(assignment: Assignment, setup: Setup, address: str, aborted: Callable[[], bool]) -> Any:
+    """Connect to the server, which was there before anyone was told.
+
+    TCPStore goes on trying a server that has died: so in short attempts, and no more once the attempt is aborted.
+    """
+    from torch.distributed import DistError, TCPStore
 
     host, _, port = address.rpartition(":")
-    # The server was there before anyone was told. If it has gone, so has rank 0: TCPStore itself would go on trying.
-    socket.create_connection((host, int(port)), timeout=setup.settings.rendezvous_timeout).close()
-    return TCPStore(
-        host,
-        int(port),
-        assignment.world_size,
-        is_master=False,
-        timeout=timedelta(seconds=setup.settings.rendezvous_timeout),
-        wait_for_workers=False,
-    )
+    deadline = time.monotonic() + setup.settings.rendezvous_timeout
+    while True:
+        try:
+            store = TCPStore(
+                host,
+                int(port),
+                assignment.world_size,
+                is_master=False,
+                timeout=timedelta(seconds=_CONNECT_SECONDS),
+                wait_for_workers=False,
+            )
+        except DistError:
+            if aborted() or time.monotonic() > deadline:
+                raise
+        else:
+            store.set_timeout(timedelta(seconds=setup.settings.rendezvous_timeout))
+            return store
 
 
 def _write_into(path: Path) -> None:

@@ -21,16 +21,18 @@ from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 
 pytestmark = pytest.mark.timeout(180)
-DIGEST: dict[int, str] = {}
 
 
 @contextmanager
 def gang_of(run_dir: Path, payload: dict[str, Any], notes: Notes, **settings: Any) -> Iterator[Gang]:
     plan = toy_plan(run_dir, payload, **settings)
     demand = Demand.of(plan.settings, len(plan.places), use_gpu=False)
-    with Placement(demand, timeout=20) as placement, Interrupts() as interrupts:
-        with Gang(plan, placement, interrupts, notes) as gang:
-            yield gang
+    with (
+        Placement(demand, timeout=20) as placement,
+        Interrupts() as interrupts,
+        Gang(plan, placement, interrupts, notes) as gang,
+    ):
+        yield gang
 
 
 def run(run_dir: Path, payload: dict[str, Any], notes: Notes | None = None, **settings: Any) -> GangResult:

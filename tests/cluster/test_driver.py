@@ -1,0 +1,140 @@
+"""A driver process that is interrupted or killed leaves nothing running; simulated nodes; attaching to a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+MARK = "SWIFT_DIST_TEST_MARK"
+pytestmark = pytest.mark.timeout(180)
+
+
+class Driver:
+    """A driver with everything it starts, recognised by a variable in the environment."""
+
+    def __init__(self, run_dir: Path, payload: dict[str, Any], **settings: Any) -> None:
+        self.run_dir, self.mark = run_dir, uuid.uuid4().hex
+        variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        variables.update({MARK: self.mark, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "driver.py"), str(run_dir), json.dumps(payload), json.dumps(settings)],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, pattern: str, seconds: float = 90.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not list(self.run_dir.glob(pattern)):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, f"no {pattern}"
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=90)
+        return self.process.returncode, out, err
+
+    def left(self) -> list[str]:
+        """Processes of this driver that still run."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes()[:80]!r}")
+        return found
+
+    def assert_nothing_left(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.left() == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    drivers: list[Driver] = []
+
+    def begin(payload: dict[str, Any], **settings: Any) -> Driver:
+        drivers.append(Driver(tmp_path / "run", payload, **settings))
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        for line in driver.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split(":")[0]), signal.SIGKILL)
+        driver.process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_checkpoints_and_leaves_nothing(start: Any, number: signal.Signals) -> None:
+    driver = start({"steps": 500, "step_seconds": 0.05})
+    driver.wait_for("checkpoints/step_5.pt")
+    os.killpg(driver.process.pid, number)  # as a terminal does: to the driver and what shares its group
+    code, out, err = driver.end()
+    assert code == 130, err
+    result = json.loads(out)
+    assert result["state"] == "interrupted"
+    step = result["results"]["0"]["step"]
+    assert (driver.run_dir / "checkpoints" / f"step_{step}.pt").exists()
+    assert "stopping after a checkpoint" in err and "Traceback" not in err
+    driver.assert_nothing_left(2.0)
+
+
+def test_a_second_interrupt_ends_it_at_once(start: Any) -> None:
+    driver = start({"steps": 500, "step_seconds": 30.0, "faults": [{"rank": 0, "phase": "build", "do": "note"}]})
+    driver.wait_for("fault-0-build-any")
+    time.sleep(1.0)
+    for _ in range(2):
+        driver.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    began = time.monotonic()
+    code, _, err = driver.end()
+    assert code == 130 and "Traceback" not in err, err
+    assert time.monotonic() - began < 10
+    driver.assert_nothing_left(2.0)
+
+
+def test_an_interrupt_during_the_start_ends_it(start: Any) -> None:
+    driver = start({"steps": 500})
+    time.sleep(1.5)
+    driver.process.send_signal(signal.SIGINT)
+    code, _, err = driver.end()
+    assert code == 130 and "Traceback" not in err, err
+    driver.assert_nothing_left(2.0)
+
+
+def test_a_killed_driver_leaves_no_orphan(start: Any) -> None:
+    driver = start(
+        {"steps": 500, "step_seconds": 0.05, "faults": [{"rank": 1, "phase": "step", "step": 8, "do": "stop"}]}
+    )
+    driver.wait_for("fault-1-step-8")
+    assert len(driver.left()) > 4
+    driver.process.kill()
+    driver.process.wait()
+    driver.assert_nothing_left(10.0)
+
+
+def test_two_simulated_nodes_survive_a_kill(start: Any) -> None:
+    faults = [{"rank": 1, "phase": "step", "step": 12, "do": "kill"}]
+    driver = start({"steps": 20, "faults": faults}, nnodes=2, nproc_per_node=1)
+    code, out, err = driver.end()
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert results["0"]["digest"] == results["1"]["digest"]
+    assert results["1"]["attempt"] == 1 and "rank 1" in err
+    driver.assert_nothing_left(2.0)
