@@ -291,3 +291,11 @@ def polled(rank: int, world: int, directory: str) -> list[Any]:
     again = writer.poll()
     writer.close()
     return [calls, step, again]
+
+
+def save_and_read_beside_another_backend(rank: int, world: int, directory: str) -> dict[str, Any]:
+    """As where NCCL trains: the default group is not for CPU tensors, so a gloo group is made, used and left."""
+    dist.get_backend_config = lambda group=None: "cuda:nccl"
+    groups = len(dist.distributed_c10d._world.pg_map)
+    save(rank, world, directory, [3])
+    return {**read(rank, world, directory), "groups left": len(dist.distributed_c10d._world.pg_map) - groups}

@@ -23,7 +23,7 @@ class Started:
     pids: list[int]
     folder: Path
 
-    def join(self, seconds: float = 120) -> list[Any]:
+    def join(self, seconds: float = 240) -> list[Any]:
         """Each rank's answer: its value, an Exception-like dict {"error", "message"}, or None if it was killed."""
         statuses = self.gang.ask({"wait": self.pids, "seconds": seconds})
         assert None not in statuses, f"ranks did not end:\n{self.output()}"

@@ -111,19 +111,20 @@ def close(rows, expected):
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("world", "parallel"),
+    ("world", "precision", "parallel"),
     [
-        (1, {}),
-        (2, {"tp": 2, "sp": True}),
-        (2, {"pp": 2, "vpp": 2}),
-        (2, {}),
-        (2, {"distributed": False}),
+        (1, "fp32", {}),
+        (2, "fp32", {"tp": 2, "sp": True}),
+        (2, "bf16", {"tp": 2, "sp": True}),
+        (2, "fp32", {"pp": 2, "vpp": 2}),
+        (2, "fp32", {}),
+        (2, "bf16", {}),
+        (2, "fp32", {"distributed": False}),
     ],
     ids=str,
 )
-def test_same_layout_is_bit_exact_with_dropout(runs, world, parallel, precision):
+def test_same_layout_is_bit_exact_with_dropout(runs, world, precision, parallel):
     config = LLAMA | {"attention_dropout": 0.1}
     whole, rows = runs.run(world, config, precision=precision, **parallel)
     resumed, resumed_rows = runs.run(world, config, precision=precision, resume=whole, **parallel)
@@ -149,3 +150,40 @@ def test_another_layout_matches(runs, eight, world, parallel):
     _, resumed = runs.run(world, LLAMA, resume=whole, **parallel)
     assert len(resumed) == STEPS - SAVED >= 2
     assert close(resumed, rows) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def eight_with_experts(runs):
+    return runs.run(8, MOE, tp=2, pp=2, ep=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (4, {"ep": 4}),
+        (4, {"tp": 2, "ep": 2}),
+        pytest.param(
+            1,
+            {},
+            marks=pytest.mark.xfail(
+                strict=True, reason="the engine saves one optimizer for EP 1 and two beyond, with their groups apart"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_another_layout_of_experts_matches(runs, eight_with_experts, world, parallel):
+    whole, rows = eight_with_experts
+    _, resumed = runs.run(world, MOE, resume=whole, **parallel)
+    assert close(resumed, rows) <= 1e-6
+
+
+@pytest.mark.slow
+def test_tied_embeddings_move_between_pipeline_layouts(runs):
+    """The output weight lives on the last stage too: two holders of one tensor, then one."""
+    tied = LLAMA | {"tie_word_embeddings": True}
+    whole, rows = runs.run(4, tied, tp=2, pp=2)
+    for world, parallel in ((1, {}), (2, {"pp": 2})):
+        _, resumed = runs.run(world, tied, resume=whole, **parallel)
+        assert close(resumed, rows) <= 1e-6

@@ -68,3 +68,8 @@ def test_poll_says_the_same_on_every_rank(gang, tmp_path):
     assert others == [first, first]
     calls, step, again = first
     assert calls > 1 and step == 4 and again is None
+
+
+def test_own_gloo_group_beside_another_backend(gang, tmp_path):
+    for answer in gang.run("save_and_read_beside_another_backend", 2, directory=tmp_path):
+        assert answer["wrong"] == [] and answer["groups left"] == 0
