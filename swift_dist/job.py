@@ -23,6 +23,7 @@ from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.logs import LOG_FORMAT
 from swift_dist.runs.progress import Monitor
+from swift_dist.runs.reporters import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def run(job: JobConfig) -> dict[str, Any]:
 
 
 def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
+    check_trackers(job.report)
     resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
     if folder.exists():
         check_resume(resolved, folder.path, folder.job())
