@@ -162,10 +162,9 @@ class Preparation:
         self._require_complete([part.facts for part in parts])
         facts = [part.facts for part in parts]
         for k, name in enumerate(self.split_names):
-            if not sum(part.documents[k] for part in facts):
+            if not any(part.documents[k] for part in facts):
                 work.remove()
-                what = f"split {name} got no document" if self.options.split else "there is no document in the input"
-                raise RunError(what, "give it a larger share, or more and smaller documents (--text_unit)")
+                raise self._no_document(name, sum(len(part.bad_rows) for part in facts))
         logger.info("merging %d parts", len(parts))
         rename: list[tuple[Path, Path]] = []
         indices: list[tuple[Path, Path]] = []
@@ -191,6 +190,13 @@ class Preparation:
         result = self._result(run, manifests)
         work.remove()
         return result
+
+    def _no_document(self, name: str, num_bad: int) -> RunError:
+        if self.options.split and num_bad == 0:
+            remedy = "give it a larger share, or more and smaller documents (--text_unit)"
+            return RunError(f"split {name} got no document", remedy)
+        left_out = f": {num_bad} corrupt rows were left out" if num_bad else ""
+        return RunError(f"there is no document in the input{left_out}", "check --text_key, --format and the files")
 
     def _require_complete(self, facts: Sequence[PartFacts]) -> None:
         done = {part.id for part in facts}

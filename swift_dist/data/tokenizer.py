@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import Field
 
 from swift_dist.data.sources import ReadOptions
 from swift_dist.errors import JobError
+
+logger = logging.getLogger(__name__)
 
 
 class TrainTokenizerOptions(ReadOptions):
@@ -54,6 +57,8 @@ def train_tokenizer(options: TrainTokenizerOptions) -> dict[str, Any]:
     tokenizer.train_from_iterator(sample.texts(), trainer)
     if not sample.documents:
         raise JobError("input", f"no document in {', '.join(options.input)}", "check --text_key and --format")
+    if tokenizer.get_vocab_size() < options.vocab_size:
+        logger.warning("the text gives only %d tokens, not %d", tokenizer.get_vocab_size(), options.vocab_size)
     _save(tokenizer, options, output)
     return {
         "output": str(output),
