@@ -26,7 +26,7 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
     }
     # While loading, megatron sizes its request by the state that is there; the numbers themselves are overwritten.
     set_update_count(engine.optimizer, engine.updates)
-    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
+    state["optimizer"] = _without_settings(engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata))
     state["engine"] = {
         "steps": engine.steps,
         "updates": engine.updates,
@@ -37,6 +37,22 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
     if not is_loading:
         state["rng"] = rng.save_generators()
     return state
+
+
+def _without_settings(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Keep parameter groups out of the file.
+
+    They hold settings, which come from the job, and the number of updates, which is among the engine's numbers. How
+    many optimizers megatron chains (one, or dense and experts apart) depends on the layout, so groups that were saved
+    would not fit a resume on another one.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    for part in [optimizer] if "optimizer" in optimizer else optimizer.values():
+        for name in ("optimizer", "param_state_sharding_type"):
+            if isinstance(part, dict) and name in part:
+                part[name] = LocalNonpersistentObject(part[name])
+    return optimizer
 
 
 def restore(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
