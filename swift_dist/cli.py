@@ -224,7 +224,7 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
     try:
         backend = find("swift_dist.launchers", launcher, "LAUNCHER")
     except UnknownPlugin as error:
-        raise JobError("--launcher", str(error)) from None
+        raise JobError("--launcher", str(error), f"--launcher {(error.suggestions or error.known)[0]}") from None
     if dry_run:
         from swift_dist.job import describe, render_plan
 
@@ -245,9 +245,16 @@ def _job_file(path: str | None) -> str | None:
     """A path as it is; else the file of the shipped recipe of that name."""
     if path is None or os.path.exists(path):  # noqa: PTH110 - pathlib is not needed for anything else here
         return path
-    from swift_dist.recipes import recipe_path
+    from swift_dist.config.keys import did_you_mean
+    from swift_dist.recipes import list_recipes, recipe_path
 
-    return str(recipe_path(path) or path)
+    recipe = recipe_path(path)
+    if recipe is None and "/" not in path:
+        hint = did_you_mean(path, list_recipes())
+        raise JobError(
+            path, f"there is no such job file, and no recipe of that name. {hint}".strip(), "swift-dist recipes list"
+        )
+    return str(recipe or path)
 
 
 def _schema(as_json: bool) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def run(job: JobConfig) -> dict[str, Any]:
 
 def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
     check_trackers(job.report)
-    resolved = resolve(job, nproc_per_node=devices.nproc_per_node, output=str(folder.path))
+    resolved = resolve(job, nproc_per_node=devices.nproc_per_node, on_cuda=devices.use_gpu, output=str(folder.path))
     if folder.exists():
         check_resume(resolved, folder.path, folder.job())
     return resolved

@@ -32,8 +32,7 @@ class UnknownPlugin(LookupError):
         text = f"{name!r} is not in {room}"
         if detail:
             text += f" ({detail})"
-        if self.suggestions:
-            text += f"; did you mean {' or '.join(self.suggestions)}?"
+        text += f"; did you mean {' or '.join(self.suggestions)}?" if self.suggestions else "."
         text += f" There are: {', '.join(known) or 'none'}; or give your own as 'package.module:ATTRIBUTE'"
         super().__init__(text)
 

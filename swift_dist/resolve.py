@@ -50,22 +50,26 @@ class ResolvedJob:
         }
 
 
-def resolve(job: JobConfig, *, nproc_per_node: int, output: str) -> ResolvedJob:
+def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) -> ResolvedJob:
     """Check a job against its model and data and fill what was left open.
 
     Args:
         job: as loaded.
         nproc_per_node: ranks per machine (``cluster.nproc_per_node`` or what the machine offers).
+        on_cuda: whether the ranks compute on NVIDIA GPUs.
         output: the run folder.
 
     Raises:
         JobError: with the first thing that is wrong, and its remedy.
     """
+    from swift_dist.engines.megatron import requirements
     from swift_dist.models import find_family, read_hf_config
+    from swift_dist.optim.schedule import build_schedule
     from swift_dist.parallel import require_valid
 
     if job.engine != "megatron":
         raise JobError("engine", f"{job.engine!r} cannot pretrain yet: only megatron can", "--engine megatron")
+    requirements.check(job, on_cuda=on_cuda)
     job = absolute_paths(job)
     hf_config = read_hf_config(job.model)
     family = find_family(hf_config)
@@ -83,6 +87,8 @@ def resolve(job: JobConfig, *, nproc_per_node: int, output: str) -> ResolvedJob:
     )
     job, fingerprint = _with_data(job, shape)
     _check_weights(job)
+    assert job.train.steps is not None
+    build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
     job = updated(
         job,
         output=str(Path(output).absolute()),
@@ -103,8 +109,11 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
         JobError: names every difference.
     """
     from swift_dist.checkpoint import newest_whole
+    from swift_dist.checkpoint.folder import step_folders
     from swift_dist.checkpoint.resume import require_same_training, resume_difference
 
+    if not step_folders(run_dir / "checkpoints"):
+        return  # it ended before its first checkpoint: nothing of it goes on, and a corrected job may start there
     checkpoint = newest_whole(run_dir / "checkpoints")
     origin = checkpoint.metadata if checkpoint else {}
     old, new = {}, {"data": str(resolved.data_fingerprint)}
@@ -172,6 +181,8 @@ def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
 
 
 def _check_weights(job: JobConfig) -> None:
+    from swift_dist.checkpoint import open_checkpoint
+
     folder = Path(job.model.path) if job.model.path and job.model.resolved_init == "pretrained" else None
     if folder and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise JobError(
@@ -182,3 +193,5 @@ def _check_weights(job: JobConfig) -> None:
     load = job.checkpoint.load
     if load and not Path(load).exists():
         raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
+    if load:
+        open_checkpoint(load)

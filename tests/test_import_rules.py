@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "runs", "sequence_parallel", "engines"),
     },
     "cluster": {"config", "parallel", "runs"},
-    "resolve": {"config", "parallel", "models", "data", "checkpoint"},
+    "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
     "job": {"config", "parallel", "cluster", "runs", "resolve"},
     "serving": {"config", "models", "converters", "checkpoint"},
     "launchers": {"config"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -153,7 +153,9 @@ class ClusterSection(Section):
     placement_timeout: float = Field(60.0, gt=0, description="seconds to wait for the machines a job asks for")
     rendezvous_timeout: float = Field(120.0, gt=0, description="seconds for all ranks to meet")
     dashboard: bool = Field(False, description="serve Ray's dashboard on 127.0.0.1 where the cluster is the job's own")
-    env: dict[str, str] = Field({}, description="environment variables set for every rank")
+    env: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
+        {}, description="environment variables set for every rank"
+    )
 
 
 class ReportSection(Section):

@@ -67,7 +67,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise JobError(str(path), f"must hold a mapping of keys, not a {type(values).__name__}")
+        raise JobError(
+            str(path),
+            f"must hold a mapping of keys, not a {type(values).__name__}",
+            "write it as `key: value` lines; swift-dist recipes show NAME prints an example",
+        )
     return values
 
 
@@ -142,7 +146,9 @@ def _as_job_error(error: ValidationError, keys: Mapping[str, Key]) -> JobError:
         )
         message = re.sub(r"^Value error, ", "", item["msg"])
         value = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
-        problems.append((name or "job", f"{message}{value}", f"allowed: {key.type_text}" if key else ""))
+        problems.append(
+            (name or "job", f"{message}{value}", f"allowed: {key.type_text}" if key else "see --help for its keys")
+        )
     if len(problems) == 1:
         return JobError(*problems[0])
     rest = "".join(f"\n{name}: {message}" for name, message, _ in problems[1:])

@@ -42,7 +42,8 @@ def find_family(hf_config: Mapping[str, Any], name: str | None = None) -> Family
             meant = f" (did you mean {' or '.join(error.suggestions)}?)" if error.suggestions else ""
             raise _unsupported("model.config.model_type", f"{model_type!r} is not supported{meant}", ()) from None
     if architectures and not set(architectures) & set(family.architectures):
-        raise _unsupported("model.config.architectures", f"a {family.name} model, but of a kind", architectures)
+        message = f"{', '.join(architectures)} is not supported, though its model_type is {family.name}"
+        raise _unsupported("model.config.architectures", message, ())
     return family
 
 

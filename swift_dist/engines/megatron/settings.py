@@ -10,8 +10,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from swift_dist.config import JobConfig
-from swift_dist.engines.megatron.spec import have_transformer_engine
-from swift_dist.errors import JobError
+from swift_dist.engines.megatron import requirements
+from swift_dist.engines.megatron.requirements import have_transformer_engine
 from swift_dist.models import Family
 from swift_dist.parallel import ParallelLayout
 
@@ -19,41 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(job: JobConfig, device: str) -> None:
-    """Refuse what this engine or this machine cannot do, before anything is built.
-
-    Raises:
-        JobError: naming the key.
-    """
-    if job.train.fp8 != "none":
-        if not (device.startswith("cuda") and have_transformer_engine()):
-            raise JobError(
-                "train.fp8", "needs an NVIDIA GPU and transformer-engine", "pip install 'swift-dist[gpu]', or fp8: none"
-            )
-        if job.train.precision != "bf16":
-            raise JobError("train.fp8", f"works with train.precision bf16, not {job.train.precision}", "use bf16")
-    _check_optimizer(job)
-
-
-def _check_optimizer(job: JobConfig) -> None:
-    name, sharded = job.optimizer.name, job.parallel.use_distributed_optimizer
-    if name != "adamw" and sharded:
-        raise JobError(
-            "parallel.use_distributed_optimizer",
-            f"true is not possible with optimizer.name: {name} (megatron-core shards AdamW's state only)",
-            "--parallel.use_distributed_optimizer false",
-        )
-    if name != "muon":
-        return
-    from megatron.core.optimizer.muon import HAVE_EMERGING_OPTIMIZERS
-
-    if not HAVE_EMERGING_OPTIMIZERS:
-        raise JobError(
-            "optimizer.name",
-            "muon needs the package emerging_optimizers, which is not installed",
-            "install it from github.com/NVIDIA-NeMo/Emerging-Optimizers, or use optimizer.name: adamw",
-        )
-    if job.train.precision == "fp16":
-        raise JobError("optimizer.name", "muon does not work with train.precision fp16", "use bf16 or fp32")
+    """See `requirements.check`: a rank repeats what the driver has checked, on its own machine."""
+    requirements.check(job, on_cuda=device.startswith("cuda"))
 
 
 def transformer_config(

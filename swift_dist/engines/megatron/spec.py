@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -24,11 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from swift_dist.engines.megatron.attention import DotProductAttention
 from swift_dist.engines.megatron.norm import Norm, NormColumnParallelLinear
-
-
-def have_transformer_engine() -> bool:
-    """Whether transformer-engine is installed (its classes, FP8 and grouped matrix products are then used)."""
-    return importlib.util.find_spec("transformer_engine") is not None
+from swift_dist.engines.megatron.requirements import have_transformer_engine
 
 
 class TorchBackend(BackendSpecProvider):
