@@ -1,6 +1,6 @@
 """Rewrites the generated parts of docs/cli.md from the configuration's own descriptions. `--check` only compares.
 
-    .venv/bin/python docs/generate.py
+.venv/bin/python docs/generate.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lets an exported model write on, with nothing but transformers.
 
-    python docs/demo/generate.py .demo/model "def main("
+python docs/demo/generate.py .demo/model "def main("
 """
 
 from __future__ import annotations

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # From text to a pretrained model, step by step: every step is a command that you can type yourself.
-# Usage: docs/demo/run.sh [FOLDER]      (default .demo; run it again after an interruption and it goes on)
+# Usage: docs/demo/run.sh [FOLDER] [more words for pretrain]
+# FOLDER is .demo by default; run it again after an interruption and it goes on.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 bin=${BIN:-$(cd "$here/../.." && pwd)/${VENV:-.venv}/bin}
 folder=${1:-.demo}
+shift || true
 mkdir -p "$folder"
 started=$SECONDS
 
 step() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$1" "$((SECONDS - started))"; }
 run() { # shows the command as one would type it, then runs it
     printf '$ %s' "$(basename "$1")"
-    printf ' %q' "${@:2}"
+    for word in "${@:2}"; do
+        case $word in
+            *[!A-Za-z0-9_./:,=+-]*) printf ' %q' "$word" ;;
+            *) printf ' %s' "$word" ;;
+        esac
+    done
     echo
     "$@"
 }
@@ -40,7 +47,7 @@ step "3. Tokens, split into training and validation documents"
 step "4. Pretraining through Ray: $layout"
 # shellcheck disable=SC2086  # $layout is a list of words
 run "$bin/swift-dist" pretrain "$here/job.yaml" $layout --dataset "$folder/data/code_train" \
-    --val_dataset "$folder/data/code_validation" --tokenizer "$folder/tokenizer" --output "$folder/run"
+    --val_dataset "$folder/data/code_validation" --tokenizer "$folder/tokenizer" --output "$folder/run" "$@"
 
 step "5. The loss curve"
 run "$bin/swift-dist" runs plot "$folder/run" --output "$folder/loss.png"
