@@ -12,7 +12,7 @@ from typing import Any
 from swift_dist.parallel import ParallelLayout
 
 SEQUENCE, GLOBAL_BATCH, STEPS = 32, 8, 4
-LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 2e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
+LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
 
 _TINY = {
     "vocab_size": 300,

@@ -30,7 +30,10 @@ _ABSENT = object()
 def apply() -> Undo:
     """Make megatron-core importable and usable on this machine; call it before the first import of megatron.
 
-    Returns a function that restores every slot. Raises RunError where another version of megatron-core is installed.
+    Returns a function that restores every slot; a second call changes nothing and returns one that does nothing.
+
+    Raises:
+        RunError: another version of megatron-core is installed.
     """
     version = importlib.metadata.version("megatron-core")
     if version != MEGATRON_VERSION:
@@ -41,6 +44,8 @@ def apply() -> Undo:
     import torch
 
     undo = contextlib.ExitStack()
+    if torch.cuda.Stream is _Stream:
+        return undo.close
     if not torch.cuda.is_available():
         _replace(undo, _torch_slots())
         _import_megatron_without_compiler()

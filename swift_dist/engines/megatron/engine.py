@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class MegatronEngine:
     def __init__(
         self, job: JobConfig, layout: ParallelLayout, family: Family, hf_config: dict[str, Any], worker: Worker
     ) -> None:
-        install_shim()
+        cpu_shim.apply()
         from megatron.core.distributed import finalize_model_grads
 
         from swift_dist.engines.megatron import groups, model, rng, settings, weights
@@ -90,7 +92,12 @@ class MegatronEngine:
 
         Raises:
             RunError: a NaN, an infinity or a loss spike where the job's policy is to stop.
+            RuntimeError: a peer died. Call `close`, so that other ranks that wait for this one notice too.
         """
+        with _no_references_in_tracebacks():
+            return self._train_step(micro_batches, step, stop)
+
+    def _train_step(self, micro_batches: list[MicroBatch], step: int, stop: bool) -> StepResult:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -164,9 +171,12 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[list[MicroBatch]]) -> float:
-        """Mean loss over the counting tokens of some global batches; nan if there are none."""
+        """Mean loss over the counting tokens of some global batches, with dropout off; nan if there are none."""
+        with torch.no_grad(), _no_references_in_tracebacks():
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: Iterable[list[MicroBatch]]) -> float:
         self._gather_params()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for chunk in self.chunks:
@@ -220,18 +230,33 @@ class MegatronEngine:
         if self._closed:
             return
         self._closed = True
-        from swift_dist.engines.megatron import groups
+        from swift_dist.engines.megatron import groups, model
+        from swift_dist.engines.megatron.optimizer import free_state
 
+        if "chunks" in self.__dict__:
+            model.free(self.chunks)
+        if "optimizer" in self.__dict__:
+            free_state(self.optimizer)
         for name in ("optimizer", "chunks", "config", "_scaler"):
             self.__dict__.pop(name, None)
         groups.leave()
-        gc.collect()  # DDP's hooks and the optimizer refer to each other
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def install_shim() -> None:
-    """Apply the CPU shim once in this process (nothing happens where CUDA is available)."""
-    if not getattr(cpu_shim, "_applied", False):
-        cpu_shim.apply()
-        cpu_shim._applied = True  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _no_references_in_tracebacks() -> Iterator[None]:
+    """Let an error pass without the local variables of the frames it came through.
+
+    They hold process groups, and as long as somebody holds the error, the groups' sockets would stay open after
+    `close`: ranks that wait for this one would wait on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        seen: BaseException | None = error
+        while seen is not None:
+            traceback.clear_frames(seen.__traceback__)
+            seen = seen.__context__
+        raise

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import types
 from datetime import timedelta
 
 import torch
@@ -52,8 +54,28 @@ def join(layout: ParallelLayout, worker: Worker, rendezvous_timeout: float) -> N
 def leave() -> None:
     """Leave all groups and reset megatron's globals, so that this process can join again. Safe after a peer's death.
 
-    Nothing here talks to a peer: sockets are closed, so that others who wait for this rank are released too.
+    Nothing here talks to a peer. Ranks that wait for this one are released when its sockets close, and gloo closes them
+    only with the last reference to a group (its `abort` does nothing), so references are taken away wherever they are.
     """
+    _reset_megatron()
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "nccl":
+        with contextlib.suppress(RuntimeError, ValueError):  # a group that a dead peer broke may refuse
+            dist.distributed_c10d._abort_process_group()
+    names = dict(dist.distributed_c10d._world.pg_names)
+    groups = sorted(names, key=names.__getitem__, reverse=True)
+    names.clear()
+    dist.destroy_process_group()
+    _take_away(groups)
+    while groups:
+        # A group with an operation in flight waits here until a peer closes its end. All ranks close in the same order,
+        # so no two wait for each other.
+        groups.pop()
+
+
+def _reset_megatron() -> None:
+    """Forget the groups, the random streams and what else megatron keeps between calls."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.tensor_parallel import random
@@ -67,10 +89,21 @@ def leave() -> None:
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    if not dist.is_initialized():
-        return
-    with contextlib.suppress(RuntimeError, ValueError):  # a group that a dead peer broke may refuse to be aborted
-        dist.distributed_c10d._abort_process_group()
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+
+def _take_away(groups: list[dist.ProcessGroup]) -> None:
+    """Replace every reference to the groups by None, except `groups` itself. (Megatron's modules, hooks, handles and
+    globals hold hundreds, in cycles; `destroy_model_parallel` forgets some of its own.)"""
+    wanted = {id(group) for group in groups}
+    for holder in gc.get_referrers(*groups):
+        if holder is groups or isinstance(holder, types.FrameType):
+            continue
+        if isinstance(holder, types.CellType):
+            holder.cell_contents = None
+        elif isinstance(holder, list):
+            holder[:] = [None if id(value) in wanted else value for value in holder]
+        else:
+            table = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+            for name in [name for name, value in table.items() if id(value) in wanted]:
+                table[name] = None

@@ -106,3 +106,20 @@ def unwrap(module: Any) -> Model:
     while not isinstance(module, Model):
         module = module.module
     return module
+
+
+@torch.no_grad()
+def free(chunks: list[DistributedDataParallel]) -> None:
+    """Give back the memory of weights and gradients now, whoever still refers to the modules. They are unusable after.
+
+    DDP's hooks hang on autograd nodes that refer back to it: cycles that the garbage collector cannot see through.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            for data in (buffer.grad_data, buffer.param_data):
+                if data is not None:
+                    data.untyped_storage().resize_(0)
+        for parameter in chunk.parameters():
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)

@@ -65,7 +65,7 @@ def clip(optimizer: ChainedOptimizer, max_norm: float, total_norm: float) -> Non
 
 
 def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
-    """Make every torch AdamW state whole and say that `updates` updates were done.
+    """Make every torch optimizer's state whole and tell AdamW that `updates` updates were done.
 
     Called when the optimizer is built, before it is saved and after it was loaded, against three traps of
     megatron-core 0.16.1 with torch's AdamW (no transformer-engine, no apex):
@@ -75,23 +75,30 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
     - an optimizer restored before its first update has no `step` (KeyError).
     """
     for part in parts(optimizer):
-        inner = _inner_adamw(part)
-        if inner is None:
-            continue
-        num_parameters = 0
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                num_parameters += 1
-                state = inner.state[parameter]
+        if isinstance(part.optimizer, torch.optim.SGD):
+            part.init_state_fn = _nothing
+            _fill_state(part.optimizer, ("momentum_buffer",))  # zeros: the first update is the same as without
+        elif (inner := _inner_adamw(part)) is not None:
+            _fill_state(inner, ("exp_avg", "exp_avg_sq"))
+            if not inner.state:
+                inner.state[_NO_PARAMETER] = {}  # type: ignore[index]
+            for state in inner.state.values():
                 state["step"] = torch.tensor(float(updates))
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name not in state:
-                        state[name] = torch.zeros_like(parameter.data)
-        if num_parameters == 0:
-            inner.state[_NO_PARAMETER] = {"step": torch.tensor(float(updates))}  # type: ignore[index]
 
 
 _NO_PARAMETER = "no parameter on this rank"
+
+
+def _fill_state(inner: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            for name in names:
+                if name not in inner.state[parameter]:
+                    inner.state[parameter][name] = torch.zeros_like(parameter.data)
+
+
+def _nothing(*_: Any) -> None:
+    """Megatron asks every optimizer for a function that makes its state; it has none for SGD."""
 
 
 def _inner_adamw(part: MegatronOptimizer) -> torch.optim.Optimizer | None:
@@ -160,3 +167,13 @@ def _share_loss_scaler(optimizer: ChainedOptimizer) -> None:
 def loss_scaler(optimizer: ChainedOptimizer) -> LossScaler | None:
     """The shared scaler, in fp16."""
     return getattr(optimizer.chained_optimizers[0], "grad_scaler", None) if optimizer.chained_optimizers else None
+
+
+def free_state(optimizer: ChainedOptimizer) -> None:
+    """Give back the memory of moments and fp32 masters now, whoever still refers to the optimizer."""
+    for part in parts(optimizer):
+        part.optimizer.state.clear()
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+                parameter.data = parameter.data.new_empty(0)

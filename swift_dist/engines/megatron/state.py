@@ -48,11 +48,23 @@ def _without_settings(optimizer: dict[str, Any]) -> dict[str, Any]:
     """
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
-    for part in [optimizer] if "optimizer" in optimizer else optimizer.values():
-        for name in ("optimizer", "param_state_sharding_type"):
-            if isinstance(part, dict) and name in part:
-                part[name] = LocalNonpersistentObject(part[name])
+    single = not all(isinstance(key, int) for key in optimizer)
+    for part in [optimizer] if single else optimizer.values():
+        for holder in (part, part.get("optimizer", {})):  # fp32 has groups at the top; the others keep theirs inside
+            if "param_groups" in holder:
+                groups = [_unwrapped(group) for group in holder["param_groups"]]
+                holder["param_groups"] = LocalNonpersistentObject(groups)
+        if "param_state_sharding_type" in part:
+            part["param_state_sharding_type"] = LocalNonpersistentObject(part["param_state_sharding_type"])
     return optimizer
+
+
+def _unwrapped(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group whose list of parameters megatron has marked as not to be saved, without the mark."""
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    parameters = group.get("params")
+    return {**group, "params": parameters.unwrap()} if isinstance(parameters, LocalNonpersistentObject) else group
 
 
 def restore(engine: MegatronEngine, loaded: dict[str, Any]) -> None:

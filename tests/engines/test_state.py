@@ -1,0 +1,100 @@
+"""Saving and resuming: exact on the same layout, the same numbers on any other, always over several resumed steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_engine import MOE, TINY, job
+
+RANKS = Path(__file__).with_name("engine_ranks.py")
+SAVED_AT, STEPS = 2, 5
+
+
+def save(gang: Any, folder: Path, world: int, made: dict[str, Any]) -> list[tuple[float, float]]:
+    folder.mkdir()
+    found = gang.run(RANKS, "train_and_save", world, job=made, folder=str(folder), saved_at=SAVED_AT, steps=STEPS)
+    return found[0]
+
+
+def resume(gang: Any, folder: Path, world: int, made: dict[str, Any]) -> list[tuple[float, float]]:
+    found = gang.run(RANKS, "load_and_train", world, job=made, folder=str(folder), saved_at=SAVED_AT, steps=STEPS)
+    assert all(rank == found[0] for rank in found)
+    return found[0]
+
+
+SAME = [
+    (1, {}, {}),
+    (2, {}, {}),
+    (2, {"use_distributed_optimizer": False}, {}),
+    (2, {"use_distributed_optimizer": False}, {"precision": "bf16"}),
+    (2, {}, {"precision": "bf16"}),
+    (2, {}, {"precision": "fp16", "initial_loss_scale": 2.0**18}),
+    (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
+    (2, {"use_distributed_optimizer": False}, {"optimizer": "sgd"}),
+    (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("world", "parallel", "train"), SAME)
+def test_resume_on_the_same_layout_is_exact(
+    gang: Any, tmp_path: Path, world: int, parallel: dict[str, Any], train: dict[str, Any]
+) -> None:
+    """With dropout, so that a generator that is not restored shows."""
+    update_rule = train.get("optimizer", "adamw")
+    train = {key: value for key, value in train.items() if key != "optimizer"}
+    made = job({**TINY, "num_hidden_layers": 4, "attention_dropout": 0.1}, train, **parallel)
+    made["optimizer"]["name"] = update_rule
+    straight = save(gang, tmp_path / "saved", world, made)
+    assert resume(gang, tmp_path / "saved", world, made) == straight
+
+
+def test_dropout_streams_differ_between_steps_and_ranks(gang: Any) -> None:
+    made = job({**TINY, "attention_dropout": 0.5}, tensor_model_parallel_size=2)
+    plain = gang.run(RANKS, "losses", 2, job=job(TINY, tensor_model_parallel_size=2), steps=1)
+    dropped = gang.run(RANKS, "losses", 2, job=made, steps=1)
+    assert plain[0] != dropped[0]
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP1": (1, {}),
+    "TP4": (4, {"tensor_model_parallel_size": 4}),
+    "PP4": (4, {"pipeline_model_parallel_size": 4}),
+    "DP4": (4, {}),
+    "TP2PP2-plain": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "use_distributed_optimizer": False,
+        },
+    ),
+}
+
+
+def test_resume_on_another_layout_gives_the_same_numbers(gang: Any, tmp_path: Path) -> None:
+    """Saved by TP2 PP2 DP2 with the distributed optimizer; the vocabulary's padding differs between the layouts."""
+    tied = {**TINY, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    degrees = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    straight = save(gang, tmp_path / "saved", 8, job(tied, **degrees))
+    for name in ("TP1", "TP4", "PP4", "DP4"):
+        world, parallel = LAYOUTS[name]
+        resumed = resume(gang, tmp_path / "saved", world, job(tied, **parallel))
+        for (loss, norm), (expected, expected_norm) in zip(resumed, straight, strict=True):
+            assert abs(loss - expected) <= 1e-6, name
+            assert math.isclose(norm, expected_norm, rel_tol=1e-5), name
+
+
+def test_experts_resume_on_another_layout(gang: Any, tmp_path: Path) -> None:
+    straight = save(gang, tmp_path / "saved", 2, job(MOE, expert_model_parallel_size=2))
+    for world, parallel in (
+        (1, {}),
+        (2, {}),
+        (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}),
+        (4, {"expert_model_parallel_size": 4}),
+    ):
+        resumed = resume(gang, tmp_path / "saved", world, job(MOE, **parallel))
+        for (loss, _), (expected, _) in zip(resumed, straight, strict=True):
+            assert abs(loss - expected) <= 1e-6, parallel
