@@ -242,7 +242,7 @@ class Gang:
         for _ in range(missing):
             counts = [sum(s.node == node for s in self._spares) for node in range(self._plan.settings.nnodes)]
             spare = self._new_process(counts.index(min(counts)), None)
-            spare.warm = spare.actor.warm.remote()
+            spare.warm = spare.actor.warm.remote(self._visible_devices(spare.node))
             self._spares.append(spare)
 
     # One attempt
@@ -290,8 +290,11 @@ class Gang:
             node_rank=place.node,
             attempt=attempt,
             device=f"cuda:{place.local_rank}" if use_gpu else "cpu",
-            visible_devices=",".join(self._gpus[place.node]) if use_gpu else None,
+            visible_devices=self._visible_devices(place.node),
         )
+
+    def _visible_devices(self, node: int) -> str | None:
+        return ",".join(self._gpus[node]) if self._plan.use_gpu else None
 
     def _collect(self, attempt: _Attempt, calls: dict[int, Any], can_stop: bool) -> None:
         """Wait until every call has an answer, a failure, or was given up on; fills `attempt`."""

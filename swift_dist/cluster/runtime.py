@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
-from types import TracebackType
+from types import ModuleType, TracebackType
+from typing import Any
 
 from swift_dist.cluster.devices import Devices, choose_devices, gpus_of_this_machine, gpus_per_node
 from swift_dist.cluster.environment import without_dropped
@@ -89,6 +90,7 @@ class Cluster:
             RunError: the own cluster did not start.
         """
         import ray  # while the cluster starts in its own process
+        import ray._private.ray_constants as ray_constants
         import ray._private.worker as ray_worker
 
         if ray.is_initialized():
@@ -96,10 +98,13 @@ class Cluster:
         address = self._own_address() if self._host else self._address
         if not self.is_own:
             _require_listener(address)
+        # A process that imported Ray earlier, or had another cluster, still has the settings and the token of then.
+        ray._raylet.Config.initialize("")
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+        if self._host:
+            self._replace(ray_constants, "ENABLE_RAY_CLUSTER", False)
         # Ray prints news such as a worker's death to stdout, which belongs to the result; the gang reports it itself.
-        printer = ray_worker.print_to_stdstream
-        ray_worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("%s", data.get("lines"))
-        self._undo.append(lambda: setattr(ray_worker, "print_to_stdstream", printer))
+        self._replace(ray_worker, "print_to_stdstream", lambda data, ignore_prefix: log.debug("%s", data.get("lines")))
         try:
             ray.init(
                 address=address,
@@ -158,9 +163,13 @@ class Cluster:
             log.info("Ray dashboard: http://%s  token: %s", answer["dashboard"], os.environ["RAY_AUTH_TOKEN"])
         return answer["address"]
 
+    def _replace(self, owner: ModuleType, name: str, value: Any) -> None:
+        self._undo.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     def _set_variables(self, variables: Mapping[str, str]) -> None:
         for name, value in variables.items():
-            self._undo.append(partial(_restore, name, os.environ.get(name)))
+            self._undo.append(functools.partial(_restore, name, os.environ.get(name)))
             os.environ[name] = value
 
 

@@ -53,7 +53,7 @@ class Assignment:
     attempt: int
     device: str
     visible_devices: str | None
-    """Value of CUDA_VISIBLE_DEVICES: the GPUs of all ranks of the node, by local rank; None on CPU."""
+    """See `RankProcess.warm`."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,15 @@ class RankProcess:
 
         return [str(i) for i in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
 
-    def warm(self) -> Failure | None:
-        """Import the entry and, if its module has a function `warm`, call it: what a spare does while it waits."""
+    def warm(self, visible_devices: str | None) -> Failure | None:
+        """Import the entry and, if its module has a function `warm`, call it: what a spare does while it waits.
+
+        Args:
+            visible_devices: value of CUDA_VISIBLE_DEVICES: the GPUs of all ranks of the node, by local rank; None on
+                CPU. Must be there before anything asks for a GPU.
+        """
+        if visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
         try:
             import torch.distributed  # noqa: F401 - for the store
 
@@ -167,8 +174,6 @@ class RankProcess:
         self._assignment = assignment
         self._pulse.start_attempt()
         self._pulse.beat("import", 0)
-        if assignment.visible_devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = assignment.visible_devices
         os.environ["LOCAL_RANK"] = str(assignment.local_rank)
         _write_into(Path(self._setup.run_dir) / "logs" / f"rank_{assignment.rank}.log")
         host, pid = socket.gethostname(), os.getpid()
@@ -176,7 +181,7 @@ class RankProcess:
             "attempt %d: rank %d of %d on %s, device %s, process %d",
             assignment.attempt, assignment.rank, assignment.world_size, host, assignment.device, pid,
         )  # fmt: skip
-        failure = self.warm()
+        failure = self.warm(assignment.visible_devices)
         if failure is None and assignment.rank == 0:
             self._server = StoreServer(assignment, self._setup, self._pulse.aborted)
         return Begun(host, pid, self._server.address if self._server else None, failure)
