@@ -158,7 +158,7 @@ def test_the_demo_corpus_is_real_large_and_the_same_every_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo_script_goes_all_the_way_and_again(tmp_path):
-    """The very script and model on a text that is quickly learnt (each word tells the next), with few steps."""
+    """The very script, with a smaller model, on a text that is quickly learnt: each word tells the next."""
     words = [f"w{(i * 7919) % 997}" for i in range(300)]
     rows = [{"text": " ".join((words * 5)[i : i + 1200])} for i in range(120)]
     demo = tmp_path / "demo"
@@ -166,7 +166,8 @@ def test_the_demo_script_goes_all_the_way_and_again(tmp_path):
     (demo / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = ["bash", str(ROOT / "docs" / "demo" / "run.sh"), str(demo)]
     settings = "--train.steps 24 --schedule.warmup_steps 5 --train.eval_interval 12 --train.eval_steps 4"
-    short = settings.split()
+    smaller = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    short = settings.split() + [f"--model.config.{key}={value}" for key, value in smaller.items()]
     first = run([*script, *short], tmp_path, BIN=str(BIN)).stdout
     model, unigram = (float(re.search(rf"{name} +([\d.]+) nats", first)[1]) for name in ("loss ", "baseline"))
     assert unigram == pytest.approx(_unigram(demo), abs=2e-3)
