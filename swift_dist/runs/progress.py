@@ -166,9 +166,11 @@ class Monitor:
         stream = sys.stderr if stream is None else stream
         self._view: View = BarView(steps, stream) if stream.isatty() else LineView(steps, log_interval, stream)
         self._ending = threading.Event()
+        self._rows = follow(folder.metrics_path, self._ending.is_set, only_new=True)
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
 
     def __enter__(self) -> Monitor:
+        next(self._rows)  # the first look, which tells old rows from new ones, is over before a rank may write
         self._thread.start()
         return self
 
@@ -181,7 +183,7 @@ class Monitor:
     def _watch(self) -> None:
         written_at = time.monotonic()
         unwritten: Row = {}
-        for row in follow(self._folder.metrics_path, self._ending.is_set, only_new=True):
+        for row in self._rows:
             if row is not None:
                 self._view.show(row)
                 if "loss" in row:
