@@ -17,7 +17,7 @@ export VENV PYTHON TORCH_ARGS
 .PHONY: demo install test test-fast lint bench tables clean distclean
 
 demo: install
-	@$(BIN)/python -m swift_dist.demo --folder $(DEMO)
+	@bash docs/demo/run.sh $(DEMO)
 
 install:
 	@bash .ci/install

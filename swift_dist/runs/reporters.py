@@ -77,7 +77,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(folder))
+        self._writer = EventFileWriter(str(folder), flush_secs=10)
         if first_step:
             # Tells TensorBoard to forget what an earlier attempt wrote from this step on.
             session = SessionLog(status=SessionLog.START)

@@ -68,7 +68,7 @@ def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
     elif depth:
         for child in folder.iterdir():
-            if child.is_dir() and not child.is_symlink():
+            if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
                 yield from _find_runs(child, depth - 1)
 
 
