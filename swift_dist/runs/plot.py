@@ -36,7 +36,7 @@ def draw_run(metrics: Path, target: Path, *, title: str, span: int | None = None
 
     Args:
         title: stands above the panels.
-        span: steps that the smoothed lines average over (default: a fiftieth of the run, at least 5).
+        span: steps that the smoothed lines average over (default: a twentieth of the run, at least 5).
 
     Returns:
         The number of steps drawn.
@@ -51,7 +51,7 @@ def draw_run(metrics: Path, target: Path, *, title: str, span: int | None = None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    span = span or max(5, len(steps) // 50)
+    span = span or max(5, len(steps) // 20)
     figure = Figure(figsize=(12, 7.5), dpi=110, layout="constrained")  # no pyplot: nothing global, no display
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)

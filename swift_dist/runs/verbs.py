@@ -34,7 +34,7 @@ class ShowOptions(Section):
 class PlotOptions(Section):
     run: str = Field(description="run folder")
     output: str | None = Field(None, description="PNG file to write (default: plot.png in the run folder)")
-    smooth: int | None = Field(None, gt=0, description="steps that smoothed lines average over (default: 1/50 of them)")
+    smooth: int | None = Field(None, gt=0, description="steps that smoothed lines average over (default: 1/20 of them)")
 
 
 class LogsOptions(Section):
@@ -194,7 +194,7 @@ def plot_run(options: PlotOptions) -> dict[str, Any]:
         raise JobError("output", f"there is no folder {target.parent}", "make it, or name another file")
     from swift_dist.runs.plot import draw_run
 
-    steps = draw_run(folder.metrics_path, target, title=folder.path.absolute().name, span=options.smooth)
+    steps = draw_run(folder.metrics_path, target, title="/".join(folder.path.absolute().parts[-2:]), span=options.smooth)
     return {"run": str(folder.path), "plot": str(target), "num_steps": steps}
 
 
