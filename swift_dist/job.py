@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,15 +12,15 @@ import yaml
 
 from swift_dist.cluster.devices import Devices
 from swift_dist.cluster.environment import check_environment
-from swift_dist.cluster.failures import Failure
-from swift_dist.cluster.gang import Gang, GangPlan
+from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.interrupts import Interrupts
+from swift_dist.cluster.notes import RunNotes, Stopwatch, driver_log, newest_step
 from swift_dist.cluster.placement import Demand, Placement, crossing_warning, rank_places
+from swift_dist.cluster.plan import GangPlan
 from swift_dist.cluster.runtime import Cluster
 from swift_dist.config import JobConfig
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
-from swift_dist.runs.logs import LOG_FORMAT
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 
@@ -42,18 +41,20 @@ def run(job: JobConfig) -> dict[str, Any]:
         RunError: the run failed.
         KeyboardInterrupt: interrupted before anything could be saved, or twice.
     """
-    began = time.monotonic()
+    began, stopwatch = time.monotonic(), Stopwatch()
     check_environment(job.cluster)
     with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
         folder = RunFolder.for_job(job)
         devices = cluster.devices()
         resolved = _resolve(job, folder, devices)
+        stopwatch.lap("checks")
         cluster.start(devices)
         cluster.connect()
+        stopwatch.lap("cluster")
         interrupts.install()  # Ray has set handlers of its own
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         with Placement(demand, job.cluster.placement_timeout) as placement:
-            result = _train(folder, resolved, placement, demand, interrupts)
+            result = _train(folder, resolved, placement, demand, interrupts, stopwatch)
     return {**result, "seconds": round(time.monotonic() - began, 3)}
 
 
@@ -66,20 +67,26 @@ def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob
 
 
 def _train(
-    folder: RunFolder, resolved: ResolvedJob, placement: Placement, demand: Demand, interrupts: Interrupts
+    folder: RunFolder,
+    resolved: ResolvedJob,
+    placement: Placement,
+    demand: Demand,
+    interrupts: Interrupts,
+    stopwatch: Stopwatch,
 ) -> dict[str, Any]:
     job = resolved.job
     places = rank_places(resolved.layout, demand)
     plan = GangPlan(ENTRY, resolved.payload(), places, folder.path, job.cluster, use_gpu=demand.gpus > 0)
     folder.begin(job, layout=asdict(resolved.layout))
-    with _driver_log(folder):
+    stopwatch.lap("placement and run folder")
+    with driver_log(folder):
         warning = crossing_warning(resolved.layout, places)
         if warning:
             log.warning("%s", warning)
         try:
             with (
                 Monitor(folder, steps=job.train.steps, log_interval=job.train.log_interval),
-                Gang(plan, placement, interrupts, _Notes(folder)) as gang,
+                Gang(plan, placement, interrupts, RunNotes(folder, stopwatch)) as gang,
             ):
                 outcome = gang.run()
         except BaseException as error:
@@ -93,7 +100,7 @@ def _train(
         "output": str(folder.path),
         "step": last.get("step"),
         "loss": last.get("loss"),
-        "checkpoint": last.get("checkpoint", _newest_step(folder)),
+        "checkpoint": last.get("checkpoint", newest_step(folder)),
         "restarts": len(outcome.failures),
     }
 
@@ -139,40 +146,3 @@ def render_result(result: dict[str, Any]) -> str:
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
     return f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
-
-
-class _Notes:
-    """What happens to the gang, noted in the run folder."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def placed(self, hosts: Sequence[str]) -> None:
-        self._folder.set_hosts(hosts)
-
-    def restarting(self, cause: Failure, attempt: int) -> None:
-        self._folder.add_restart(reason=cause.describe(), from_step=_newest_step(self._folder))
-
-    def stop_requested(self) -> bool:
-        return self._folder.stop_requested()
-
-
-def _newest_step(folder: RunFolder) -> int | None:
-    """The step that checkpoints/latest names."""
-    try:
-        return int((folder.checkpoints / "latest").read_text().strip().removeprefix("step_"))
-    except (OSError, ValueError):
-        return None
-
-
-@contextlib.contextmanager
-def _driver_log(folder: RunFolder) -> Iterator[None]:
-    """What the driver logs also goes to logs/driver.log."""
-    handler = logging.FileHandler(folder.logs / "driver.log")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

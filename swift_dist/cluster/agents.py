@@ -9,6 +9,7 @@ from typing import Any
 
 from swift_dist.cluster.agent import NodeAgent
 from swift_dist.cluster.heartbeat import Beat
+from swift_dist.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,16 @@ class Agents:
         self._asked: dict[int, Any] = {}
 
     def offer(self, node: int, names: Sequence[str]) -> dict[str, str]:
-        """New records on a node; see `NodeAgent.offer`."""
+        """New records on a node; see `NodeAgent.offer`.
+
+        Raises:
+            RunError: the node is gone.
+        """
+        paths = self._call(node, "offer", list(names))
+        if not paths:
+            raise RunError(f"node {node} of the job is gone", "run the same command again: it resumes on other nodes")
         self._node_of.update(dict.fromkeys(names, node))
-        return self._call(node, "offer", list(names))
+        return paths
 
     def read(self) -> dict[str, Beat]:
         """What every process last said. Never waits: another node's beats are those of its last answer."""

@@ -12,8 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from swift_dist.cluster.agent import NodeAgent
 from swift_dist.cluster.agents import Agents
@@ -22,11 +21,10 @@ from swift_dist.cluster.failures import Failure
 from swift_dist.cluster.heartbeat import Beat
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Placement
+from swift_dist.cluster.plan import GangPlan, GangResult, Observer
 from swift_dist.cluster.policy import Finish, GiveUp, StallLimits, decide, find_stall, name_laggards
 from swift_dist.cluster.worker import Assignment, Begun, RankProcess, Setup
-from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
-from swift_dist.parallel.nodes import Place
 
 log = logging.getLogger(__name__)
 
@@ -34,50 +32,6 @@ _POLL_SECONDS = 0.05
 _BEATS_SECONDS = 0.2
 _GRACE_SECONDS = 10.0
 """How long a rank may take to come back after a peer failed (or two steps, if that is longer)."""
-
-
-class Observer(Protocol):
-    """Who wants to know what happens to the gang."""
-
-    def placed(self, hosts: Sequence[str]) -> None:
-        """All ranks of an attempt have begun; `hosts` by rank."""
-
-    def restarting(self, cause: Failure, attempt: int) -> None:
-        """Attempt number `attempt` follows because of `cause`."""
-
-    def stop_requested(self) -> bool:
-        """Whether someone asked the run to checkpoint and end."""
-        return False
-
-
-@dataclass(frozen=True)
-class GangPlan:
-    """What to run and where.
-
-    Attributes:
-        entry: ``module:function``, called on every rank as ``function(payload, worker)``.
-        payload: plain values.
-        places: node and local rank of every rank.
-        run_dir: the run folder.
-        settings: the job's cluster section.
-        use_gpu: whether a rank gets a GPU.
-    """
-
-    entry: str
-    payload: dict[str, Any]
-    places: tuple[Place, ...]
-    run_dir: Path
-    settings: ClusterSection
-    use_gpu: bool
-
-
-@dataclass(frozen=True)
-class GangResult:
-    """How it ended: the entry's results by rank (none if it was interrupted before it could checkpoint)."""
-
-    state: Literal["done", "interrupted"]
-    results: dict[int, dict[str, Any]]
-    failures: tuple[Failure, ...] = ()
 
 
 @dataclass

@@ -92,6 +92,7 @@ class Cluster:
         import ray  # while the cluster starts in its own process
         import ray._private.ray_constants as ray_constants
         import ray._private.worker as ray_worker
+        import ray._raylet as raylet
 
         if ray.is_initialized():
             return
@@ -99,8 +100,8 @@ class Cluster:
         if not self.is_own:
             _require_listener(address)
         # A process that imported Ray earlier, or had another cluster, still has the settings and the token of then.
-        ray._raylet.Config.initialize("")
-        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+        raylet.Config.initialize("")  # type: ignore[attr-defined]
+        raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
         if self._host:
             self._replace(ray_constants, "ENABLE_RAY_CLUSTER", False)
         # Ray prints news such as a worker's death to stdout, which belongs to the result; the gang reports it itself.

@@ -78,7 +78,7 @@ def main() -> int:
                 if turn:
                     times[kind].append(seconds)
                     if kind in stages:
-                        stages[kind].append(read_stages(output))
+                        stages[kind].append(read_stages(output, seconds))
     ratios = {kind: [t / b for t, b in zip(times[kind], times["torchrun"], strict=True)] for kind in LIMITS}
     report = {
         "seconds": {kind: round(statistics.median(values), 2) for kind, values in times.items()},
@@ -117,12 +117,11 @@ def until(command: list[str], file: Path, variables: dict[str, str]) -> float:
     return seconds
 
 
-def read_stages(output: Path) -> dict[str, float]:
-    """Where the time went, as the driver's log tells it."""
-    for line in (output / "logs" / "driver.log").read_text().splitlines():
-        if "start-up: " in line:
-            return json.loads(line.partition("start-up: ")[2])
-    return {}
+def read_stages(output: Path, total: float) -> dict[str, float]:
+    """Where the time went, as the driver's log tells it; the rest is building the model and the first step."""
+    lines = (output / "logs" / "driver.log").read_text().splitlines()
+    stages = next(json.loads(line.partition("start-up: ")[2]) for line in lines if "start-up: " in line)
+    return {**stages, "build and first step": total - sum(stages.values())}
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:

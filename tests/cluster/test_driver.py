@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from swift_dist.cluster.heartbeat import process_state
+
 HERE = Path(__file__).parent
 MARK = "SWIFT_DIST_TEST_MARK"
 pytestmark = pytest.mark.timeout(180)
@@ -24,10 +26,12 @@ pytestmark = pytest.mark.timeout(180)
 class Driver:
     """A driver with everything it starts, recognised by a variable in the environment."""
 
-    def __init__(self, run_dir: Path, payload: dict[str, Any], **settings: Any) -> None:
+    def __init__(self, run_dir: Path, payload: dict[str, Any], address: str = "", **settings: Any) -> None:
         self.run_dir, self.mark = run_dir, uuid.uuid4().hex
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        variables = {k: v for k, v in os.environ.items() if address or not k.startswith("RAY_")}
         variables.update({MARK: self.mark, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        if address:
+            variables["RAY_ADDRESS"] = address
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "driver.py"), str(run_dir), json.dumps(payload), json.dumps(settings)],
             env=variables,
@@ -69,7 +73,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
     drivers: list[Driver] = []
 
     def begin(payload: dict[str, Any], **settings: Any) -> Driver:
-        drivers.append(Driver(tmp_path / "run", payload, **settings))
+        drivers.append(Driver(tmp_path / f"run-{len(drivers)}", payload, **settings))
         return drivers[-1]
 
     yield begin
@@ -138,3 +142,48 @@ def test_two_simulated_nodes_survive_a_kill(start: Any) -> None:
     assert results["0"]["digest"] == results["1"]["digest"]
     assert results["1"]["attempt"] == 1 and "rank 1" in err
     driver.assert_nothing_left(2.0)
+
+
+def test_attached_drivers_leave_the_cluster_and_nothing_else(start: Any, cluster: object) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    killed = start(
+        {"steps": 500, "step_seconds": 0.05, "faults": [{"rank": 1, "phase": "step", "step": 8, "do": "stop"}]},
+        address=address,
+    )
+    killed.wait_for("fault-1-step-8")
+    pids = [
+        int(line.rpartition(" ")[2])
+        for rank in range(2)
+        for line in (killed.run_dir / "logs" / f"rank_{rank}.log").read_text().splitlines()
+        if ": rank " in line
+    ]
+    assert len(pids) == 2 and all(process_state(pid) for pid in pids)
+    killed.process.kill()
+    killed.process.wait()
+    deadline = time.monotonic() + 20
+    while any(process_state(pid) not in ("", "Z") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [process_state(pid) for pid in pids if process_state(pid) not in ("", "Z")] == []
+    code, out, err = start({"steps": 5}, address=address).end()  # its resources are free again
+    assert code == 0 and json.loads(out)["state"] == "done", err
+    assert [node["NodeID"] for node in ray.nodes() if node["Alive"]] == nodes
+
+
+def test_one_process_can_have_clusters_one_after_the_other() -> None:
+    code = (
+        "import ray\n"  # before the cluster's variables are set
+        "from swift_dist.cluster.runtime import Cluster\n"
+        "from swift_dist.cluster.devices import Devices\n"
+        "from swift_dist.config.job import ClusterSection\n"
+        "for _ in range(2):\n"
+        "    with Cluster(ClusterSection()) as cluster:\n"
+        "        cluster.start(Devices(False, 1))\n"
+        "        cluster.connect()\n"
+        "        print(ray.util.get_node_ip_address(), ray.cluster_resources()['CPU'])\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "127.0.0.1 1.0\n" * 2, done.stderr

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from toy import Notes, toy_plan
 
-from swift_dist.cluster.gang import Gang, GangResult
+from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.heartbeat import process_state
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Demand, Placement
+from swift_dist.cluster.plan import GangResult
 from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 

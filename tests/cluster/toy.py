@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.cluster.failures import Failure
-from swift_dist.cluster.gang import GangPlan
+from swift_dist.cluster.plan import GangPlan
 from swift_dist.config.job import ClusterSection
 from swift_dist.parallel.nodes import Place
 
