@@ -86,6 +86,10 @@ class RunFolder:
             raise JobError("output", f"{obstacle} is a file", "name a folder")
         if not os.access(obstacle, os.W_OK | os.X_OK):
             raise JobError("output", f"{obstacle} is not writable for you", "name a folder you can write to")
+        if folder.job_path.exists() and not folder.exists():
+            raise JobError(
+                "output", f"{path} holds a job.yaml of your own, which a run would replace", "name a new folder"
+            )
         if folder.exists() and job.resume == "never":
             raise JobError(
                 "output",
@@ -103,7 +107,9 @@ class RunFolder:
         """
         folder = cls(path)
         if not folder.exists():
-            raise JobError(key, f"{path} is not a run folder (it holds no job.yaml)", "swift-dist runs list shows them")
+            raise JobError(
+                key, f"{path} is not a run folder (no job.yaml and status.json)", "swift-dist runs list shows them"
+            )
         return folder
 
     @property
@@ -135,8 +141,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def exists(self) -> bool:
-        """True if a run was begun here (it may be resumed)."""
-        return self.job_path.is_file()
+        """True if a run was begun here (it may be resumed): a job file alone may be somebody's own."""
+        return self.job_path.is_file() and self.status_path.is_file()
 
     def job(self) -> dict[str, Any]:
         """job.yaml as it stands.

@@ -194,7 +194,9 @@ def plot_run(options: PlotOptions) -> dict[str, Any]:
         raise JobError("output", f"there is no folder {target.parent}", "make it, or name another file")
     from swift_dist.runs.plot import draw_run
 
-    steps = draw_run(folder.metrics_path, target, title="/".join(folder.path.absolute().parts[-2:]), span=options.smooth)
+    steps = draw_run(
+        folder.metrics_path, target, title="/".join(folder.path.absolute().parts[-2:]), span=options.smooth
+    )
     return {"run": str(folder.path), "plot": str(target), "num_steps": steps}
 
 

@@ -88,6 +88,12 @@ def test_resume_never_refuses_an_existing_run(tmp_path):
         RunFolder.for_job(job(output=output, resume="never"))
 
 
+def test_a_job_file_that_is_no_runs_is_not_replaced(tmp_path):
+    (tmp_path / "job.yaml").write_text("train: {steps: 5}\n")
+    with pytest.raises(JobError, match=r"^output: .*job\.yaml of your own"):
+        RunFolder.for_job(job(output=str(tmp_path)))
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
