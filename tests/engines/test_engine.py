@@ -62,6 +62,24 @@ def test_experts_start_alike_on_any_layout(gang: Any) -> None:
             assert close(ours, alone, 1e-6), degrees
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"expert_tensor_parallel_size": 2},
+        {"context_parallel_size": 2, "expert_tensor_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    ],
+)
+def test_experts_split_otherwise_than_the_rest_without_expert_parallelism(
+    gang: Any, degrees: dict[str, Any], sharded: bool
+) -> None:
+    (alone,) = gang.run(RANKS, "losses", 1, job=job(MOE), steps=3)
+    made = job(MOE, use_distributed_optimizer=sharded, **degrees)
+    for ours in gang.run(RANKS, "losses", 2, job=made, steps=3):
+        assert close(ours, alone, 1e-6)
+
+
 @pytest.mark.parametrize("how", ["selective", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_recompute_changes_nothing(gang: Any, how: str, dropout: float) -> None:

@@ -30,7 +30,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 def train(model: PreTrainedModel, steps: int = cases.STEPS, auxiliary: bool = False) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step: AdamW, clipping, decay on matrices only, loss over all counting tokens.
 
-    `auxiliary` adds the mean over the micro-batches (one sample each) of the model's own router loss.
+    `auxiliary` adds the model's own router loss, and the z-loss that its config states.
     """
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
@@ -62,5 +62,14 @@ def batch_loss(
     loss = (losses * mask).sum() / mask.sum()
     if not auxiliary:
         return loss, loss
-    routers = [model(tokens[None], output_router_logits=True).aux_loss for tokens in batch["tokens"]]
-    return loss, loss + model.config.router_aux_loss_coef * torch.stack(routers).mean()
+    # One sample is one micro-batch: both router losses are means over the micro-batches.
+    outputs = [model(tokens[None], output_router_logits=True) for tokens in batch["tokens"]]
+    balance = torch.stack([output.aux_loss for output in outputs]).mean()
+    sizes = [torch.logsumexp(logits, dim=-1).square().mean() for output in outputs for logits in output.router_logits]
+    z_loss = torch.stack(sizes).mean()
+    return loss, loss + model.config.router_aux_loss_coef * balance + z_coefficient(model) * z_loss
+
+
+def z_coefficient(model: PreTrainedModel) -> float:
+    """transformers reads no z-loss; it is ours to add where a config states one."""
+    return getattr(model.config, "router_z_loss_coef", None) or 0.0

@@ -46,6 +46,11 @@ def run(gang: Any, reference: tuple[Path, list[tuple[float, float]]], model: str
     world = cases.layout(layout).world_size
     ranks = Path(__file__).with_name("golden_ranks.py")
     results = gang.run(ranks, "train", world, job=cases.job(model, layout), weights=str(folder), steps=len(expected))
+    return compare(results, expected)
+
+
+def compare(results: list[list[tuple[float, float]]], expected: list[tuple[float, float]]) -> Cell:
+    """All ranks' (loss, gradient norm) of each step against the reference's."""
     assert all(result == results[0] for result in results), "ranks disagree"
     pairs = list(zip(results[0], expected, strict=True))
     return Cell(

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -157,11 +158,14 @@ def _import_megatron_without_compiler() -> None:
     compiler = torch.compile
     torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)  # type: ignore[assignment]
     try:
-        for name in ("megatron.core", *_MODULES_THAT_CREATE_CUDA_TENSORS):
-            importlib.import_module(name)
-        importlib.import_module("megatron.core.models.gpt.gpt_model")
-        importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that apex and transformer-engine are missing, which is why this runs
+            for name in ("megatron.core", *_MODULES_THAT_CREATE_CUDA_TENSORS):
+                importlib.import_module(name)
+            importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+            importlib.import_module("megatron.core.models.gpt.gpt_model")
+            importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
     finally:
         torch.compile = compiler
 

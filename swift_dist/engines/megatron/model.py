@@ -70,10 +70,24 @@ def build_chunks(
     """This pipeline stage's part of the model: one chunk, or `layout.vpp` of them, wrapped for precision and DDP."""
     wrapped = []
     for index, chunk in enumerate(_models(config, layout, family, hf_config)):
+        _mark_experts(chunk, layout)
         module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
         # Buckets let the reduction start early; of an interleaved stage only the first chunk finishes late enough.
         wrapped.append(DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0))
     return wrapped
+
+
+def _mark_experts(chunk: Model, layout: ParallelLayout) -> None:
+    """Tell DDP and the optimizer that the experts are replicated over other ranks than the dense weights.
+
+    Megatron says so (`allreduce` False) only under expert parallelism. But experts that are split otherwise than the
+    rest (ETP != TP) are too: taken for dense ones, different shards would be averaged over the data-parallel ranks, or
+    equal ones would not be reduced, without an error.
+    """
+    if layout.expert_tp != layout.tp:
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def transformer_config(
         arguments |= {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": on_cuda and te}
     if job.train.fp8 != "none":
         arguments["fp8"] = job.train.fp8
-    config = TransformerConfig(**arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which are off
+        config = TransformerConfig(**arguments)
     for name, value in family.rope(hf_config).megatron_attributes().items():
         setattr(config, name, value)
     return config
