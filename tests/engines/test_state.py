@@ -93,6 +93,7 @@ def test_experts_resume_on_another_layout(gang: Any, tmp_path: Path) -> None:
         (1, {}),
         (2, {}),
         (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}),
+        (2, {"expert_tensor_parallel_size": 2}),
         (4, {"expert_model_parallel_size": 4}),
     ):
         resumed = resume(gang, tmp_path / "saved", world, job(MOE, **parallel))
