@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import pickle
 import sys
@@ -91,6 +92,8 @@ def run_rank(rank: int, request: dict[str, Any]) -> None:
         end = time.monotonic() + 3
         while not all(path.exists() for path in others) and time.monotonic() < end:
             time.sleep(0.005)
+    for helper in multiprocessing.active_children():  # megatron's own save starts one, which would outlive this rank
+        helper.kill()
     os._exit(0)
 
 
