@@ -31,7 +31,7 @@ def commands(page: Path) -> list[str]:
     return [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
 
 
-def run(command: str | list[str], cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def run(command: str | list[str], cwd: Path, timeout: float = 500, **env: str) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command) if isinstance(command, str) else command
     known = {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
@@ -184,3 +184,17 @@ def _unigram(demo: Path) -> float:
     counts = Counter(train.tolist())
     total = len(train) + 4096
     return -sum(math.log((counts[token] + 1) / total) for token in validation.tolist()) / len(validation)
+
+
+def test_shell_scripts_parse():
+    scripts = [ROOT / ".ci" / "run", ROOT / ".ci" / "install", *ROOT.glob("docs/**/*.sh"), *ROOT.glob("slurm/*")]
+    for script in scripts:
+        run(["bash", "-n", str(script)], ROOT)
+
+
+def test_install_without_a_python_says_what_to_do(tmp_path):
+    command = ["bash", str(ROOT / ".ci" / "install")]
+    settings = {**os.environ, "PYTHON": "no-such-python", "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "no Python of 3.11 to 3.13 found" in done.stderr and "PYTHON=" in done.stderr
+    assert not (tmp_path / "venv").exists()
