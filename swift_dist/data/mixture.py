@@ -173,7 +173,11 @@ def check_data(
         finally:
             validation.close()
     elif eval_steps:
-        raise JobError("data.validation", "train.eval_interval asks for evaluations but no data is given for them")
+        raise JobError(
+            "data.validation",
+            "train.eval_interval asks for evaluations but no data is given for them",
+            "give data.validation: [PREFIX], or leave train.eval_interval out",
+        )
     return steps
 
 

@@ -89,7 +89,7 @@ class Preparation:
         """Make every part that is not there yet. Returns how many were there, and the hashes of the input files."""
         finished = [part.facts for part in work.finished_parts()]
         done = {facts.id for facts in finished}
-        whole = {file.index for file in self.streams if _is_whole(file.index, finished)}
+        whole = _whole_files(finished)
         streams = [(file, boundary_kind(file, self.options)) for file in self.streams if file.index not in whole]
         if done:
             logger.info("going on where an interrupted run was: %d units are done", len(done))
@@ -199,9 +199,9 @@ class Preparation:
         return RunError(f"there is no document in the input{left_out}", "check --text_key, --format and the files")
 
     def _require_complete(self, facts: Sequence[PartFacts]) -> None:
-        done = {part.id for part in facts}
+        done, whole = {part.id for part in facts}, _whole_files(facts)
         missing = [unit.id for unit in self.units if unit.id not in done]
-        missing += [(file.index, -1) for file in self.streams if not _is_whole(file.index, facts)]
+        missing += [(file.index, -1) for file in self.streams if file.index not in whole]
         assert not missing, f"units never encoded: {missing[:5]}"
 
     def _run_manifest(self, facts: Sequence[PartFacts], hashes: Sequence[str]) -> dict[str, Any]:
@@ -302,10 +302,12 @@ class Preparation:
         return existing
 
 
-def _is_whole(file_index: int, facts: Sequence[PartFacts]) -> bool:
-    """Whether all units of a compressed file are there: numbers 0 to n without a gap, n marked as the last."""
-    numbers = {part.id[1]: part.last for part in facts if part.id[0] == file_index}
-    return bool(numbers) and set(numbers) == set(range(len(numbers))) and numbers[len(numbers) - 1]
+def _whole_files(facts: Sequence[PartFacts]) -> set[int]:
+    """Files whose units are all there: numbers 0 to n without a gap, n marked as the last."""
+    found: dict[int, dict[int, bool]] = {}
+    for part in facts:
+        found.setdefault(part.id[0], {})[part.id[1]] = part.last
+    return {file for file, last in found.items() if max(last) == len(last) - 1 and last[len(last) - 1]}
 
 
 def _prefix(output: str) -> Path:

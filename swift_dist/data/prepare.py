@@ -29,7 +29,9 @@ class PrepareOptions(ReadOptions):
     )
     overwrite: bool = Field(False, description="replace existing output, discard an interrupted run of another command")
     launcher: Literal["local", "ray"] = Field("local", description="processes of this machine, or a Ray cluster")
-    ray_address: str | None = Field(None, description="cluster of --launcher ray (default: RAY_ADDRESS, else its own)")
+    ray_address: str | None = Field(
+        None, description="running cluster of --launcher ray (default: RAY_ADDRESS, or this machine's)"
+    )
 
     @field_validator("split", mode="before")
     @classmethod

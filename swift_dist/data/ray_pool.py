@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +15,12 @@ from swift_dist.data.parts import PartFacts
 from swift_dist.data.pool import raise_failure
 from swift_dist.data.units import Unit
 from swift_dist.data.work_process import Failure, describe
-from swift_dist.errors import RunError
+from swift_dist.errors import JobError, RunError
 
 logger = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
+_CONNECT_SECONDS = 10.0
 
 
 class _Actor:
@@ -29,8 +32,6 @@ class _Actor:
 
     def node(self) -> tuple[str, bool]:
         """Host name, and whether the output's folder is there."""
-        import socket
-
         return socket.gethostname(), self._parts.is_dir()
 
     def encode(self, unit: Unit) -> tuple[PartFacts | None, Failure | None]:
@@ -69,16 +70,33 @@ class RayWorker:
             ray.kill(self.actor)
 
 
+def _require_listener(address: str | None) -> None:
+    """Refuse host:port at which nothing listens: Ray itself would wait for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray finds out quickly
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _no_cluster(f"{address}: {error}") from None
+
+
+def _no_cluster(reason: str) -> JobError:
+    remedy = "give --ray_address, start a cluster with `ray start --head`, or use --launcher local"
+    return JobError("ray_address", f"no Ray cluster answers: {reason}", remedy)
+
+
 class RayPool:
-    """A connection to a cluster, and actors spread over it.
+    """A connection to a running cluster, and actors spread over it.
 
     Args:
         recipe: what they work by.
-        address: of a running cluster, or None: RAY_ADDRESS, else a cluster of its own on this machine.
+        address: of the cluster, or None: RAY_ADDRESS, else the one that runs on this machine.
         num_workers: actors, or None: one for each CPU of the cluster.
 
     Raises:
-        RunError: no cluster there, no CPU free within a minute, or a node that does not see the output's folder.
+        JobError: no cluster there.
+        RunError: no CPU free within a minute, or a node that does not see the output's folder.
     """
 
     def __init__(self, recipe: Recipe, address: str | None, num_workers: int | None) -> None:
@@ -86,10 +104,11 @@ class RayPool:
 
         self._ours = not ray.is_initialized()
         if self._ours:
+            _require_listener(address or os.environ.get("RAY_ADDRESS"))
             try:
-                ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
-            except ConnectionError as error:
-                raise RunError(f"no Ray cluster answers: {error}", "check --ray_address") from None
+                ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise _no_cluster(str(error).strip().splitlines()[0]) from None
         self.workers: list[RayWorker] = []
         try:
             self._start(recipe, num_workers or int(ray.cluster_resources().get("CPU", 1)))

@@ -31,6 +31,7 @@ _FORMATS: dict[str, Format] = {
     ".arrow": "arrow",
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+_SAVED_DATASET = ("dataset_info.json", "state.json")
 _LARGEST_TEXT_FILE = 1 << 28  # bytes; one document is tokenised at once
 
 
@@ -118,7 +119,7 @@ def _paths(options: ReadOptions) -> Iterator[tuple[Path, Format | None]]:
             )
         if path.is_file():
             yield path, None
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        elif (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in _SAVED_DATASET):
             yield from ((file, "arrow") for file in _saved_dataset(path, options.dataset_split))
         else:
             yield from ((file, None) for file in _folder(path, options))

@@ -44,6 +44,8 @@ def _require_text(file: SourceFile, schema: pa.Schema, column: str) -> None:
             "text_key", f"{file.name} has no column {column!r}, only {', '.join(schema.names)}", "--text_key names it"
         )
     kind = schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise JobError(
             "text_key", f"column {column!r} of {file.name} holds {kind}, not text", "--text_key names another"

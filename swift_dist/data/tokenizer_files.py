@@ -56,7 +56,7 @@ def load_tokenizer(path: str, eod_token: str | None = None, add_special_tokens: 
     tokenizer.no_padding()
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if not ids:
-        raise JobError("tokenizer", f"{path} has an empty vocabulary")
+        raise JobError("tokenizer", f"{path} has an empty vocabulary", "give another tokenizer")
     token = eod_token or eos_token
     if eod_token and eod_token not in ids:
         raise JobError("eod_token", f"{eod_token!r} is not in the vocabulary of {path}", "name a token that it has")

@@ -158,9 +158,9 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
-        """Let go. A folder without a plan holds nothing and goes."""
+        """Let go. A folder without a finished part holds nothing worth keeping and goes."""
         if self._lock_fd >= 0:
-            if not self._plan.exists() and not self._publish.exists():
+            if not self._publish.exists() and next(self.parts.glob("*.part"), None) is None:
                 shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock_fd)
             self._lock_fd = -1

@@ -94,7 +94,9 @@ def test_parquet_and_arrow(tmp_path: Path, tokenizer: str, small_units, size: in
     DatasetDict({"train": Dataset(table), "other": Dataset(table.slice(0, 5))}).save_to_disk(str(tmp_path / "dict"))
     small_units(size)
     reference = megatron(tmp_path / "ref", documents, tokenizer)
-    for name in ("c.parquet", "hf", "dict"):
+    category = table.set_column(1, "content", table["content"].dictionary_encode())
+    pq.write_table(category, tmp_path / "category.parquet", row_group_size=50)
+    for name in ("c.parquet", "hf", "dict", "category.parquet"):
         run(tmp_path / name, tmp_path / f"out_{name}", tokenizer, text_key="content")
         assert files(tmp_path / f"out_{name}") == reference
     run(tmp_path / "dict", tmp_path / "other", tokenizer, text_key="content", dataset_split="other")
