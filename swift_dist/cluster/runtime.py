@@ -204,6 +204,7 @@ def _own_cluster_variables() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default, 15, would let any other process of the machine slow a rank down
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a rank without a GPU of its own keeps CUDA_VISIBLE_DEVICES
     }
 

@@ -8,6 +8,7 @@ process is reached through its beat record and by signals only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -129,6 +130,8 @@ class RankProcess:
         # The raylet is the parent: if it is gone the job is, and a rank that stands stopped must end as well.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver alone acts on Ctrl-C
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)  # a cluster that runs starts its workers at niceness 15
         self._pulse = Pulse(beat_path)
         self._pulse.beat("import", 0)
         self._setup = setup

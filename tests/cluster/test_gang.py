@@ -46,6 +46,7 @@ def undisturbed(cluster: object, tmp_path_factory: pytest.TempPathFactory) -> st
     """Digest of the weights after 20 steps without any trouble."""
     result = run(tmp_path_factory.mktemp("undisturbed"), {"steps": 20})
     assert result.state == "done" and not result.failures
+    assert result.results[0]["niceness"] == os.getpriority(os.PRIO_PROCESS, 0)
     assert result.results[0]["digest"] == result.results[1]["digest"]
     return result.results[0]["digest"]
 

@@ -61,6 +61,7 @@ def main(payload: dict[str, Any], worker: Any) -> dict[str, Any]:
         "digest": hashlib.sha256(w.numpy().tobytes()).hexdigest(),
         "pid": os.getpid(),
         "attempt": worker.attempt,
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "environment": {name: os.environ.get(name) for name in payload.get("show", [])},
     }
 
