@@ -146,6 +146,7 @@ class Gang:
             address=self._address(node),
             ranks_on_node=sum(place.node == node for place in self._plan.places),
             has_gpu=self._plan.use_gpu,
+            niceness=os.getpriority(os.PRIO_PROCESS, 0),
         )
         is_rank = rank is not None
         options = self._placement.options(

@@ -69,6 +69,7 @@ class Setup:
         address: of the node it runs on, as the other nodes reach it; 127.0.0.1 where there are no others.
         ranks_on_node: ranks that share the node.
         has_gpu: whether ranks compute on GPUs.
+        niceness: the driver's.
     """
 
     entry: str
@@ -78,6 +79,7 @@ class Setup:
     address: str
     ranks_on_node: int
     has_gpu: bool
+    niceness: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class RankProcess:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver alone acts on Ctrl-C
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, 0)  # a cluster that runs starts its workers at niceness 15
+            os.setpriority(os.PRIO_PROCESS, 0, setup.niceness)  # Ray starts its workers at niceness 15
         self._pulse = Pulse(beat_path)
         self._pulse.beat("import", 0)
         self._setup = setup
