@@ -83,6 +83,26 @@ def load_and_train(worker: Any, job: dict[str, Any], folder: str, saved_at: int,
         engine.close()
 
 
+def with_group_adam(worker: Any, what: str, **arguments: Any) -> Any:
+    """Another function of this file, with an Adam that counts in its parameter groups (see group_adam.py)."""
+    import group_adam
+
+    group_adam.use()
+    return globals()[what](worker, **arguments)
+
+
+def loss_scale_after_load(worker: Any, job: dict[str, Any], folder: str) -> float:
+    from megatron.core import dist_checkpointing
+
+    engine = make(worker, job)
+    try:
+        request = engine.sharded_state_dict(is_loading=True)
+        engine.load_state_dict(dist_checkpointing.load(request, folder, validate_access_integrity=False))
+        return engine._scaler.scale.item()
+    finally:
+        engine.close()
+
+
 def evaluate_after(worker: Any, job: dict[str, Any], steps: int) -> tuple[float, float]:
     """(evaluation of batch `steps` after as many steps, the loss of training on it): equal without dropout."""
     engine = make(worker, job)

@@ -51,6 +51,34 @@ def test_resume_on_the_same_layout_is_exact(
     assert resume(gang, tmp_path / "saved", world, made) == straight
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_exact_where_adam_counts_in_its_groups(
+    gang: Any, tmp_path: Path, precision: str, sharded: bool
+) -> None:
+    """As transformer-engine's and apex's do, which is what runs on a GPU."""
+    made = job(TINY, {"precision": precision}, use_distributed_optimizer=sharded)
+    arguments = {"job": made, "folder": str(tmp_path), "saved_at": SAVED_AT, "steps": STEPS}
+    straight = gang.run(RANKS, "with_group_adam", 2, what="train_and_save", **arguments)
+    assert gang.run(RANKS, "with_group_adam", 2, what="load_and_train", **arguments) == straight
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_the_loss_scale_survives_another_layout(
+    gang: Any, tmp_path: Path, before: int, after: int, sharded: bool
+) -> None:
+    """Both steps before the save overflow, so there was no update yet, and the second one halves the scale."""
+
+    def made(experts: int) -> dict[str, Any]:
+        train = {"precision": "fp16", "initial_loss_scale": 2.0**26}
+        return job(MOE, train, use_distributed_optimizer=sharded, expert_model_parallel_size=experts)
+
+    save(gang, tmp_path / "saved", 2, made(before))
+    scales = gang.run(RANKS, "loss_scale_after_load", 2, job=made(after), folder=str(tmp_path / "saved"))
+    assert scales == [2.0**25, 2.0**25]
+
+
 def test_dropout_streams_differ_between_steps_and_ranks(gang: Any) -> None:
     made = job({**TINY, "attention_dropout": 0.5}, tensor_model_parallel_size=2)
     plain = gang.run(RANKS, "losses", 2, job=job(TINY, tensor_model_parallel_size=2), steps=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import ParamGroupOverride, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -67,8 +68,9 @@ def clip(optimizer: ChainedOptimizer, max_norm: float, total_norm: float) -> Non
 def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
     """Make every torch optimizer's state whole and tell AdamW that `updates` updates were done.
 
-    Called when the optimizer is built, before it is saved and after it was loaded, against three traps of
-    megatron-core 0.16.1 with torch's AdamW (no transformer-engine, no apex):
+    Called when the optimizer is built, before it is saved and after it was loaded. transformer-engine's and apex's
+    Adam count in their parameter groups, which are no part of a checkpoint (see `state.collect`): without this the bias
+    correction would begin anew. torch's AdamW counts for each parameter, and megatron-core 0.16.1 has three traps:
     - loading gives all parameters ONE `step` tensor, which AdamW then advances once per parameter: the first resumed
       loss is right, the second is not;
     - saving asserts that there is exactly one step value, so state must exist, also on a rank without parameters;
@@ -84,6 +86,9 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
                 inner.state[_NO_PARAMETER] = {}  # type: ignore[index]
             for state in inner.state.values():
                 state["step"] = torch.tensor(float(updates))
+        elif isinstance(part.optimizer, megatron_optimizer.Adam):
+            for group in part.optimizer.param_groups:
+                group["step"] = updates
 
 
 _NO_PARAMETER = "no parameter on this rank"
@@ -99,6 +104,11 @@ def _fill_state(inner: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
 
 def _nothing(*_: Any) -> None:
     """Megatron asks every optimizer for a function that makes its state; it has none for SGD."""
+
+
+def counts_for_each_parameter(optimizer: ChainedOptimizer) -> bool:
+    """Whether this is torch's AdamW, whose every state has a `step`."""
+    return any(_inner_adamw(part) is not None for part in parts(optimizer))
 
 
 def _inner_adamw(part: MegatronOptimizer) -> torch.optim.Optimizer | None:

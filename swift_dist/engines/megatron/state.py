@@ -6,10 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
 from swift_dist.engines.megatron import rng
 from swift_dist.engines.megatron.model import unwrap
-from swift_dist.engines.megatron.optimizer import set_update_count
+from swift_dist.engines.megatron.optimizer import counts_for_each_parameter, set_update_count
 from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
@@ -26,37 +28,41 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
     }
     # While loading, megatron sizes its request by the state that is there; the numbers themselves are overwritten.
     set_update_count(engine.optimizer, engine.updates)
-    state["optimizer"] = _without_settings(engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata))
+    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
+    _keep_tensors_only(state["optimizer"], counts_for_each_parameter(engine.optimizer))
     state["engine"] = {
         "steps": engine.steps,
         "updates": engine.updates,
         "layout": asdict(engine.layout),
         "device": engine.device.type,
         "guard": engine.history.to_dict(),
+        "loss_scaler": engine._scaler.state_dict() if engine._scaler is not None else None,
     }
     if not is_loading:
         state["rng"] = rng.save_generators()
     return state
 
 
-def _without_settings(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Keep parameter groups out of the file.
+def _keep_tensors_only(optimizer: dict[str, Any], counts_for_each_parameter: bool) -> None:
+    """Keep everything but moments and masters out of the file.
 
-    They hold settings, which come from the job, and the number of updates, which is among the engine's numbers. How
-    many optimizers megatron chains (one, or dense and experts apart) depends on the layout, so groups that were saved
-    would not fit a resume on another one.
+    Parameter groups hold settings, which come from the job; the number of updates and the loss scale are among the
+    engine's numbers. How many optimizers megatron chains (one, or dense and experts apart) depends on the layout, so
+    what each of them adds for itself would not fit a resume on another one.
     """
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
     single = not all(isinstance(key, int) for key in optimizer)
     for part in [optimizer] if single else optimizer.values():
+        part.pop("grad_scaler", None)
         for holder in (part, part.get("optimizer", {})):  # fp32 has groups at the top; the others keep theirs inside
             if "param_groups" in holder:
                 groups = [_unwrapped(group) for group in holder["param_groups"]]
                 holder["param_groups"] = LocalNonpersistentObject(groups)
+            if counts_for_each_parameter and "state" in holder:  # AdamW wants one while loading; set afterwards
+                holder["state"]["common_step"] = LocalNonpersistentObject(torch.zeros(()))
         if "param_state_sharding_type" in part:
             part["param_state_sharding_type"] = LocalNonpersistentObject(part["param_state_sharding_type"])
-    return optimizer
 
 
 def _unwrapped(group: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +82,8 @@ def restore(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
     engine.updates, engine.steps = numbers["updates"], numbers["steps"]
     engine.history = GuardHistory.from_dict(numbers["guard"])
     set_update_count(engine.optimizer, engine.updates)
+    if engine._scaler is not None and numbers["loss_scaler"] is not None:
+        engine._scaler.load_state_dict(numbers["loss_scaler"])
     same = numbers["layout"] == asdict(engine.layout) and numbers["device"] == engine.device.type
     if same and rng.fits(loaded["rng"]):
         rng.restore_generators(loaded["rng"])
