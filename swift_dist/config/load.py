@@ -124,7 +124,7 @@ def build(section: type[S], layers: Iterable[Mapping[str, Any]], aliases: Mappin
                 )
             if name not in keys:
                 hint = did_you_mean(name, [*keys, *aliases])
-                raise JobError(name, f"unknown key. {hint}".strip(), hint and "see --help for every key")
+                raise JobError(name, f"unknown key. {hint}".strip(), "see --help for every key")
             merged[name] = value
     try:
         return section.model_validate(_nest(merged))
@@ -183,11 +183,10 @@ def parse_words(
             continue
         text, has_value, inline = word[2:].partition("=")
         name = aliases.get(text.replace("-", "_"), text.replace("-", "_"))
-        if name not in keys:
-            # model.config.hidden_size 128: a key inside a free-form mapping
-            if not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
-                hint = did_you_mean(name, [*keys, *aliases])
-                raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
+        # model.config.hidden_size 128 is a key inside a free-form mapping
+        if name not in keys and not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
+            hint = did_you_mean(name, [*keys, *aliases])
+            raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
         found: list[str] = [inline] if has_value else []
         key = keys.get(name)
         while not has_value and i < len(words) and not _is_option(words[i]):

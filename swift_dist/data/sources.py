@@ -89,7 +89,9 @@ def discover(options: ReadOptions) -> list[SourceFile]:
             with path.open("rb"):
                 pass
         except OSError as error:
-            raise JobError("input", f"{path} cannot be read: {error.strerror}") from None
+            raise JobError(
+                "input", f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
+            ) from None
         format_, compression = _kind(path, known or options.format)
         if format_ == "text" and options.text_unit == "file" and stat.st_size > _LARGEST_TEXT_FILE:
             raise JobError(
@@ -169,9 +171,13 @@ def _saved_dataset(folder: Path, split: str) -> Sequence[Path]:
         if (folder / "dataset_dict.json").is_file():
             splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
             if split not in splits:
-                raise JobError("dataset_split", f"{folder} has no split {split}, only {', '.join(splits)}")
+                raise JobError(
+                    "dataset_split", f"{folder} has no split {split}, only {', '.join(splits)}", "name one of them"
+                )
             folder = folder / split
         names = [entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JobError("input", f"{folder} is not a dataset as save_to_disk writes it: {error}") from None
+        raise JobError(
+            "input", f"{folder} is not a dataset as save_to_disk writes it: {error}", "check the folder"
+        ) from None
     return [folder / name for name in names]

@@ -24,7 +24,9 @@ def row_groups(file: SourceFile, column: str) -> list[tuple[int, int]]:
         schema = pq.read_schema(file.path) if file.format == "parquet" else _arrow_table(file.path).schema
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise JobError("input", f"{file.name} is not a readable {file.format} file: {reason}") from None
+        raise JobError(
+            "input", f"{file.name} is not a readable {file.format} file: {reason}", "restore the file"
+        ) from None
     _require_text(file, schema, column)
     if file.format == "parquet":
         metadata = pq.read_metadata(file.path)

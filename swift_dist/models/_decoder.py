@@ -247,4 +247,8 @@ def qwen_window(config: Config) -> tuple[int | None, tuple[int, ...] | None]:
 
 def check_window(window: Any) -> None:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise JobError("model.config.sliding_window", f"must be a positive whole number, got {window!r}")
+        raise JobError(
+            "model.config.sliding_window",
+            f"must be a positive whole number, got {window!r}",
+            "correct it in the model's configuration",
+        )

@@ -66,7 +66,11 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(stated, Mapping):
-        raise JobError("model.config.rope_parameters", f"must be a mapping, got {stated!r}")
+        raise JobError(
+            "model.config.rope_parameters",
+            f"must be a mapping, got {stated!r}",
+            "correct it in the model's configuration",
+        )
     parameters = {key: value for key, value in stated.items() if value is not None}
     if parameters.get("partial_rotary_factor") == 1.0:
         del parameters["partial_rotary_factor"]

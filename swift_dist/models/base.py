@@ -156,11 +156,19 @@ class Family:
             )
         for key in self.defaults.keys() & _FLAGS:
             if not isinstance(config[key], bool):
-                raise JobError(f"model.config.{key}", f"must be true or false, got {config[key]!r}")
+                raise JobError(
+                    f"model.config.{key}",
+                    f"must be true or false, got {config[key]!r}",
+                    "correct it in the model's configuration",
+                )
         for key, low, high in (("rms_norm_eps", 0, 1), ("initializer_range", 0, 1), ("attention_dropout", 0, 1)):
             value = config[key]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise JobError(f"model.config.{key}", f"must be a number in [{low}, {high}), got {value!r}")
+                raise JobError(
+                    f"model.config.{key}",
+                    f"must be a number in [{low}, {high}), got {value!r}",
+                    "correct it in the model's configuration",
+                )
         rope_parameters(config)
         self._check_special(config)
 
@@ -172,12 +180,20 @@ class Family:
                 "use one of these activations",
             )
         if config.get("is_encoder_decoder"):
-            raise JobError("model.config.is_encoder_decoder", "encoder-decoder models are not supported")
+            raise JobError(
+                "model.config.is_encoder_decoder",
+                "encoder-decoder models are not supported",
+                "use a decoder-only model",
+            )
 
 
 def _check_count(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise JobError(f"model.config.{key}", f"must be a positive whole number, got {value!r}")
+        raise JobError(
+            f"model.config.{key}",
+            f"must be a positive whole number, got {value!r}",
+            "correct it in the model's configuration",
+        )
 
 
 ACTIVATIONS = ("silu", "gelu", "relu")

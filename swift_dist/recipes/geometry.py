@@ -22,7 +22,9 @@ def shape_of_unsupported(hf: Mapping[str, Any]) -> ModelShape:
     model_type = hf.get("model_type")
     if model_type not in _SHAPES:
         raise JobError(
-            "model.config.model_type", f"{model_type!r} has no known geometry; known: {', '.join(sorted(_SHAPES))}"
+            "model.config.model_type",
+            f"{model_type!r} has no known geometry; known: {', '.join(sorted(_SHAPES))}",
+            "add its geometry to swift_dist/recipes/geometry.py",
         )
     return _SHAPES[model_type](hf)
 

@@ -215,7 +215,11 @@ def run_logs(options: LogsOptions) -> dict[str, Any]:
         try:
             re.compile(options.grep)
         except re.error as error:
-            raise JobError("grep", f"{options.grep!r} is no regular expression: {error}") from None
+            raise JobError(
+                "grep",
+                f"{options.grep!r} is no regular expression: {error}",
+                "put a backslash before what is meant literally",
+            ) from None
 
     def ended() -> bool:
         return _state(folder.status()) != "running"
