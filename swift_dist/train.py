@@ -12,7 +12,7 @@ from swift_dist.checkpoint import Checkpoint, CheckpointWriter, load, newest_who
 from swift_dist.config import JobConfig
 from swift_dist.data.loader import TrainingData
 from swift_dist.engines import Engine, build_engine
-from swift_dist.models import model_folder
+from swift_dist.models import find_family, model_folder
 from swift_dist.runs.recorder import Recorder
 from swift_dist.runs.worker import Worker
 
@@ -58,6 +58,8 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, origin: dict[str, Any
         micro_batch_size=job.train.micro_batch_size,
         dp_rank=engine.data.dp_rank,
         dp_size=engine.data.dp_size,
+        needs_data=engine.data.needs_data,
+        vocab_size=find_family(origin["hf_config"]).shape(origin["hf_config"]).vocab_size,
     )
     writer = CheckpointWriter(
         worker.run_dir / "checkpoints",
@@ -74,8 +76,7 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, origin: dict[str, Any
         while step < steps and not stop:
             worker.beat("step", step)
             started = time.perf_counter()
-            batch = data.micro_batches(step) if engine.data.needs_data else []
-            result = engine.train_step(batch, step, stop=worker.stop_requested())
+            result = engine.train_step(data.micro_batches(step), step, stop=worker.stop_requested())
             step, loss, stop = step + 1, result.loss, result.stop
             recorder.step(step, result, seconds=time.perf_counter() - started, data_wait=data.wait_seconds)
             writer.poll()

@@ -35,6 +35,9 @@ class TrainingData:
         global_batch_size: samples of one optimizer step over all ranks.
         micro_batch_size: samples of one forward pass of one rank.
         dp_rank, dp_size: this rank's place along the data-parallel axis.
+        needs_data: False for a rank that neither embeds tokens nor computes a loss: it reads nothing, and gets as many
+            batches as the others, empty ones.
+        vocab_size: of the model; every batch is checked against it (see `check_vocabulary` for a look at all data).
 
     Attributes:
         wait_seconds: how long the last `micro_batches` call waited for its data.
@@ -53,6 +56,8 @@ class TrainingData:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        needs_data: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size
         if global_batch_size % (micro_batch_size * dp_size):
@@ -63,6 +68,7 @@ class TrainingData:
                 f"use a multiple of {micro_batch_size * dp_size}",
             )
         self.section, self.global_batch_size, self.micro_batch_size = section, global_batch_size, micro_batch_size
+        self._needs_data = needs_data
         per_round = micro_batch_size * dp_size
         rounds = np.arange(global_batch_size // per_round, dtype=np.int64)[:, None] * per_round
         self._mine = rounds + dp_rank * micro_batch_size + np.arange(micro_batch_size, dtype=np.int64)  # [rounds, MBS]
@@ -78,6 +84,9 @@ class TrainingData:
         except BaseException:
             self._train.close()
             raise
+        for mixture in (self._train, self._validation):
+            if mixture is not None and vocab_size is not None:
+                mixture.refuse_tokens_from(vocab_size)
         held = self._train.num_samples
         self.num_steps = None if held is None else held // global_batch_size
         self.wait_seconds = 0.0
@@ -107,6 +116,8 @@ class TrainingData:
         Raises:
             RunError: the files cannot be read any more, or the epochs are used up.
         """
+        if not self._needs_data:
+            return []
         begin = time.perf_counter()
         batch = self._prefetch.get(step)
         self.wait_seconds = time.perf_counter() - begin
@@ -124,6 +135,8 @@ class TrainingData:
         if self._validation is None:
             raise JobError("data.validation", "no dataset given", "give data.validation: [PREFIX]")
         count = evaluation_steps(self._validation, self.global_batch_size, num_batches)
+        if not self._needs_data:
+            return [[] for _ in range(count)]
         return [self._read(self._validation, self._validation_eod, step) for step in range(count)]
 
     def _read_train(self, step: int) -> MicroBatches:

@@ -107,6 +107,11 @@ class Mixture:
         for dataset in self.datasets:
             dataset.check_vocabulary(vocab_size)
 
+    def refuse_tokens_from(self, vocab_size: int) -> None:
+        """Refuse tokens >= vocab_size in every sample read from now on."""
+        for dataset in self.datasets:
+            dataset.vocab_size = vocab_size
+
     def fingerprint(self) -> str:
         """What the data is, wherever it lies: hash of each dataset's content and share, in order."""
         parts = [dataset.store.content_hash() for dataset in self.datasets]

@@ -58,15 +58,22 @@ class Runs:
         self.data = str(folder / "data")
         gang.run("make_data", 1, prefix=self.data, vocab_size=VOCAB)
 
-    def run(self, world, hf_config, *, resume=None, precision="fp32", steps=STEPS, **parallel):
+    def run(self, world, hf_config, *, resume=None, precision="fp32", steps=STEPS, eval_interval=0, **parallel):
         """Train; with `resume`, from step `SAVED` of that run. Returns (run folder, rows of metrics.jsonl)."""
         run_dir = self.folder / f"run-{next(self._numbers)}"
         if resume is not None:
             shutil.copytree(resume / f"checkpoints/step_{SAVED}", run_dir / f"checkpoints/step_{SAVED}")
         job = {
             "model": {"config": hf_config},
-            "data": {"train": [self.data], "sequence_length": 32},
-            "train": {"steps": steps, "global_batch_size": 8, "micro_batch_size": 1, "precision": precision},
+            "data": {"train": [self.data], "validation": [self.data], "sequence_length": 32},
+            "train": {
+                "steps": steps,
+                "global_batch_size": 8,
+                "micro_batch_size": 1,
+                "precision": precision,
+                "eval_interval": eval_interval,
+                "eval_steps": 2,
+            },
             "optimizer": {"lr": 1e-2},
             "schedule": {"warmup_steps": 2},
             "parallel": {ALIASES[name]: value for name, value in parallel.items()},
@@ -81,7 +88,7 @@ class Runs:
         results = self.gang.run("train", world, payload=payload, run_dir=str(run_dir))
         assert [result["step"] for result in results] == [steps] * world
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == list(range(SAVED + 1 if resume else 1, steps + 1))
+        assert [row["step"] for row in rows if "loss" in row] == list(range(SAVED + 1 if resume else 1, steps + 1))
         return run_dir, rows
 
 
@@ -132,6 +139,15 @@ def test_same_layout_is_bit_exact_with_dropout(runs, world, precision, parallel)
     assert [(row["loss"], row["grad_norm"]) for row in resumed_rows] == numbers
     assert differing(whole, resumed) == []
     assert rows[-1]["loss"] != rows[SAVED]["loss"]
+
+
+def test_evaluation_is_the_same_on_a_pipeline_with_middle_stages(runs):
+    evaluated = []
+    for world, parallel in ((1, {}), (4, {"pp": 4})):
+        _, rows = runs.run(world, LLAMA, eval_interval=2, steps=4, **parallel)
+        evaluated.append([row["eval_loss"] for row in rows if "eval_loss" in row])
+    assert len(evaluated[0]) == 2
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,42 @@ def test_validation_is_the_same_at_every_call_and_for_every_seed(tmp_path: Path)
         data([train]).validation_batches(1)
 
 
+def test_a_rank_without_need_of_data_gets_as_many_empty_batches(tmp_path: Path) -> None:
+    train, validation = counting(tmp_path / "t", 500), counting(tmp_path / "v", 50 * LENGTH + 1)
+    idle = TrainingData(
+        section([train], validation=[validation]),
+        seed=5,
+        global_batch_size=GLOBAL,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        needs_data=False,
+    )
+    assert idle.micro_batches(0) == []
+    assert idle.validation_batches(3) == [[], [], []]
+    assert len(idle.validation_batches(100)) == len(data([train], validation=[validation]).validation_batches(100)) == 4
+    idle.close()
+
+
+def test_every_batch_is_checked_against_the_vocabulary(tmp_path: Path) -> None:
+    prefix = counting(tmp_path / "d", 1000)  # token t is t
+    loader = TrainingData(
+        section([prefix], validation=[prefix]),
+        seed=5,
+        global_batch_size=GLOBAL,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=990,
+    )
+    with pytest.raises(RunError, match="outside the model's vocabulary of 990"):
+        for step in range(1000 // LENGTH // GLOBAL + 1):
+            loader.micro_batches(step)
+    with pytest.raises(RunError, match="outside the model's vocabulary of 990"):
+        loader.validation_batches(100)
+    loader.close()
+
+
 def test_fingerprint_is_of_content_and_shares(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     a, b = counting(tmp_path / "a", 300), counting(tmp_path / "b", 300, 1)
