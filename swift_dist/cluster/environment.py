@@ -102,7 +102,12 @@ def _rules(settings: ClusterSection, node: NodeFacts) -> dict[str, str]:
         if node.has_gpu:
             rules["NCCL_SOCKET_IFNAME"] = node.interface
     if node.has_gpu:
-        # A failed collective must end as an exception in the rank, not as a silent hang or a core dump.
+        # A failed collective ends the rank's process, which is then replaced: it must neither hang nor go on with
+        # whatever the broken collective left in its buffers.
         rules["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
         rules["NCCL_DEBUG"] = "WARN"
+        # megatron-core relies on it to start a layer's communication before the computation that hides it.
+        rules["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    else:
+        rules["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs, ranks on the CPU must not find them
     return rules

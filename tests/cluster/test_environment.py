@@ -28,7 +28,7 @@ def test_passed(name: str) -> None:
      "LD_LIBRARY_PATH", "SOME_SECRET"],
 )  # fmt: skip
 def test_not_passed(name: str) -> None:
-    assert name not in environment({name: "value"}, ClusterSection(), CPU_NODE)
+    assert environment({name: "value"}, ClusterSection(), CPU_NODE).get(name) != "value"
 
 
 def test_what_another_launcher_left_is_taken_away() -> None:
@@ -63,3 +63,16 @@ def test_a_job_may_not_set_what_the_gang_sets(name: str) -> None:
     with pytest.raises(JobError, match=name) as caught:
         check_environment(ClusterSection(env={name: "1"}))
     assert caught.value.key == "cluster.env"
+
+
+def test_ranks_on_the_cpu_see_no_gpu() -> None:
+    shell = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert environment(shell, ClusterSection(), CPU_NODE)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(shell, ClusterSection(), GPU_NODE)  # set with the rank's place
+
+
+def test_gpu_ranks_overlap_communication_unless_told_otherwise() -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert environment({}, ClusterSection(), GPU_NODE)[name] == "1"
+    assert environment({name: "8"}, ClusterSection(), GPU_NODE)[name] == "8"
+    assert name not in environment({}, ClusterSection(), CPU_NODE)
