@@ -192,6 +192,20 @@ def rebuild(worker: Any, jobs: list[dict[str, Any]]) -> list[Any]:
     return found
 
 
+def cp_comm_type(worker: Any, job: dict[str, Any]) -> str | None:
+    """How transformer-engine's attention would talk, on a GPU that had it and two context-parallel ranks."""
+    from swift_dist.engines.megatron import settings
+    from swift_dist.models import find_family
+
+    settings.have_transformer_engine = lambda: True
+    settings._fusions = lambda on_cuda, te: {}  # megatron looks for them in transformer-engine itself
+    config = job["model"]["config"]
+    layout = cases.layout("CP2")
+    return settings.transformer_config(
+        JobConfig.model_validate(job), layout, find_family(config), config, "cuda:0"
+    ).cp_comm_type
+
+
 def parameter_names(worker: Any, job: dict[str, Any]) -> list[str]:
     engine = make(worker, job)
     try:

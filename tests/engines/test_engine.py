@@ -36,6 +36,12 @@ def test_parameters_have_transformer_engine_names(gang: Any) -> None:
     assert not any("input_layernorm" in name or "pre_mlp_layernorm" in name for name in names)
 
 
+@pytest.mark.parametrize(("model", "expected"), [("mistral", "all_gather"), ("llama", None)])
+def test_a_window_under_context_parallelism_does_not_use_the_ring(gang: Any, model: str, expected: str | None) -> None:
+    """No machine without a GPU can run it: transformer-engine refuses windows with its default, point to point."""
+    assert gang.run(RANKS, "cp_comm_type", 1, job=job(cases.MODELS[model])) == [expected]
+
+
 LAYOUTS = [
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (2, {"pipeline_model_parallel_size": 2}),

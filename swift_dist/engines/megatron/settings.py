@@ -64,6 +64,9 @@ def transformer_config(
         arguments |= {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": on_cuda and te}
     if job.train.fp8 != "none":
         arguments["fp8"] = job.train.fp8
+    if te and arguments.get("window_size") is not None:
+        # transformer-engine's default, a ring, refuses a sliding window under context parallelism.
+        arguments["cp_comm_type"] = "all_gather"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which are off
         config = TransformerConfig(**arguments)
