@@ -115,7 +115,10 @@ def test_a_second_interrupt_ends_it_at_once(start: Any) -> None:
 
 def test_an_interrupt_during_the_start_ends_it(start: Any) -> None:
     driver = start({"steps": 500})
-    time.sleep(1.5)
+    while len(driver.left()) < 2:  # the driver and its cluster's host: it has taken the signals
+        assert driver.process.poll() is None, driver.process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.5)
     driver.process.send_signal(signal.SIGINT)
     code, _, err = driver.end()
     assert code == 130 and "Traceback" not in err, err
