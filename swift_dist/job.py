@@ -45,6 +45,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     check_environment(job.cluster)
     with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
         folder = RunFolder.for_job(job)
+        folder.require_free()  # `begin` asks again; here it costs no start of a cluster
         devices = cluster.devices()
         resolved = _resolve(job, folder, devices)
         stopwatch.lap("checks")

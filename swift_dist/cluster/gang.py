@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,6 +167,7 @@ class Gang:
 
         lost = [self._ranks.pop(rank) for rank in ranks if rank in self._ranks]
         self._end(lost)
+        self._drop_dead_spares(self._agents.read())
         for process in lost:
             assert process.rank is not None
             spare = next((s for s in self._spares if s.node == process.node and _is_warm(s, ray)), None)
@@ -188,6 +189,7 @@ class Gang:
 
     def _keep_spares(self) -> None:
         """Start missing spares once the ranks are stepping: before that their imports would only slow the start."""
+        self._drop_dead_spares(self._beats)
         missing = self._plan.settings.spares - len(self._spares)
         if missing <= 0:
             return
@@ -199,6 +201,14 @@ class Gang:
             spare = self._new_process(counts.index(min(counts)), None)
             spare.warm = spare.actor.warm.remote(self._visible_devices(spare.node))
             self._spares.append(spare)
+
+    def _drop_dead_spares(self, beats: Mapping[str, Beat]) -> None:
+        """Forget spares that were killed while they waited: nobody waits for them, so nobody else notices."""
+        dead = [s for s in self._spares if (beat := beats.get(s.name, Beat())).pid and beat.state in ("", "Z")]
+        if dead:
+            log.warning("%d warm spare(s) died while they waited", len(dead))
+            self._spares = [s for s in self._spares if s not in dead]
+            self._end(dead)
 
     # One attempt
 
@@ -289,7 +299,9 @@ class Gang:
             if now > attempt.deadline:
                 self._give_up_on(attempt, waiting - set(attempt.failures))
             return
-        stall = find_stall({r: self._beat(r, now - attempt.began) for r in waiting}, self._limits)
+        stall = find_stall(
+            {r: self._beat(r, now - attempt.began) for r in waiting - set(attempt.failures)}, self._limits
+        )
         if stall is not None:
             stacks = self._save_stacks(attempt.number, sorted(waiting))
             named = name_laggards(stall, stacks)
@@ -300,7 +312,7 @@ class Gang:
                 if self._beat(rank).state in ("T", "t"):
                     text += ": its process is stopped (SIGSTOP)"
                 self._failed(attempt, self._failure(rank, "stalled", text))
-            self._agents.kill([self._ranks[rank].name for rank in named or waiting])
+            self._kill(named or waiting)
 
     def _beat(self, rank: int, age: float = 0.0) -> Beat:
         """A rank's last beat; one that has not spoken is `age` seconds old."""
@@ -320,7 +332,16 @@ class Gang:
         for rank in sorted(ranks):
             text = "it did not come back after another rank had failed; its process was ended"
             self._failed(attempt, self._failure(rank, "unresponsive", text))
+        self._kill(ranks)
+
+    def _kill(self, ranks: Collection[int]) -> None:
+        """SIGKILL ranks; one that has not spoken yet has no known process, and Ray gives it up."""
+        import ray
+
         self._agents.kill([self._ranks[rank].name for rank in ranks])
+        for rank in ranks:
+            if not self._beat(rank).pid:
+                ray.kill(self._ranks[rank].actor, no_restart=True)
 
     def _died(self, rank: int, error: Exception) -> Failure:
         log.debug("rank %d: %s", rank, error)

@@ -195,7 +195,12 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
-    def _take(self, steps: int | None) -> None:
+    def require_free(self) -> Status | None:
+        """The folder's status, if no other live driver holds it.
+
+        Raises:
+            JobError: one does.
+        """
         held = self.status()
         me = ProcessIdentity.of_this_process()
         if held is not None and held.state == "running" and not held.is_dead and held.driver != me:
@@ -205,7 +210,12 @@ class RunFolder:
                 f"since {held.started}",
                 f"swift-dist runs stop {self.path}, or name another folder",
             )
+        return held
+
+    def _take(self, steps: int | None) -> None:
+        held = self.require_free()
         step = held.step if held else 0  # of the attempt before, until the first step of this one
+        me = ProcessIdentity.of_this_process()
         self._write_status(Status("running", me, started=now(), updated=now(), step=step, steps=steps))
 
     def _begin_manifest(self, job: JobConfig, layout: dict[str, Any] | None, command: list[str]) -> None:

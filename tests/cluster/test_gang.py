@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from toy import Notes, toy_plan
 
-from swift_dist.cluster.gang import Gang
+from swift_dist.cluster.gang import Gang, _is_warm
 from swift_dist.cluster.heartbeat import process_state
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Demand, Placement
@@ -113,13 +115,39 @@ def test_a_rank_that_hangs_in_its_own_code_is_named(undisturbed: str, tmp_path: 
 
 def test_a_warm_spare_takes_the_place(undisturbed: str, tmp_path: Path) -> None:
     notes = Notes()
-    payload = {"steps": 20, "step_seconds": 0.3, "faults": [{"rank": 1, "phase": "step", "step": 18, "do": "kill"}]}
-    with gang_of(tmp_path, payload, notes, spares=1) as gang:
+    fault = {"rank": 1, "phase": "step", "step": 18, "do": "kill", "after": str(tmp_path / "warm")}
+    with gang_of(tmp_path, {"steps": 20, "faults": [fault]}, notes, spares=1) as gang:
+
+        def tell_when_warm() -> None:
+            while not (gang._spares and _is_warm(gang._spares[0], ray)):
+                time.sleep(0.02)
+            (tmp_path / "warm").touch()
+
+        threading.Thread(target=tell_when_warm, daemon=True).start()
         result = gang.run()
     assert_same_end(result, undisturbed)
     log = (tmp_path / "logs" / "rank_1.log").read_text()
     assert result.results[1]["attempt"] == 1 and "attempt 1: rank 1" in log
     assert gang.spares_used == 1
+
+
+def test_a_spare_that_dies_while_it_waits_is_replaced(undisturbed: str, tmp_path: Path) -> None:
+    notes, killed = Notes(), []
+    payload = {"steps": 20, "step_seconds": 0.4}
+    with gang_of(tmp_path, payload, notes, spares=1) as gang:
+
+        def kill_the_first_spare() -> None:
+            while not killed:
+                time.sleep(0.02)
+                beats = gang._beats
+                killed.extend(s.name for s in gang._spares if beats.get(s.name) and beats[s.name].pid)
+            os.kill(beats[killed[0]].pid, signal.SIGKILL)
+
+        threading.Thread(target=kill_the_first_spare, daemon=True).start()
+        result = gang.run()
+        assert [spare.name for spare in gang._spares] not in ([], killed)
+    assert_same_end(result, undisturbed)
+    assert notes.restarts == []
 
 
 def test_an_error_is_reported_once_with_rank_and_log(cluster: object, tmp_path: Path) -> None:

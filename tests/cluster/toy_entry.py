@@ -67,7 +67,10 @@ def main(payload: dict[str, Any], worker: Any) -> dict[str, Any]:
 
 
 def _fault(payload: dict[str, Any], worker: Any, phase: str, step: int) -> None:
-    """Do what the payload asks for here: {"rank", "phase", "step", "do", "times"}; `times` counts over attempts."""
+    """Do what the payload asks for here: {"rank", "phase", "step", "do", "times", "after"}.
+
+    `times` counts over attempts; `after` is a file that is waited for.
+    """
     for fault in payload.get("faults", []):
         if (fault["rank"], fault["phase"]) != (worker.rank, phase) or fault.get("step", step) != step:
             continue
@@ -76,6 +79,8 @@ def _fault(payload: dict[str, Any], worker: Any, phase: str, step: int) -> None:
         if count >= fault.get("times", 1):
             continue
         done.write_text(str(count + 1))
+        while "after" in fault and not Path(fault["after"]).exists():
+            time.sleep(0.02)
         if fault["do"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault["do"] == "stop":
