@@ -62,7 +62,7 @@ def _number(value: Any, form: str) -> str:
 
 
 class TimeLeft:
-    """Seconds to the last step, from the pace of the last 20 seconds (a first step is slower than the rest)."""
+    """Seconds to the last step, from the pace of the last 20 seconds, or 10 steps where those take longer."""
 
     def __init__(self, steps: int | None) -> None:
         self.steps = steps
@@ -73,7 +73,7 @@ class TimeLeft:
         if self._marks and step <= self._marks[-1][1]:
             self._marks.clear()  # a restart went back
         self._marks.append((at, step))
-        while len(self._marks) > 2 and self._marks[1][0] < at - _WINDOW_SECONDS:
+        while len(self._marks) > 10 and self._marks[1][0] < at - _WINDOW_SECONDS:
             self._marks.pop(0)
         (then, first) = self._marks[0]
         if self.steps is None or step <= first or at <= then:
