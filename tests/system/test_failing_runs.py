@@ -17,7 +17,7 @@ from test_kill import assert_same_end, wait_for_step
 
 from swift_dist.checkpoint import open_checkpoint
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 Start = Callable[..., Command]
 MIB = 2**20
 

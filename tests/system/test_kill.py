@@ -20,7 +20,7 @@ from killer import Killer
 from swift_dist.checkpoint import open_checkpoint
 from swift_dist.converters.dist_checkpoint_io import DistCheckpoint
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 Start = Callable[..., Command]
 
 
