@@ -14,6 +14,7 @@ step() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$1" "$((SECONDS - started))";
 run() { # shows the command as one would type it, then runs it
     printf '$ %s' "$(basename "$1")"
     for word in "${@:2}"; do
+        word=${word#"$PWD"/}
         case $word in
             *[!A-Za-z0-9_./:,=+-]*) printf ' %q' "$word" ;;
             *) printf ' %s' "$word" ;;
@@ -63,6 +64,7 @@ step "8. transformers continues a line"
 run "$bin/python" "$here/generate.py" "$folder/model" "def __init__(self"
 
 step "Done"
+bin=${bin#"$PWD"/}
 cat <<TXT
 run         $folder/run          job.yaml, metrics.jsonl, logs, checkpoints
 loss curve  $folder/loss.png
