@@ -107,13 +107,19 @@ def collect_shards(sharded_state_dict: dict[str, Any], content_metadata: dict[st
 
 
 def _writable(values: list[Any]) -> list[Any]:
-    """Of one name's shards on this rank: each place once (tied weights may be held twice), objects if they are main."""
+    """Of one name's shards on this rank: each place once (tied weights may be held twice), objects if they are main.
+
+    Copies on a regular grid may be written by any holder. Those of optimizer state that is sharded over data-parallel
+    ranks may be cut elsewhere: only the main one counts.
+    """
     from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 
     if isinstance(values[0], ShardedObject):
         return [value for value in values if is_main_replica(value.replica_id)]
     by_place: dict[tuple[int, ...], Any] = {}
     for value in values:
+        if not value.has_regular_grid and not is_main_replica(value.replica_id):
+            continue
         place = tuple(value.global_offset)
         if place not in by_place or is_main_replica(value.replica_id):
             by_place[place] = value

@@ -234,3 +234,26 @@ def global_weights(worker: Any, job: dict[str, Any]) -> dict[str, float]:
         return found
     finally:
         engine.close()
+
+
+def optimizer_boxes(worker: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Every box of optimizer state that this rank would save, and how many numbers its optimizer updates."""
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    from swift_dist.engines.megatron.optimizer import parts
+
+    engine = make(worker, job)
+    try:
+        found = engine.sharded_state_dict()["optimizer"].values()
+        params = [
+            p for part in parts(engine.optimizer) for group in part.optimizer.param_groups for p in group["params"]
+        ]
+        return {
+            "boxes": [
+                (b.key, b.global_shape, b.global_offset, b.local_shape, is_main_replica(b.replica_id)) for b in found
+            ],
+            "held": sum(b.data.numel() for b in found if b.key.startswith("optimizer.state.exp_avg.")),
+            "owned": sum(parameter.numel() for parameter in params),
+        }
+    finally:
+        engine.close()

@@ -8,7 +8,6 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import ParamGroupOverride, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
@@ -34,9 +33,6 @@ def build_optimizer(job: JobConfig, chunks: list[Any]) -> ChainedOptimizer:
     else:
         optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
     assert isinstance(optimizer, ChainedOptimizer)
-    for part in parts(optimizer):
-        if isinstance(part, DistributedOptimizer) and _inner_adamw(part) is not None:
-            part._set_main_param_and_optimizer_states = _StateSetter(part)
     set_update_count(optimizer, 0)
     _share_loss_scaler(optimizer)
     return optimizer
@@ -87,6 +83,7 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
             for state in inner.state.values():
                 state["step"] = torch.tensor(float(updates))
         elif isinstance(part.optimizer, megatron_optimizer.Adam):
+            _fill_state(part.optimizer, ("exp_avg", "exp_avg_sq"))
             for group in part.optimizer.param_groups:
                 group["step"] = updates
 
@@ -113,22 +110,6 @@ def counts_for_each_parameter(optimizer: ChainedOptimizer) -> bool:
 
 def _inner_adamw(part: MegatronOptimizer) -> torch.optim.Optimizer | None:
     return part.optimizer if isinstance(part.optimizer, (torch.optim.AdamW, torch.optim.Adam)) else None
-
-
-class _StateSetter:
-    """`DistributedOptimizer._set_main_param_and_optimizer_states` that leaves `step` alone: a checkpoint's
-    per-parameter tensors do not have it, and upstream's version asks for it."""
-
-    def __init__(self, part: DistributedOptimizer) -> None:
-        self._part = part
-
-    def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self._part.model_param_group_index_map[model_param]
-        main = self._part.optimizer.param_groups[group]["params"][order]
-        main.data.copy_(tensors["param"])
-        for name, value in self._part.optimizer.state[main].items():
-            if name != "step":
-                value.copy_(tensors[name])
 
 
 class LossScaler:

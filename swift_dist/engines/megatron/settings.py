@@ -29,7 +29,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Model geometry of the family, split as the layout says, in the job's precision."""
     dtype = DTYPES[job.train.precision]
-    on_cuda, te = device.startswith("cuda"), have_transformer_engine()
+    on_cuda = device.startswith("cuda")
+    te = on_cuda and have_transformer_engine()
     arguments: dict[str, Any] = {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

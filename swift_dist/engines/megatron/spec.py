@@ -1,7 +1,8 @@
-"""Which class each part of a transformer layer is: transformer-engine's where it imports, ours elsewhere."""
+"""Which class each part of a transformer layer is: transformer-engine's on a GPU where it imports, ours elsewhere."""
 
 from __future__ import annotations
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -57,7 +58,7 @@ class TorchBackend(BackendSpecProvider):
 
 def backend() -> BackendSpecProvider:
     """The parts that this machine builds a layer from."""
-    if have_transformer_engine():
+    if torch.cuda.is_available() and have_transformer_engine():
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()

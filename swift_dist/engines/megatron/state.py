@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
-from swift_dist.engines.megatron import rng
+from swift_dist.engines.megatron import optimizer_shards, rng
 from swift_dist.engines.megatron.model import unwrap
-from swift_dist.engines.megatron.optimizer import counts_for_each_parameter, set_update_count
+from swift_dist.engines.megatron.optimizer import counts_for_each_parameter, parts, set_update_count
 from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
     from swift_dist.engines.megatron.engine import MegatronEngine
+
+_EXTRA_STATE = "_extra_state"
+"""How transformer-engine's modules name their FP8 scaling factors in a state dict."""
 
 
 def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
@@ -23,13 +26,16 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
     metadata = engine._metadata()
     names = chunk_names(len(engine.chunks))
     state: dict[str, Any] = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        name: _model_state(unwrap(chunk).sharded_state_dict(metadata=metadata), fp8=bool(engine.config.fp8))
         for name, chunk in zip(names, engine.chunks, strict=True)
     }
     # While loading, megatron sizes its request by the state that is there; the numbers themselves are overwritten.
     set_update_count(engine.optimizer, engine.updates)
-    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
-    _keep_tensors_only(state["optimizer"], counts_for_each_parameter(engine.optimizer))
+    if engine.job.parallel.use_distributed_optimizer:
+        state["optimizer"] = optimizer_shards.shards(parts(engine.optimizer), state)
+    else:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
+        _keep_tensors_only(state["optimizer"], counts_for_each_parameter(engine.optimizer))
     state["engine"] = {
         "steps": engine.steps,
         "updates": engine.updates,
@@ -41,6 +47,32 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
     if not is_loading:
         state["rng"] = rng.save_generators()
     return state
+
+
+def _model_state(state: dict[str, Any], fp8: bool) -> dict[str, Any]:
+    """A chunk's state without transformer-engine's scaling factors where there are none: only its classes have such
+    entries, and a checkpoint written with them is to load where they are not, and the other way round."""
+    return state if fp8 else {key: value for key, value in state.items() if _EXTRA_STATE not in key}
+
+
+def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Load a chunk's weights; every one of them must be there. Raises RuntimeError otherwise."""
+    misfit = model.load_state_dict(state, strict=False)
+    missing = [key for key in misfit.missing_keys if _EXTRA_STATE not in key]
+    if missing or misfit.unexpected_keys:
+        raise RuntimeError(f"the checkpoint lacks {missing} and has {misfit.unexpected_keys} beyond the model")
+
+
+def _load_optimizer(engine: MegatronEngine, state: dict[str, Any]) -> None:
+    if not engine.job.parallel.use_distributed_optimizer:
+        engine.optimizer.load_state_dict(state)
+        return
+    weights = {
+        name: unwrap(chunk).sharded_state_dict(metadata=engine._metadata())
+        for name, chunk in zip(chunk_names(len(engine.chunks)), engine.chunks, strict=True)
+    }
+    for name, shard in optimizer_shards.shards(parts(engine.optimizer), weights).items():
+        shard.data.copy_(state[name])
 
 
 def _keep_tensors_only(optimizer: dict[str, Any], counts_for_each_parameter: bool) -> None:
@@ -76,8 +108,8 @@ def _unwrapped(group: dict[str, Any]) -> dict[str, Any]:
 def restore(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
     """See `MegatronEngine.load_state_dict`."""
     for name, chunk in zip(chunk_names(len(engine.chunks)), engine.chunks, strict=True):
-        unwrap(chunk).load_state_dict(loaded[name], strict=True)
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+        _load_model(unwrap(chunk), loaded[name])
+    _load_optimizer(engine, loaded.get("optimizer", {}))  # a rank may own no part of any parameter
     numbers = loaded["engine"]
     engine.updates, engine.steps = numbers["updates"], numbers["steps"]
     engine.history = GuardHistory.from_dict(numbers["guard"])
