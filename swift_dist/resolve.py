@@ -15,6 +15,7 @@ from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape, ParallelLayout
 
 if TYPE_CHECKING:
+    from swift_dist.checkpoint import Checkpoint
     from swift_dist.checkpoint.resume import Difference
 
 S = TypeVar("S", bound=Section)
@@ -194,4 +195,18 @@ def _check_weights(job: JobConfig) -> None:
     if load and not Path(load).exists():
         raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
     if load:
-        open_checkpoint(load)
+        _require_same_batch(job, open_checkpoint(load))
+
+
+def _require_same_batch(job: JobConfig, checkpoint: Checkpoint) -> None:
+    """Steps count on from another run's checkpoint, and with them the position in the data."""
+    samples = checkpoint.metadata.get("consumed_samples")
+    size = job.train.global_batch_size
+    if samples is not None and samples != checkpoint.step * size:
+        raise JobError(
+            "train.global_batch_size",
+            f"{size}, but {checkpoint.path} was trained with {samples // checkpoint.step}: step {checkpoint.step} "
+            "would be another position in the data and in the schedule",
+            f"--train.global_batch_size {samples // checkpoint.step}; or begin anew with its weights alone: "
+            f"swift-dist convert megatron-to-hf {checkpoint.path} FOLDER, then --model.path FOLDER",
+        )

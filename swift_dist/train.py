@@ -13,6 +13,7 @@ from swift_dist.config import JobConfig
 from swift_dist.data.loader import TrainingData
 from swift_dist.engines import Engine, build_engine
 from swift_dist.models import find_family, model_folder
+from swift_dist.runs.guard import GuardError
 from swift_dist.runs.recorder import Recorder
 from swift_dist.runs.worker import Worker
 
@@ -90,6 +91,9 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, origin: dict[str, Any
                 saved = step
         worker.beat("final", step)
         writer.wait()
+    except GuardError:
+        writer.wait()  # every rank is here: the checkpoint that is being written is a good one
+        raise
     finally:
         recorder.close()
         data.close()

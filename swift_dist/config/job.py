@@ -133,7 +133,7 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="checkpoints whose step is a multiple of this stay for ever (0: none)")
     async_save: bool = Field(True, description="write in the background while training goes on")
-    load: str | None = Field(None, description="start from this checkpoint folder's weights and state (another run's)")
+    load: str | None = Field(None, description="go on from this checkpoint of another run: weights, optimizer, steps")
 
 
 class ClusterSection(Section):

@@ -13,6 +13,9 @@ from swift_dist.data.blend import Blend
 from swift_dist.data.packed import PackedDataset
 from swift_dist.errors import JobError, RunError
 
+SMALLEST_SHARE = 2.0**-50
+"""Of a dataset in a blend by weights; less would never be read."""
+
 
 class Mixture:
     """Datasets, blended and shuffled: an order of samples that depends on (seed, data, sequence length) alone.
@@ -53,6 +56,12 @@ class Mixture:
         epochs = [entry.epochs for entry in entries if entry.epochs is not None]
         self._stated = [weight / sum(weights) for weight in weights] + [f"{count} epochs" for count in epochs]
         if weights:
+            if min(weights) / sum(weights) < SMALLEST_SHARE:
+                raise JobError(
+                    self.key,
+                    f"weight {min(weights):g} is no sample beside weights that sum to {sum(weights):g}",
+                    "raise it, or leave that dataset out",
+                )
             self.blend = Blend.from_weights(weights, seed)
             return
         if epochs:

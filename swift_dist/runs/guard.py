@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swift_dist.config import TrainSection
+from swift_dist.errors import RunError
 
 WINDOW = 64
 """Accepted losses that the median is taken over."""
 ENOUGH = 16
 """Accepted losses before a spike can be told from the noise of a start."""
+
+
+class GuardError(RunError):
+    """The run ends because of a NaN or a loss spike: raised at the same step on every rank, none of which is ill."""
 
 
 @dataclass(frozen=True)

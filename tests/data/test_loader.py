@@ -242,6 +242,7 @@ WRONG = {
     "weight and epochs in one": ([{"path": "a", "weight": 1, "epochs": 1}], "both weight and epochs"),
     "one with weight": ([{"path": "a", "weight": 1}, "b"], "give every dataset weight"),
     "weight beside epochs": ([{"path": "a", "weight": 1}, {"path": "b", "epochs": 1}], "give every dataset weight"),
+    "a weight of nothing": ([{"path": "a", "weight": 1e-18}, {"path": "b", "weight": 1}], "is no sample beside"),
     "too short": (["short"], "fewer than one sample"),
     "less than a sample": ([{"path": "a", "epochs": 0.001}], "no sample"),
     "missing": (["nowhere"], "does not exist"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commands import Command
-from toy_job import job, write_dataset, write_job
-
-STEPS, INTERVAL = 40, 4
+from toy_job import INTERVAL, STEPS, Run, job, write_dataset, write_job
 
 
 @pytest.fixture(scope="session")
@@ -35,14 +32,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     yield begin
     for command in commands:
         command.kill_everything()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A job of two tensor-parallel ranks with dropout and a checkpoint every few steps, and where it went."""
-
-    words: tuple[str, ...]
-    output: Path
 
 
 @pytest.fixture(scope="session")

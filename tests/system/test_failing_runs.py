@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from commands import Command
-from conftest import INTERVAL, STEPS, Run
-from test_kill import assert_same_end, wait_for_step
+from same_end import assert_same_end
+from test_kill import wait_for_step
+from toy_job import INTERVAL, STEPS, Run
 
 from swift_dist.checkpoint import open_checkpoint
 

@@ -12,53 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import Command
-from conftest import INTERVAL, STEPS, Run
 from killer import Killer
+from same_end import assert_same_end
+from toy_job import STEPS, Run
 
 from swift_dist.checkpoint import open_checkpoint
-from swift_dist.converters.dist_checkpoint_io import DistCheckpoint
 
 pytestmark = pytest.mark.timeout(900)
 Start = Callable[..., Command]
-
-
-def assert_same_end(output: Path, quiet: Run) -> None:
-    """Weights, optimizer, generators, schedule and metrics of both runs are the same, bit for bit; nothing is left."""
-    mine, theirs = open_checkpoint(output), open_checkpoint(quiet.output)
-    assert mine.step == theirs.step == STEPS
-    left, right = DistCheckpoint(mine.path), DistCheckpoint(theirs.path)
-    assert left.tensors == right.tensors
-    assert any("exp_avg" in key for key in left.tensors) and any("embedding" in key for key in left.tensors)
-    different = [key for key, tensor in left if not same(tensor, right.read(key))]
-    assert different == []
-    assert same(*(torch.load(c.path / "common.pt", weights_only=False) for c in (mine, theirs)))
-    assert losses(output) == losses(quiet.output)
-    folder = sorted(p.name for p in (output / "checkpoints").iterdir())
-    assert folder == sorted(["latest", f"step_{STEPS}", f"step_{STEPS - INTERVAL}"])
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal in every bit and type, through dicts and lists."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return (
-            one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
-        )
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
-
-
-def losses(output: Path) -> list[tuple[float, float, float]]:
-    """(loss, gradient norm, rate) by step; each step must be there exactly once."""
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    return [(row["loss"], row["grad_norm"], row["lr"]) for row in rows]
 
 
 def finish(command: Command, output: Path, quiet: Run, kills: int) -> None:

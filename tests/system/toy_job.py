@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import yaml
 
 from swift_dist.data.store import write_index
+
+STEPS, INTERVAL = 40, 4
+"""Of the run that is disturbed: its steps, and those between two checkpoints."""
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -26,6 +30,14 @@ MODEL = {
     "hidden_act": "silu",
     "attention_dropout": 0.1,
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job of two tensor-parallel ranks with dropout and a checkpoint every few steps, and where it went."""
+
+    words: tuple[str, ...]
+    output: Path
 
 
 def write_dataset(prefix: Path, seed: int = 0) -> str:

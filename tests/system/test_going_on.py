@@ -1,0 +1,49 @@
+"""Runs that begin where another one stood, and runs that end at a step which should not be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Command
+from same_end import assert_same_checkpoint, metrics
+from toy_job import INTERVAL, STEPS, Run
+
+from swift_dist.checkpoint import open_checkpoint
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+Start = Callable[..., Command]
+
+
+def test_another_runs_checkpoint_goes_on_to_the_same_end(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    loaded = undisturbed.output / "checkpoints" / f"step_{STEPS - INTERVAL}"
+    output = tmp_path / "run"
+    command = start(*undisturbed.words, "--checkpoint.load", str(loaded), "--output", str(output))
+    assert command.wait() == 0, command.stderr
+    assert_same_checkpoint(output, undisturbed)
+    assert metrics(output) == metrics(undisturbed.output)[-INTERVAL:]
+
+
+def test_another_batch_size_cannot_go_on(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    """Its step would be another place in the data."""
+    words = ("--checkpoint.load", str(undisturbed.output), "--train.global_batch_size", "16")
+    command = start(*undisturbed.words, *words, "--output", str(tmp_path / "run"))
+    assert command.wait() == 2, command.stderr
+    error = command.result()["error"]
+    assert error["key"] == "train.global_batch_size" and "--train.global_batch_size 8" in error["remedy"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_ends_the_run_and_keeps_the_checkpoint_before_it(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    """The first update throws the weights out of range; the checkpoint after it is being written by then."""
+    output = tmp_path / "run"
+    words = ("--optimizer.lr", "1e30", "--checkpoint.interval", "1")
+    command = start(*undisturbed.words, *words, "--output", str(output))
+    assert command.wait() == 1, command.stderr
+    error = command.result()["error"]
+    assert "step 2 (samples 8-15 of the data order): the " in error["message"]
+    assert "--train.nan_policy skip" in error["remedy"]
+    assert open_checkpoint(output).step == 1
+    assert [p.name for p in (output / "checkpoints").glob("step_*")] == ["step_1"]
+    command.assert_nothing_left()
