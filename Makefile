@@ -6,12 +6,16 @@
 # make tables    the full golden parity tables (long)
 # make clean     remove what the above made, except .venv; distclean: .venv too
 #
-# Variables: VENV, PYTHON, TORCH_ARGS (see .ci/install); DEMO: the demo's folder; ARGS: more words for pytest.
+# Variables: VENV, PYTHON, TORCH_ARGS (see .ci/install); DEMO: the demo's folder; JOBS: processes that run tests;
+#   ARGS: more words for pytest.
 
 VENV ?= .venv
 DEMO ?= .demo
+JOBS ?= 2
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Ranks wait for each other and runs for their start: two processes of tests leave less of the machine idle.
+SHARED_OUT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 export VENV PYTHON TORCH_ARGS
 
 .PHONY: demo install test test-fast lint bench tables clean distclean
@@ -23,10 +27,10 @@ install:
 	@bash .ci/install
 
 test: install
-	$(PYTEST) -m "not table" $(ARGS)
+	$(PYTEST) $(SHARED_OUT) -m "not table" $(ARGS)
 
 test-fast: install
-	$(PYTEST) -m "not table and not slow" $(ARGS)
+	$(PYTEST) $(SHARED_OUT) -m "not table and not slow" $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
