@@ -36,6 +36,14 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
+def can_mount(path: Path) -> bool:
+    try:
+        with small_disk(path, MIB):
+            return True
+    except pytest.skip.Exception:
+        return False
+
+
 def assert_write_failed(command: Command, reason: str, remedy: str) -> None:
     """Exit 1 and one message, which names rank, folder, reason and remedy."""
     assert command.wait() == 1, command.stderr
@@ -67,7 +75,9 @@ def test_a_full_disk_at_a_checkpoint(undisturbed: Run, start: Start, tmp_path: P
 
 
 def test_a_file_size_limit_at_a_checkpoint(undisturbed: Run, start: Start, tmp_path: Path) -> None:
-    """The same without the right to mount: ranks that may write no large file any more."""
+    """The same where mounting a disk takes a right that we lack: ranks that may write no large file any more."""
+    if can_mount(tmp_path / "disk"):
+        pytest.skip("the test with a full disk runs")
     output = tmp_path / "run"
     words = (*undisturbed.words, "--output", str(output))
     command = start(*words)

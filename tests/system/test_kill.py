@@ -34,15 +34,6 @@ def finish(command: Command, output: Path, quiet: Run, kills: int) -> None:
     assert_same_end(output, quiet)
 
 
-def test_two_kills(undisturbed: Run, start: Start, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = start(*undisturbed.words, "--output", str(output))
-    killer = Killer(command, output, seed=random.randrange(10**6))
-    killer.step(5, 15)
-    killer.writing()
-    finish(command, output, undisturbed, kills=2)
-
-
 @pytest.mark.slow
 def test_ten_kills(undisturbed: Run, start: Start, tmp_path: Path) -> None:
     output = tmp_path / "run"
