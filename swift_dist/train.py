@@ -12,6 +12,7 @@ from swift_dist.checkpoint import Checkpoint, CheckpointWriter, load, newest_who
 from swift_dist.config import JobConfig
 from swift_dist.data.loader import TrainingData
 from swift_dist.engines import Engine, build_engine
+from swift_dist.errors import RunError
 from swift_dist.models import find_family, model_folder
 from swift_dist.runs.guard import GuardError
 from swift_dist.runs.recorder import Recorder
@@ -92,7 +93,11 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, origin: dict[str, Any
         worker.beat("final", step)
         writer.wait()
     except GuardError:
-        writer.wait()  # every rank is here: the checkpoint that is being written is a good one
+        worker.beat("final", step)
+        try:
+            writer.wait()  # every rank is here, and none is ill: let the checkpoint in flight become whole
+        except RunError:
+            log.exception("the checkpoint in flight is lost")
         raise
     finally:
         recorder.close()

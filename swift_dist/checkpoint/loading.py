@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FP8_SCALES = "_extra_state"
+"""How transformer-engine's modules name their FP8 scaling factors. A run without FP8 saves none: a load that asks for
+them begins with new ones."""
 _SHOWN = 5  # names in one message
 
 
@@ -60,6 +63,7 @@ def load(checkpoint: Checkpoint, sharded_state_dict: dict[str, Any], *, strict: 
             failure = f"{checkpoint.path / '.metadata'} cannot be read: {error}"
         _raise_everywhere(failure, group)
         assert index is not None
+        sharded_state_dict = _without_absent_scales(sharded_state_dict, index)
         _require_fit(checkpoint, index, sharded_state_dict, strict, group)
         state: dict[str, Any] = {}
         try:
@@ -80,6 +84,18 @@ def load(checkpoint: Checkpoint, sharded_state_dict: dict[str, Any], *, strict: 
             dist.destroy_process_group(group)
     logger.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - begun)
     return state
+
+
+def _without_absent_scales(sharded_state_dict: dict[str, Any], index: Metadata) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    def is_absent(value: Any) -> bool:
+        is_scale = isinstance(value, ShardedObject) and FP8_SCALES in value.key
+        return is_scale and value.unique_key not in index.state_dict_metadata
+
+    _, present = extract_matching_values(sharded_state_dict, is_absent)
+    return present
 
 
 def _require_fit(

@@ -144,16 +144,23 @@ def resume_difference(
     return found
 
 
+_LOAD_REFUSES = ("model.", "train.global_batch_size", "optimizer.name", "parallel.use_distributed_optimizer")
+"""Keys that `checkpoint.load` cannot change either."""
+
+
 def require_same_training(differences: list[Difference], folder: Any) -> None:
     """Raise JobError if there are `differences` between the job and the run in `folder`."""
     if differences:
         first = differences[0]
+        refused = [d.key for d in differences if d.key.startswith(_LOAD_REFUSES)]
+        go_on = f"--checkpoint.load {folder} to go on from its checkpoint"
+        if refused:
+            go_on = f"--model.path of its export, swift-dist convert megatron-to-hf {folder} DIR, for its weights alone"
         lines = [f"{d.key}: {json.dumps(d.old)} in {folder}, {json.dumps(d.new)} in this job" for d in differences]
         raise JobError(
             first.key,
             "a resume cannot change it:\n  " + "\n  ".join(lines),
-            f"put the old value back, or start another run with another --output (and --checkpoint.load {folder} "
-            "to begin with its weights)",
+            f"put the old value back, or start another run with another --output (and {go_on})",
         )
 
 

@@ -260,6 +260,13 @@ def mismatched_load(rank: int, world: int, directory: str) -> list[str]:
     return messages
 
 
+def load_with_scales(rank: int, world: int, directory: str) -> list[str]:
+    """Ask for FP8 scaling factors that the newest checkpoint does not have; the names that came back."""
+    state, _ = build(rank, world, 0)
+    state["model"]["linear._extra_state"] = ShardedObject("linear._extra_state", None, (world,), (rank,))
+    return sorted(load(newest_whole(directory), state)["model"])
+
+
 def load_error(rank: int, world: int, path: str) -> str:
     state, _ = build(rank, world, 0)
     try:

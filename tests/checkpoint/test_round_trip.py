@@ -63,6 +63,12 @@ def test_mismatches_are_named_on_every_rank(gang, tmp_path):
         assert different.startswith("RunError") and "steps [3, 7]" in different
 
 
+def test_scaling_factors_that_were_never_there_are_left_out(gang, tmp_path):
+    """A run goes on in FP8 from a checkpoint that was written without it."""
+    gang.run("save", 2, directory=tmp_path, steps=[3])
+    assert gang.run("load_with_scales", 2, directory=tmp_path) == [["half", "shared", "split", "wide"]] * 2
+
+
 def test_poll_says_the_same_on_every_rank(gang, tmp_path):
     first, *others = gang.run("polled", 3, directory=tmp_path)
     assert others == [first, first]

@@ -257,3 +257,30 @@ def optimizer_boxes(worker: Any, job: dict[str, Any]) -> dict[str, Any]:
         }
     finally:
         engine.close()
+
+
+def masters_before_and_after(worker: Any, jobs: list[dict[str, Any]], folder: str) -> bool:
+    """Whether the second job loads exactly the fp32 masters and moments that the first one saved."""
+    from megatron.core import dist_checkpointing
+
+    def state(engine: Any) -> dict[str, torch.Tensor]:
+        found = engine.sharded_state_dict()["optimizer"]
+        return {name: shard.data.clone() for name, shard in found.items()}
+
+    states = []
+    for attempt, job in enumerate(jobs):
+        worker.attempt = attempt
+        engine = make(worker, job)
+        try:
+            if attempt == 0:
+                for number in range(2):
+                    step(engine, number)
+                dist_checkpointing.save(engine.sharded_state_dict(), folder, validate_access_integrity=False)
+            else:
+                request = engine.sharded_state_dict(is_loading=True)
+                engine.load_state_dict(dist_checkpointing.load(request, folder, validate_access_integrity=False))
+            states.append(state(engine))
+        finally:
+            engine.close()
+    first, second = states
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())

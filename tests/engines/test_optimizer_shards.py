@@ -49,4 +49,11 @@ def test_no_rank_holds_more_than_its_share(
             filled.setdefault(key, torch.zeros(shape, dtype=torch.int))[place] += int(main)
     assert all(bool((count == 1).all()) for count in filled.values())
     states = {key.split(".")[2] for key in filled}
-    assert states == {"exp_avg", "exp_avg_sq"} | ({"param"} if precision == "bf16" else set())
+    assert states == {"exp_avg", "exp_avg_sq", "param"}
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_another_precision_goes_on_from_the_exact_masters(gang: Any, tmp_path: Path, before: str, after: str) -> None:
+    """In fp32 the master is the weight: the rounded bf16 weight must not win."""
+    jobs = [job(TINY, {"precision": precision}, tensor_model_parallel_size=2) for precision in (before, after)]
+    assert gang.run(RANKS, "masters_before_and_after", 4, jobs=jobs, folder=str(tmp_path)) == [True] * 4

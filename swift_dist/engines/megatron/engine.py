@@ -62,9 +62,6 @@ class MegatronEngine:
         self.history = GuardHistory()
         self._params_stale = False
         self._closed = False
-        # All modules are imported by now. Nothing of them is garbage before `close`: spare the collector the walk over
-        # them (0.2 s each time, and megatron collects at every save and load).
-        gc.freeze()
         try:
             groups.join(layout, worker, job.cluster.rendezvous_timeout)
             rng.seed_generators(job.train.seed, layout, worker.rank)
@@ -232,7 +229,6 @@ class MegatronEngine:
         if self._closed:
             return
         self._closed = True
-        gc.unfreeze()
         from swift_dist.engines.megatron import groups, model
         from swift_dist.engines.megatron.optimizer import free_state
 

@@ -44,19 +44,17 @@ class Model(GPTModel):
 
 
 class _Mask(torch.autograd.Function):
-    """Fills columns from `start` on with the lowest number, in place; their gradient is zero, in place too: the cross
-    entropy, which alone reads the logits, made it for nobody else."""
+    """Fills columns from `start` on with the lowest number, in place. Their gradient is zero already: their share of
+    the softmax is, and no label points at them."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, start: int) -> torch.Tensor:
-        ctx.start = start
         ctx.mark_dirty(logits)
         logits[..., start:] = torch.finfo(logits.dtype).min
         return logits
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        grad[..., ctx.start :] = 0
         return grad, None
 
 

@@ -66,10 +66,9 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
 
     Called when the optimizer is built, before it is saved and after it was loaded. transformer-engine's and apex's
     Adam count in their parameter groups, which are no part of a checkpoint (see `state.collect`): without this the bias
-    correction would begin anew. torch's AdamW counts for each parameter, and megatron-core 0.16.1 has three traps:
-    - loading gives all parameters ONE `step` tensor, which AdamW then advances once per parameter: the first resumed
-      loss is right, the second is not;
-    - saving asserts that there is exactly one step value, so state must exist, also on a rank without parameters;
+    correction would begin anew. torch's AdamW counts for each parameter, and megatron-core 0.16.1 has two traps:
+    - its loading gives all parameters ONE `step` tensor, which AdamW then advances once per parameter: the first
+      resumed loss is right, the second is not;
     - an optimizer restored before its first update has no `step` (KeyError).
     """
     for part in parts(optimizer):
@@ -78,17 +77,12 @@ def set_update_count(optimizer: ChainedOptimizer, updates: int) -> None:
             _fill_state(part.optimizer, ("momentum_buffer",))  # zeros: the first update is the same as without
         elif (inner := _inner_adamw(part)) is not None:
             _fill_state(inner, ("exp_avg", "exp_avg_sq"))
-            if not inner.state:
-                inner.state[_NO_PARAMETER] = {}  # type: ignore[index]
             for state in inner.state.values():
                 state["step"] = torch.tensor(float(updates))
         elif isinstance(part.optimizer, megatron_optimizer.Adam):
             _fill_state(part.optimizer, ("exp_avg", "exp_avg_sq"))
             for group in part.optimizer.param_groups:
                 group["step"] = updates
-
-
-_NO_PARAMETER = "no parameter on this rank"
 
 
 def _fill_state(inner: torch.optim.Optimizer, names: tuple[str, ...]) -> None:

@@ -46,16 +46,16 @@ def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
             yield (index, *offset), (1, *size)
 
 
-def shards(optimizers: list[DistributedOptimizer], model_state: dict[str, Any]) -> dict[str, ShardedTensor]:
-    """Fp32 masters and moments of this rank, as views: what is written there is the optimizer's state.
+def shards(
+    optimizers: list[DistributedOptimizer], model_state: dict[str, Any], is_loading: bool = False
+) -> dict[str, ShardedTensor]:
+    """Fp32 masters and moments of this rank: views of the optimizer's state.
 
     Args:
         optimizers: dense and expert ones; their state exists (see ``optimizer.set_update_count``).
         model_state: the chunks' sharded state dicts, whose tensors are the parameters themselves.
-
-    Returns:
-        the shards under names of their own, in an order that is always the same. A master that is the weight itself
-        (fp32 training) is left out.
+        is_loading: the shards will be read into. A master that is the weight itself (fp32 training) then gets memory of
+            its own: a checkpoint's rounded bf16 weight is read into the same place, before it or after it.
     """
     places = {
         id(base.data): base
@@ -66,8 +66,8 @@ def shards(optimizers: list[DistributedOptimizer], model_state: dict[str, Any]) 
     for optimizer in optimizers:
         for parameter, start, stop in _ranges(optimizer):
             tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-            if parameter.dtype == torch.float32:
-                del tensors["param"]
+            if is_loading and parameter.dtype == torch.float32:
+                tensors["param"] = torch.empty_like(tensors["param"])
             for part in _parts(places[id(parameter)]):
                 for name, tensor in tensors.items():
                     if name != "step":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from swift_dist.checkpoint.loading import FP8_SCALES
 from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
 from swift_dist.engines.megatron import optimizer_shards, rng
 from swift_dist.engines.megatron.model import unwrap
@@ -16,9 +17,6 @@ from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
     from swift_dist.engines.megatron.engine import MegatronEngine
-
-_EXTRA_STATE = "_extra_state"
-"""How transformer-engine's modules name their FP8 scaling factors in a state dict."""
 
 
 def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
@@ -29,10 +27,10 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
         name: _model_state(unwrap(chunk).sharded_state_dict(metadata=metadata), fp8=bool(engine.config.fp8))
         for name, chunk in zip(names, engine.chunks, strict=True)
     }
-    # While loading, megatron sizes its request by the state that is there; the numbers themselves are overwritten.
+    # What is not there cannot be saved, nor asked for; while loading the numbers themselves are overwritten.
     set_update_count(engine.optimizer, engine.updates)
     if engine.job.parallel.use_distributed_optimizer:
-        state["optimizer"] = optimizer_shards.shards(parts(engine.optimizer), state)
+        state["optimizer"] = optimizer_shards.shards(parts(engine.optimizer), state, is_loading)
     else:
         state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading, metadata=metadata)
         _keep_tensors_only(state["optimizer"], counts_for_each_parameter(engine.optimizer))
@@ -52,18 +50,19 @@ def collect(engine: MegatronEngine, is_loading: bool) -> dict[str, Any]:
 def _model_state(state: dict[str, Any], fp8: bool) -> dict[str, Any]:
     """A chunk's state without transformer-engine's scaling factors where there are none: only its classes have such
     entries, and a checkpoint written with them is to load where they are not, and the other way round."""
-    return state if fp8 else {key: value for key, value in state.items() if _EXTRA_STATE not in key}
+    return state if fp8 else {key: value for key, value in state.items() if FP8_SCALES not in key}
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Load a chunk's weights; every one of them must be there. Raises RuntimeError otherwise."""
     misfit = model.load_state_dict(state, strict=False)
-    missing = [key for key in misfit.missing_keys if _EXTRA_STATE not in key]
+    missing = [key for key in misfit.missing_keys if FP8_SCALES not in key]
     if missing or misfit.unexpected_keys:
         raise RuntimeError(f"the checkpoint lacks {missing} and has {misfit.unexpected_keys} beyond the model")
 
 
 def _load_optimizer(engine: MegatronEngine, state: dict[str, Any]) -> None:
+    """Masters and moments, after the weights: where both are one, the master is the exact one."""
     if not engine.job.parallel.use_distributed_optimizer:
         engine.optimizer.load_state_dict(state)
         return
@@ -93,8 +92,6 @@ def _keep_tensors_only(optimizer: dict[str, Any], counts_for_each_parameter: boo
                 holder["param_groups"] = LocalNonpersistentObject(groups)
             if counts_for_each_parameter and "state" in holder:  # AdamW wants one while loading; set afterwards
                 holder["state"]["common_step"] = LocalNonpersistentObject(torch.zeros(()))
-        if "param_state_sharding_type" in part:
-            part["param_state_sharding_type"] = LocalNonpersistentObject(part["param_state_sharding_type"])
 
 
 def _unwrapped(group: dict[str, Any]) -> dict[str, Any]:
