@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from swift_dist.advice import advice, steps_done
 from swift_dist.cluster.devices import Devices
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
@@ -21,7 +23,7 @@ from swift_dist.cluster.runtime import Cluster
 from swift_dist.config import JobConfig
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
-from swift_dist.runs.progress import Monitor
+from swift_dist.runs.progress import Monitor, human_count
 from swift_dist.runs.reporters import check_trackers
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ def run(job: JobConfig) -> dict[str, Any]:
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
         devices = cluster.devices()
         resolved = _resolve(job, folder, devices)
+        if (result := already_done(folder, resolved)) is not None:
+            return {**result, "seconds": round(time.monotonic() - began, 3)}
         stopwatch.lap("checks")
+        announce(folder, resolved, num_cpus=os.cpu_count() if cluster.is_own and not devices.use_gpu else None)
         cluster.start(devices)
         cluster.connect()
         stopwatch.lap("cluster")
@@ -106,6 +111,27 @@ def _train(
     }
 
 
+def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | None:
+    """The result of a run that has all its steps behind it; None if there is something to do."""
+    done, steps = steps_done(folder), resolved.job.train.steps
+    if not done or steps is None or done < steps:
+        return None
+    log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
+    status = folder.status()
+    loss = status.loss if status else None
+    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
+
+
+def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
+    """Say what begins, and what is odd about it."""
+    done, world = steps_done(folder), resolved.layout.world_size
+    begins = f"goes on from step {done}" if done else "begins"
+    size = human_count(resolved.shape.num_parameters())
+    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
+    for line in advice(resolved, folder, num_cpus):
+        log.warning("warning: %s", line)
+
+
 def describe(job: JobConfig) -> dict[str, Any]:
     """What `run` would do, as plain values: the resolved job, its layout, where each rank would go. Starts nothing.
 
@@ -114,11 +140,14 @@ def describe(job: JobConfig) -> dict[str, Any]:
     """
     check_environment(job.cluster)
     with Cluster(job.cluster) as cluster:
-        devices: Devices = cluster.devices()
+        devices: Devices = cluster.devices(planning=True)
         folder = RunFolder.for_job(job)
         resolved = _resolve(job, folder, devices)
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         places = rank_places(resolved.layout, demand)
+        tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
+        num_cpus = os.cpu_count() if cluster.is_own and not devices.use_gpu else None
+        warning = crossing_warning(resolved.layout, places)
         return {
             "job": resolved.job.model_dump(mode="json"),
             "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
@@ -126,7 +155,8 @@ def describe(job: JobConfig) -> dict[str, Any]:
             "cluster": "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address",
             "needs": str(demand),
             "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
-            "warnings": [w for w in [crossing_warning(resolved.layout, places)] if w],
+            "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
+            "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
         }
 
 
@@ -136,6 +166,7 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     layout = ", ".join(f"{name} {value}" for name, value in plan["layout"].items() if value is not None)
     yield f"# layout: {layout}"
     yield f"# parameters: {plan['parameters']:,}"
+    yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
     yield f"# would run: {plan['artefact']}"
@@ -146,4 +177,7 @@ def render_result(result: dict[str, Any]) -> str:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
-    return f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    text = f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    if result["state"] == "interrupted":
+        text += f"\ncheckpoint: step {result['checkpoint']}; the same command with this --output goes on from it"
+    return text
