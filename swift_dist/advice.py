@@ -1,8 +1,10 @@
-"""What is odd about a job, though possible: said before it starts, and by a dry run. No torch, no Ray."""
+"""What is said before a job starts: that nothing is left to do, what begins, what is odd about it. No torch, no Ray."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 from swift_dist.checkpoint import newest_whole
 from swift_dist.config import ScheduleSection
@@ -10,12 +12,36 @@ from swift_dist.config.load import build
 from swift_dist.optim.schedule import build_schedule
 from swift_dist.resolve import ResolvedJob
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.progress import human_count
+
+log = logging.getLogger(__name__)
 
 
 def steps_done(folder: RunFolder) -> int:
     """Steps that lie behind the run in `folder`, which a resume goes on from; 0 if there is none."""
     newest = newest_whole(folder.checkpoints) if folder.exists() else None
     return newest.step if newest else 0
+
+
+def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | None:
+    """The result of a run that has all its steps behind it; None if there is something to do."""
+    done, steps = steps_done(folder), resolved.job.train.steps
+    if not done or steps is None or done < steps:
+        return None
+    log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
+    status = folder.status()
+    loss = status.loss if status else None
+    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
+
+
+def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
+    """Say what begins, and what is odd about it."""
+    done, world = steps_done(folder), resolved.layout.world_size
+    begins = f"goes on from step {done}" if done else "begins"
+    size = human_count(resolved.shape.num_parameters())
+    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
+    for line in advice(resolved, folder, num_cpus):
+        log.warning("warning: %s", line)
 
 
 def advice(resolved: ResolvedJob, folder: RunFolder, num_cpus: int | None) -> list[str]:

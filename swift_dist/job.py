@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from swift_dist.advice import advice, steps_done
+from swift_dist.advice import advice, already_done, announce
 from swift_dist.cluster.devices import Devices
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
@@ -23,7 +23,7 @@ from swift_dist.cluster.runtime import Cluster
 from swift_dist.config import JobConfig
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
-from swift_dist.runs.progress import Monitor, human_count
+from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 
 log = logging.getLogger(__name__)
@@ -109,27 +109,6 @@ def _train(
         "checkpoint": last.get("checkpoint", newest_step(folder)),
         "restarts": len(outcome.failures),
     }
-
-
-def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | None:
-    """The result of a run that has all its steps behind it; None if there is something to do."""
-    done, steps = steps_done(folder), resolved.job.train.steps
-    if not done or steps is None or done < steps:
-        return None
-    log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
-    status = folder.status()
-    loss = status.loss if status else None
-    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
-
-
-def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
-    """Say what begins, and what is odd about it."""
-    done, world = steps_done(folder), resolved.layout.world_size
-    begins = f"goes on from step {done}" if done else "begins"
-    size = human_count(resolved.shape.num_parameters())
-    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
-    for line in advice(resolved, folder, num_cpus):
-        log.warning("warning: %s", line)
 
 
 def describe(job: JobConfig) -> dict[str, Any]:
