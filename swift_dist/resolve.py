@@ -75,6 +75,8 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
     hf_config = read_hf_config(job.model)
     family = find_family(hf_config)
     shape = family.shape(hf_config)
+    if job.model.config is not None:
+        family.require_geometry(hf_config)
     layout = ParallelLayout.resolve(
         job.parallel, world_size=job.cluster.nnodes * nproc_per_node, is_moe=shape.num_experts is not None
     )
