@@ -89,6 +89,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
         fp8=job.train.fp8 != "none",
     )
     job, fingerprint = _with_data(job, shape)
+    _check_tokenizer(job)
     _check_weights(job, hf_config)
     assert job.train.steps is not None
     build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
@@ -181,6 +182,14 @@ def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
         return updated(job, train=updated(job.train, steps=steps)), data.fingerprint()
     finally:
         data.close()
+
+
+def _check_tokenizer(job: JobConfig) -> None:
+    """It travels with the run into its exports."""
+    from swift_dist.data.tokenizer_files import check_local_tokenizer
+
+    if job.model.tokenizer:
+        check_local_tokenizer(job.model.tokenizer, "model.tokenizer")
 
 
 def _check_weights(job: JobConfig, hf_config: Mapping[str, Any]) -> None:
