@@ -72,8 +72,8 @@ def _about_the_model(resolved: ResolvedJob) -> Iterator[str]:
 
 
 def _about_the_tokenizer(job: JobConfig) -> Iterator[str]:
-    """Whether the one that will travel with exports made the data. (The hash is of the tokenizers library's own text, so
-    another version of it may call the same tokenizer another: no reason to refuse.)"""
+    """Whether the one that will travel with exports made the data. (The hash is of the tokenizers library's own text:
+    another version of it may give the same tokenizer another hash, so this is no reason to refuse.)"""
     path = job.model.tokenizer
     sha256 = check_local_tokenizer(path, "model.tokenizer") if path else None
     for entry in job.data.train if sha256 else ():
