@@ -225,6 +225,10 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
         backend = find("swift_dist.launchers", launcher, "LAUNCHER")
     except UnknownPlugin as error:
         raise JobError("--launcher", str(error), f"--launcher {(error.suggestions or error.known)[0]}") from None
+    if not backend.here:
+        from swift_dist.job import prepare
+
+        job = prepare(job)
     if dry_run:
         from swift_dist.job import describe, render_plan
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from swift_dist.cluster.devices import Devices
+from swift_dist.cluster.devices import Devices, nproc_from_environment
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.interrupts import Interrupts
@@ -19,6 +19,7 @@ from swift_dist.cluster.placement import Demand, Placement, crossing_warning, ra
 from swift_dist.cluster.plan import GangPlan
 from swift_dist.cluster.runtime import Cluster
 from swift_dist.config import JobConfig
+from swift_dist.errors import JobError
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.progress import Monitor
@@ -57,6 +58,25 @@ def run(job: JobConfig) -> dict[str, Any]:
         with Placement(demand, job.cluster.placement_timeout) as placement:
             result = _train(folder, resolved, placement, demand, interrupts, stopwatch)
     return {**result, "seconds": round(time.monotonic() - began, 3)}
+
+
+def prepare(job: JobConfig) -> JobConfig:
+    """The job as a launcher sends it elsewhere: checked, every path absolute, its run folder named.
+
+    Raises:
+        JobError: as `run` does, and where `cluster.nproc_per_node` is left to the nodes that will run it.
+    """
+    check_environment(job.cluster)
+    asked = job.cluster.nproc_per_node or nproc_from_environment()
+    if asked is None:
+        raise JobError(
+            "cluster.nproc_per_node",
+            "how many ranks a node takes cannot be seen from here",
+            "--nproc_per_node N, usually the GPUs of a node",
+        )
+    folder = RunFolder.for_job(job)
+    folder.require_free()
+    return _resolve(job, folder, Devices(job.cluster.accelerator != "cpu", asked)).job
 
 
 def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cluster": {"config", "parallel", "runs"},
     "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
+    "torchrun": {"config", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
     "job": {"config", "parallel", "cluster", "runs", "resolve"},
     "serving": {"config", "models", "converters", "checkpoint"},
     "launchers": {"config"},

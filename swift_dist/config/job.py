@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from swift_dist.config.launch import LaunchSection
 from swift_dist.config.section import Section
 
 
@@ -183,3 +184,4 @@ class JobConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
     report: ReportSection = ReportSection()
+    launch: LaunchSection = LaunchSection()
