@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from swift_dist.advice import advice, already_done, announce
 from swift_dist.cluster.devices import Devices, nproc_from_environment
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
@@ -49,7 +51,10 @@ def run(job: JobConfig) -> dict[str, Any]:
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
         devices = cluster.devices()
         resolved = _resolve(job, folder, devices)
+        if (result := already_done(folder, resolved)) is not None:
+            return {**result, "seconds": round(time.monotonic() - began, 3)}
         stopwatch.lap("checks")
+        announce(folder, resolved, num_cpus=os.cpu_count() if cluster.is_own and not devices.use_gpu else None)
         cluster.start(devices)
         cluster.connect()
         stopwatch.lap("cluster")
@@ -134,11 +139,14 @@ def describe(job: JobConfig) -> dict[str, Any]:
     """
     check_environment(job.cluster)
     with Cluster(job.cluster) as cluster:
-        devices: Devices = cluster.devices()
+        devices: Devices = cluster.devices(planning=True)
         folder = RunFolder.for_job(job)
         resolved = _resolve(job, folder, devices)
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         places = rank_places(resolved.layout, demand)
+        tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
+        num_cpus = os.cpu_count() if cluster.is_own and not devices.use_gpu else None
+        warning = crossing_warning(resolved.layout, places)
         return {
             "job": resolved.job.model_dump(mode="json"),
             "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
@@ -146,7 +154,8 @@ def describe(job: JobConfig) -> dict[str, Any]:
             "cluster": "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address",
             "needs": str(demand),
             "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
-            "warnings": [w for w in [crossing_warning(resolved.layout, places)] if w],
+            "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
+            "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
         }
 
 
@@ -156,6 +165,7 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     layout = ", ".join(f"{name} {value}" for name, value in plan["layout"].items() if value is not None)
     yield f"# layout: {layout}"
     yield f"# parameters: {plan['parameters']:,}"
+    yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
     yield f"# would run: {plan['artefact']}"
@@ -166,4 +176,7 @@ def render_result(result: dict[str, Any]) -> str:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
-    return f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    text = f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    if result["state"] == "interrupted":
+        text += f"\ncheckpoint: step {result['checkpoint']}; the same command with this --output goes on from it"
+    return text

@@ -87,7 +87,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
         fp8=job.train.fp8 != "none",
     )
     job, fingerprint = _with_data(job, shape)
-    _check_weights(job)
+    _check_weights(job, hf_config)
     assert job.train.steps is not None
     build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
     job = updated(
@@ -181,7 +181,7 @@ def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
         data.close()
 
 
-def _check_weights(job: JobConfig) -> None:
+def _check_weights(job: JobConfig, hf_config: Mapping[str, Any]) -> None:
     from swift_dist.checkpoint import open_checkpoint
 
     folder = Path(job.model.path) if job.model.path and job.model.resolved_init == "pretrained" else None
@@ -195,7 +195,27 @@ def _check_weights(job: JobConfig) -> None:
     if load and not Path(load).exists():
         raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
     if load:
-        _require_same_batch(job, open_checkpoint(load))
+        checkpoint = open_checkpoint(load)
+        _require_same_model(hf_config, checkpoint)
+        _require_same_batch(job, checkpoint)
+        assert job.train.steps is not None
+        if job.train.steps <= checkpoint.step:
+            raise JobError(
+                "train.steps",
+                f"{job.train.steps}, but {checkpoint.path} lies at step {checkpoint.step}: steps count on from there",
+                f"--train.steps {checkpoint.step + job.train.steps} for {job.train.steps} more",
+            )
+
+
+def _require_same_model(hf_config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    changed = _geometry_difference(checkpoint.metadata.get("hf_config", hf_config), hf_config)
+    if changed:
+        lines = [f"{d.key}: {d.old!r} in the checkpoint, {d.new!r} in this job" for d in changed]
+        raise JobError(
+            "checkpoint.load",
+            f"{checkpoint.path} is another model's:\n  " + "\n  ".join(lines),
+            "give the job that model, or leave checkpoint.load out",
+        )
 
 
 def _require_same_batch(job: JobConfig, checkpoint: Checkpoint) -> None:

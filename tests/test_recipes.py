@@ -171,7 +171,7 @@ def test_show_prints_the_file():
     shown = show_verb(ShowOptions(name="qwen3-8b-32gpu"))
     json.dumps(shown)
     assert render_show(shown) + "\n" == recipe_path("qwen3-8b-32gpu").read_text()
-    assert shown["job"]["cluster"] == {"nnodes": 4, "nproc_per_node": 8}
+    assert shown["job"]["cluster"] == {"nnodes": 4, "nproc_per_node": 8, "accelerator": "gpu"}
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

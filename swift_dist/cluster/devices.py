@@ -19,13 +19,14 @@ class Devices:
     nproc_per_node: int
 
 
-def choose_devices(settings: ClusterSection, gpus: int, where: str) -> Devices:
+def choose_devices(settings: ClusterSection, gpus: int, where: str, planning: bool = False) -> Devices:
     """From the job and the GPUs of a node.
 
     Args:
         settings: the job's cluster section; NPROC_PER_NODE stands in for `cluster.nproc_per_node`.
         gpus: of the node.
         where: whose GPUs these are, for messages.
+        planning: nothing will be started: a machine without GPUs may plan for one that has as many as it takes.
 
     Raises:
         JobError: GPUs are asked for and there are none or too few.
@@ -34,6 +35,8 @@ def choose_devices(settings: ClusterSection, gpus: int, where: str) -> Devices:
     use_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and gpus > 0)
     if not use_gpu:
         return Devices(False, asked or 1)
+    if planning and asked:
+        return Devices(True, asked)
     if gpus == 0:
         raise JobError("cluster.accelerator", f"{where} has no GPU", "--cluster.accelerator cpu")
     if asked and asked > gpus:

@@ -114,7 +114,8 @@ class Gang:
                     log.warning("the run was asked to end: what the newest checkpoint does not hold is lost")
                     return GangResult("interrupted", {}, tuple(history))
                 log.warning(
-                    "starting again from the newest whole checkpoint (failure %d, cluster.max_failures %d)",
+                    "starting again, from the newest whole checkpoint if there is one (failure %d, "
+                    "cluster.max_failures %d)",
                     len(history), self._plan.settings.max_failures,
                 )  # fmt: skip
                 self._observer.restarting(decision.cause, number + 1)

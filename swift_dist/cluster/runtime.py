@@ -46,14 +46,14 @@ class Cluster:
         self._host: subprocess.Popen[str] | None = None
         self._undo: list[Callable[[], None]] = []
 
-    def devices(self) -> Devices:
+    def devices(self, planning: bool = False) -> Devices:
         """What the ranks compute on. Looks at this machine, or connects to the cluster and asks it.
 
         Raises:
             JobError: GPUs are asked for and there are too few, or nothing answers at the address.
         """
         if self.is_own:
-            return choose_devices(self._settings, gpus_of_this_machine(), "this machine")
+            return choose_devices(self._settings, gpus_of_this_machine(), "this machine", planning)
         self.connect()
         import ray
 
@@ -105,7 +105,7 @@ class Cluster:
         if self._host:
             self._replace(ray_constants, "ENABLE_RAY_CLUSTER", False)
         # Ray prints news such as a worker's death to stdout, which belongs to the result; the gang reports it itself.
-        self._replace(ray_worker, "print_to_stdstream", lambda data, ignore_prefix: log.debug("%s", data.get("lines")))
+        self._replace(ray_worker, "print_to_stdstream", lambda data, ignore_prefix: None)
         try:
             ray.init(
                 address=address,

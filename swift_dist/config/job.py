@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from swift_dist.config.launch import LaunchSection
 from swift_dist.config.section import Section
@@ -40,26 +40,24 @@ class DatasetEntry(Section):
     )
 
 
+def _as_entries(value: Any) -> Any:
+    """One path, or a list in which paths stand for entries."""
+    items = [value] if isinstance(value, (str, dict)) else value
+    return tuple({"path": i} if isinstance(i, str) else i for i in items) if isinstance(items, (list, tuple)) else items
+
+
+Entries = Annotated[
+    tuple[DatasetEntry, ...],
+    BeforeValidator(_as_entries, json_schema_input_type=str | DatasetEntry | tuple[str | DatasetEntry, ...]),
+]
+
+
 class DataSection(Section):
-    train: tuple[DatasetEntry, ...] = Field((), description="training data: paths, or {path, weight} or {path, epochs}")
-    validation: tuple[DatasetEntry, ...] = Field((), description="validation data, as data.train")
+    train: Entries = Field((), description="training data: paths, or {path, weight} or {path, epochs}")
+    validation: Entries = Field((), description="validation data, as data.train")
     sequence_length: int = Field(1024, gt=0, description="tokens in one sample")
     mask_eod_loss: bool = Field(False, description="no loss where the input is an end-of-document token")
     prefetch: int = Field(4, ge=0, description="global batches read ahead by a background thread (0: none)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _entries(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        for name in ("train", "validation"):
-            entries = values.get(name)
-            if isinstance(entries, (str, dict)):
-                entries = [entries]
-            if isinstance(entries, (list, tuple)):
-                values[name] = tuple({"path": e} if isinstance(e, str) else e for e in entries)
-        return values
 
 
 class TrainSection(Section):

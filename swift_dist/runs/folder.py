@@ -90,6 +90,7 @@ class RunFolder:
             raise JobError(
                 "output", f"{path} holds a job.yaml of your own, which a run would replace", "name a new folder"
             )
+        folder._require_place_of_its_own()
         if folder.exists() and job.resume == "never":
             raise JobError(
                 "output",
@@ -97,6 +98,18 @@ class RunFolder:
                 "name another folder, or leave out --resume never to continue that run",
             )
         return folder
+
+    def _require_place_of_its_own(self) -> None:
+        """A run in another run's folder, or around others, would hide them from `runs list`."""
+        around = next((parent for parent in self.path.parents if RunFolder(parent).exists()), None)
+        if around is not None:
+            raise JobError("output", f"{self.path} lies in the run {around}", "name a folder beside it")
+        if not self.exists() and self.path.is_dir():
+            inside = next((child for child in self.path.iterdir() if RunFolder(child).exists()), None)
+            if inside is not None:
+                raise JobError(
+                    "output", f"{self.path} holds other runs, such as {inside.name}", f"--output {self.path}/NAME"
+                )
 
     @classmethod
     def open(cls, path: str | Path, key: str = "run") -> RunFolder:

@@ -221,6 +221,12 @@ def run_logs(options: LogsOptions) -> dict[str, Any]:
                 "put a backslash before what is meant literally",
             ) from None
 
+    missing = [rank for rank in options.rank if not (folder.logs / f"rank_{rank}.log").exists()]
+    if missing and not options.follow:
+        raise JobError(
+            "rank", f"{folder.path} has no log of rank {missing[0]}", "swift-dist runs show tells its layout"
+        )
+
     def ended() -> bool:
         return _state(folder.status()) != "running"
 

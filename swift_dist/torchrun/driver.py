@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from swift_dist.advice import already_done, announce
 from swift_dist.cluster.devices import choose_devices, gpus_of_this_machine
 from swift_dist.cluster.environment import NodeFacts, check_environment, environment, without_dropped
 from swift_dist.cluster.interrupts import Interrupts
@@ -49,7 +50,11 @@ def run(job: JobConfig) -> dict[str, Any]:
         folder = RunFolder.for_job(job)
         devices = choose_devices(job.cluster, gpus_of_this_machine(), "this machine")
         resolved = _resolve(job, folder, devices.nproc_per_node, devices.use_gpu)
+        if (result := already_done(folder, resolved)) is not None:
+            return {**result, "seconds": round(time.monotonic() - began, 3)}
         first = job.launch.torchrun.node_rank == 0
+        if first:
+            announce(folder, resolved, num_cpus=None if devices.use_gpu else os.cpu_count())
         with _drive(folder, resolved) if first else _follow(folder, resolved) as shown:
             reports = _run_ranks(folder, resolved, devices.use_gpu, interrupts)
             result = _outcome(reports, interrupts)

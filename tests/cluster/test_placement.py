@@ -59,6 +59,13 @@ def test_devices() -> None:
         choose_devices(ClusterSection(nproc_per_node=4), 1, "it")
 
 
+def test_a_machine_without_gpus_may_plan_for_some() -> None:
+    settings = ClusterSection(nproc_per_node=8, accelerator="gpu")
+    assert choose_devices(settings, 0, "here", planning=True) == Devices(True, 8)
+    with pytest.raises(JobError, match="here has no GPU"):
+        choose_devices(settings, 0, "here")
+
+
 def test_the_variable_nproc_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     assert choose_devices(ClusterSection(), 8, "it").nproc_per_node == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jsonschema
 import pytest
 import yaml
 
@@ -146,6 +147,15 @@ def test_positional_words_and_flags():
     words = ["a.txt", "--force", "b.txt", "--output", "out"]
     options = build(_Verb, [parse_words(words, _Verb, positional=("input...",))])
     assert options == _Verb(input=("a.txt", "b.txt"), output="out", force=True)
+
+
+@pytest.mark.parametrize("train", ["data/a", ["data/a", {"path": "b", "weight": 2}], {"path": "a"}, [{"path": "a"}]])
+def test_schema_accepts_every_spelling_of_a_dataset(train):
+    jsonschema.validate({"data": {"train": train}}, JobConfig.model_json_schema())
+    assert load_job(None, []).data.train == ()
+    assert build(JobConfig, [{"data": {"train": train}}]).data.train[0].path in ("a", "data/a")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"data": {"train": [3]}}, JobConfig.model_json_schema())
 
 
 def test_schema_accepts_what_we_dump():

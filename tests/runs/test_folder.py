@@ -62,6 +62,16 @@ def test_for_job_makes_nothing_and_begin_makes_the_layout(tmp_path):
     assert status is not None and status.state == "running" and status.driver.pid == os.getpid() and status.steps == 5
 
 
+def test_a_run_hides_no_other(tmp_path):
+    """In another run's folder, or around it, it would: `runs list` does not look into runs."""
+    run = RunFolder(tmp_path / "runs" / "one")
+    run.begin(job())
+    for output, words in ((tmp_path / "runs", "holds other runs, such as one"), (run.path / "sub", "lies in the run")):
+        with pytest.raises(JobError, match=words):
+            RunFolder.for_job(job(output=str(output)))
+    RunFolder.for_job(job(output=str(tmp_path / "runs" / "two")))
+
+
 def test_job_yaml_runs_again_as_it_is(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.begin(job(optimizer={"lr": 1e-5}))

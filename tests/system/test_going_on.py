@@ -25,14 +25,47 @@ def test_another_runs_checkpoint_goes_on_to_the_same_end(undisturbed: Run, start
     assert metrics(output) == metrics(undisturbed.output)[-INTERVAL:]
 
 
-def test_another_batch_size_cannot_go_on(undisturbed: Run, start: Start, tmp_path: Path) -> None:
-    """Its step would be another place in the data."""
-    words = ("--checkpoint.load", str(undisturbed.output), "--train.global_batch_size", "16")
+@pytest.mark.parametrize(
+    ("words", "key", "remedy"),
+    [
+        # its step would be another place in the data
+        (("--train.global_batch_size", "16"), "train.global_batch_size", "--train.global_batch_size 8"),
+        (("--train.steps", "3"), "train.steps", f"--train.steps {STEPS + 3} for 3 more"),
+        (
+            ("--train.steps", "50", "--model.config.num_hidden_layers", "2"),
+            "checkpoint.load",
+            "give the job that model",
+        ),
+    ],
+)
+def test_what_cannot_go_on(
+    undisturbed: Run, start: Start, tmp_path: Path, words: tuple[str, ...], key: str, remedy: str
+) -> None:
+    words = ("--checkpoint.load", str(undisturbed.output), *words)
     command = start(*undisturbed.words, *words, "--output", str(tmp_path / "run"))
     assert command.wait() == 2, command.stderr
     error = command.result()["error"]
-    assert error["key"] == "train.global_batch_size" and "--train.global_batch_size 8" in error["remedy"]
+    assert error["key"] == key and remedy in error["remedy"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_starts_nothing(undisturbed: Run, start: Start) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.output.rglob("*")}
+    command = start(*undisturbed.words, "--output", str(undisturbed.output))
+    assert command.wait() == 0, command.stderr
+    assert (command.result()["state"], command.result()["step"]) == ("done", STEPS)
+    assert f"is at step {STEPS} of {STEPS}: raise train.steps to go on" in command.stderr
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.output.rglob("*")} == before
+
+
+def test_a_dry_run_says_what_more_steps_do_to_the_rate(undisturbed: Run, start: Start) -> None:
+    command = start(*undisturbed.words, "--output", str(undisturbed.output), "--train.steps", "80", "--dry-run")
+    assert command.wait() == 0, command.stderr
+    (warning,) = command.result()["warnings"]
+    assert f"the learning rate jumps at step {STEPS + 1} from " in warning
+    words = ("--train.steps", "80", "--schedule.decay_steps", str(STEPS), "--dry-run")
+    command = start(*undisturbed.words, "--output", str(undisturbed.output), *words)
+    assert command.wait() == 0 and command.result()["warnings"] == []
 
 
 def test_a_nan_ends_the_run_and_keeps_the_checkpoint_before_it(undisturbed: Run, start: Start, tmp_path: Path) -> None:

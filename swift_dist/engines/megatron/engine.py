@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import traceback
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,7 @@ class MegatronEngine:
         from swift_dist.engines.megatron.optimizer import build_optimizer, loss_scaler
 
         settings.check(job, worker.device)
+        logging.getLogger("megatron.core").setLevel(logging.WARNING)  # it logs the name of every parameter
         self.job, self.layout, self.family, self.hf_config = job, layout, family, hf_config
         self.device = torch.device(worker.device)
         self.rank = worker.rank

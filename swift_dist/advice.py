@@ -1,0 +1,89 @@
+"""What is said before a job starts: that nothing is left to do, what begins, what is odd about it. No torch, no Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from swift_dist.checkpoint import newest_whole
+from swift_dist.config import ScheduleSection
+from swift_dist.config.load import build
+from swift_dist.optim.schedule import build_schedule
+from swift_dist.resolve import ResolvedJob
+from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.progress import human_count
+
+log = logging.getLogger(__name__)
+
+
+def steps_done(folder: RunFolder) -> int:
+    """Steps that lie behind the run in `folder`, which a resume goes on from; 0 if there is none."""
+    newest = newest_whole(folder.checkpoints) if folder.exists() else None
+    return newest.step if newest else 0
+
+
+def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | None:
+    """The result of a run that has all its steps behind it; None if there is something to do."""
+    done, steps = steps_done(folder), resolved.job.train.steps
+    if not done or steps is None or done < steps:
+        return None
+    log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
+    status = folder.status()
+    loss = status.loss if status else None
+    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
+
+
+def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
+    """Say what begins, and what is odd about it."""
+    done, world = steps_done(folder), resolved.layout.world_size
+    begins = f"goes on from step {done}" if done else "begins"
+    size = human_count(resolved.shape.num_parameters())
+    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
+    for line in advice(resolved, folder, num_cpus):
+        log.warning("warning: %s", line)
+
+
+def advice(resolved: ResolvedJob, folder: RunFolder, num_cpus: int | None) -> list[str]:
+    """One line for each thing.
+
+    Args:
+        resolved: the job.
+        folder: where it will run; it may hold a run that goes on.
+        num_cpus: cores of this machine, where the ranks will compute on them.
+    """
+    return [
+        *_about_the_model(resolved),
+        *_about_the_machine(resolved.layout.world_size, num_cpus),
+        *_about_the_schedule(resolved, folder),
+    ]
+
+
+def _about_the_model(resolved: ResolvedJob) -> Iterator[str]:
+    length, positions = resolved.job.data.sequence_length, resolved.hf_config.get("max_position_embeddings")
+    if positions and length > positions:
+        yield (
+            f"data.sequence_length {length} is beyond the model's max_position_embeddings {positions}, which is what "
+            "whoever loads the export will believe"
+        )
+
+
+def _about_the_machine(num_ranks: int, num_cpus: int | None) -> Iterator[str]:
+    if num_cpus and num_ranks > 2 * num_cpus:
+        yield f"{num_ranks} ranks share the {num_cpus} CPU cores of this machine: a long start and slow steps"
+
+
+def _about_the_schedule(resolved: ResolvedJob, folder: RunFolder) -> Iterator[str]:
+    done, job, old = steps_done(folder), resolved.job, folder.job() if folder.exists() else {}
+    old_steps = (old.get("train") or {}).get("steps")
+    assert job.train.steps is not None
+    if not done or not old_steps or done >= job.train.steps:
+        return
+    section = build(ScheduleSection, [old.get("schedule") or {}])
+    before = build_schedule(section, peak=job.optimizer.lr, train_steps=old_steps)(done)
+    after = build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)(done)
+    if abs(after - before) > 0.01 * job.optimizer.lr:
+        yield (
+            f"the learning rate jumps at step {done + 1} from {before:.3g} to {after:.3g}: the schedule ends with the "
+            f"run, and train.steps was {old_steps}, now {job.train.steps} (--schedule.decay_steps {old_steps} keeps it)"
+        )
