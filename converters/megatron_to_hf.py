@@ -21,6 +21,7 @@ from pydantic import Field
 
 from swift_dist import plugins
 from swift_dist.config import Section
+from swift_dist.converters.special_tokens import SPECIAL_IDS, with_special_ids
 from swift_dist.errors import JobError, RunError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
     dtype = DTYPES[options.dtype] if options.dtype else None
     plan = plan_export(checkpoint, family.rows(hf_config), dtype)
     extra = _companions(options.tokenizer, model)
+    hf_config = with_special_ids(hf_config, extra)
     result = {
         "source": str(source),
         "target": str(target),
@@ -97,7 +99,7 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
         "parameters": plan.num_parameters,
         "bytes": plan.num_bytes,
         "files": list(plan_shards(plan.specs, limit)),
-        "other_files": sorted(["config.json", *extra]),
+        "other_files": sorted({"config.json", _GENERATION, *extra}),
         "ignored_tensors": plan.ignored,
         "dry_run": options.dry_run,
     }
@@ -108,6 +110,9 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
             _write_config(folder, hf_config, family, _dtype_name(plan))
             for name, file in extra.items():
                 shutil.copyfile(file, folder / name)
+            if _GENERATION not in extra:
+                ids = json.dumps({key: hf_config[key] for key in SPECIAL_IDS}, indent=2)
+                (folder / _GENERATION).write_text(ids + "\n", encoding="utf-8")
     return {**result, "seconds": round(time.monotonic() - started, 3)}
 
 

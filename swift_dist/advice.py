@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from swift_dist.checkpoint import newest_whole
-from swift_dist.config import ScheduleSection
+from swift_dist.config import JobConfig, ScheduleSection
 from swift_dist.config.load import build
+from swift_dist.data.manifest import read_manifest
+from swift_dist.data.tokenizer_files import check_local_tokenizer
 from swift_dist.optim.schedule import build_schedule
 from swift_dist.resolve import ResolvedJob
 from swift_dist.runs.folder import RunFolder
@@ -54,6 +56,7 @@ def advice(resolved: ResolvedJob, folder: RunFolder, num_cpus: int | None) -> li
     """
     return [
         *_about_the_model(resolved),
+        *_about_the_tokenizer(resolved.job),
         *_about_the_machine(resolved.layout.world_size, num_cpus),
         *_about_the_schedule(resolved, folder),
     ]
@@ -66,6 +69,21 @@ def _about_the_model(resolved: ResolvedJob) -> Iterator[str]:
             f"data.sequence_length {length} is beyond the model's max_position_embeddings {positions}, which is what "
             "whoever loads the export will believe"
         )
+
+
+def _about_the_tokenizer(job: JobConfig) -> Iterator[str]:
+    """Whether the one that will travel with exports made the data. (The hash is of the tokenizers library's own text:
+    another version of it may give the same tokenizer another hash, so this is no reason to refuse.)"""
+    path = job.model.tokenizer
+    sha256 = check_local_tokenizer(path, "model.tokenizer") if path else None
+    for entry in job.data.train if sha256 else ():
+        made_with = (read_manifest(entry.path) or {}).get("tokenizer") or {}
+        recorded = made_with.get("sha256")
+        if recorded and recorded != sha256:
+            yield (
+                f"model.tokenizer {path} does not look like the one that {entry.path} was prepared with, "
+                f"{made_with.get('path')}"
+            )
 
 
 def _about_the_machine(num_ranks: int, num_cpus: int | None) -> Iterator[str]:

@@ -75,6 +75,8 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
     hf_config = read_hf_config(job.model)
     family = find_family(hf_config)
     shape = family.shape(hf_config)
+    if job.model.config is not None:
+        family.require_geometry(hf_config)
     layout = ParallelLayout.resolve(
         job.parallel, world_size=job.cluster.nnodes * nproc_per_node, is_moe=shape.num_experts is not None
     )
@@ -87,6 +89,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
         fp8=job.train.fp8 != "none",
     )
     job, fingerprint = _with_data(job, shape)
+    _check_tokenizer(job)
     _check_weights(job, hf_config)
     assert job.train.steps is not None
     build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
@@ -179,6 +182,14 @@ def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
         return updated(job, train=updated(job.train, steps=steps)), data.fingerprint()
     finally:
         data.close()
+
+
+def _check_tokenizer(job: JobConfig) -> None:
+    """It travels with the run into its exports."""
+    from swift_dist.data.tokenizer_files import check_local_tokenizer
+
+    if job.model.tokenizer:
+        check_local_tokenizer(job.model.tokenizer, "model.tokenizer")
 
 
 def _check_weights(job: JobConfig, hf_config: Mapping[str, Any]) -> None:

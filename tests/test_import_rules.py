@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cluster": {"config", "parallel", "runs"},
     "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
-    "advice": {"config", "checkpoint", "optim", "resolve", "runs"},
+    "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
     "torchrun": {"config", "advice", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice"},
     "serving": {"config", "models", "converters", "checkpoint"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -115,13 +115,21 @@ def walk(section: type[Section], prefix: str = "") -> list[Key]:
     return keys
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``did you mean train.steps?``: the closest known names by spelling, or those that end alike."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.72)
+def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """A hint such as ``did you mean train.steps?``: the closest known names by spelling, or those that end alike.
+
+    Args:
+        aliases: further names, each of a known one; a key is named once, by its name that comes closest.
+    """
+    aliases = aliases or {}
+    known = [*known, *aliases]
+    close = difflib.get_close_matches(name, known, n=6, cutoff=0.72)
     leaf = name.rsplit(".", 1)[-1]
     leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
     close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close]
     if not close:
         close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.72)]
-    return f"did you mean {' or '.join(close[:3])}?" if close else ""
+    once: dict[str, str] = {}
+    for found in close:
+        once.setdefault(aliases.get(found, found), found)
+    return f"did you mean {' or '.join(list(once.values())[:3])}?" if once else ""

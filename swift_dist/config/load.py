@@ -123,7 +123,7 @@ def build(section: type[S], layers: Iterable[Mapping[str, Any]], aliases: Mappin
                     name, f"is a section, not a value (got {value!r})", f"set its keys: {_keys_of(name, keys)}"
                 )
             if name not in keys:
-                hint = did_you_mean(name, [*keys, *aliases])
+                hint = did_you_mean(name, keys, aliases)
                 raise JobError(name, f"unknown key. {hint}".strip(), "see --help for every key")
             merged[name] = value
     try:
@@ -185,7 +185,7 @@ def parse_words(
         name = aliases.get(text.replace("-", "_"), text.replace("-", "_"))
         # model.config.hidden_size 128 is a key inside a free-form mapping
         if name not in keys and not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
-            hint = did_you_mean(name, [*keys, *aliases])
+            hint = did_you_mean(name, keys, aliases)
             raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
         found: list[str] = [inline] if has_value else []
         key = keys.get(name)

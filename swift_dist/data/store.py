@@ -17,6 +17,7 @@ run into SIGBUS; the tests hold both against each other.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import struct
@@ -80,6 +81,19 @@ def write_index(stream: BinaryIO, lengths: np.ndarray, dtype: type[np.integer], 
         stream.write(np.arange(start, min(start + chunk, count + 1), dtype="<i8").tobytes())
 
 
+def _prefix_remedy(prefix: str) -> str:
+    """What to give instead of a prefix that is none: its stem, those in the folder, or those that begin alike."""
+    path = Path(prefix)
+    if path.suffix in (".bin", ".idx"):
+        return f"give the prefix, without {path.suffix}: {path.with_suffix('')}"
+    beside = path.glob("*.idx") if path.is_dir() else path.parent.glob(f"{glob.escape(path.name)}_*.idx")
+    found = [str(idx.with_suffix("")) for idx in sorted(beside) if bin_path(idx.with_suffix("")).is_file()]
+    if found:
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return f"there {'is' if len(found) == 1 else 'are'} {', '.join(found[:8])}{more}: give one of them"
+    return "give the prefix that `swift-dist data prepare --output PREFIX` wrote (without .bin or .idx)"
+
+
 class TokenStore:
     """Read access to one prepared dataset, checked when opened. Reads release the GIL and hold no memory map.
 
@@ -95,11 +109,7 @@ class TokenStore:
         self.bin, self.idx = bin_path(prefix), idx_path(prefix)
         for path in (self.idx, self.bin):
             if not path.is_file():
-                raise JobError(
-                    key,
-                    f"{path} does not exist",
-                    "give the prefix that `swift-dist data prepare --output PREFIX` wrote (without .bin or .idx)",
-                )
+                raise JobError(key, f"{path} does not exist", _prefix_remedy(self.prefix))
         self._read_header()
         self._check_pointers()
         self._fd = os.open(self.bin, os.O_RDONLY)

@@ -70,6 +70,35 @@ def load_tokenizer(path: str, eod_token: str | None = None, add_special_tokens: 
     )
 
 
+def check_local_tokenizer(path: str, key: str) -> str | None:
+    """Whether a tokenizer on this machine can be read; without transformers.
+
+    Args:
+        path: as the user gave it; a hub id is let through.
+        key: what a message names.
+
+    Returns:
+        its sha256 as `data prepare` records it; None where that takes transformers to know.
+
+    Raises:
+        JobError: a path that does not exist, or a tokenizer.json that cannot be parsed.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        if path.startswith(("./", "../", "/", "~")) or path in (".", ".."):
+            raise JobError(key, f"there is no {path}", "correct the path; a hub id looks like owner/name")
+        return None
+    if place.is_dir() and not (place / "tokenizer.json").is_file():
+        return None
+    try:
+        if place.is_dir() and not _is_plain(place):
+            _parsed(place / "tokenizer.json")
+            return None
+        return load_tokenizer(str(place)).sha256
+    except JobError as error:
+        raise JobError(key, error.message, error.remedy) from None
+
+
 def _read(path: str) -> tuple[str, str | None]:
     """tokenizer.json and the name of its eos token."""
     place = Path(path).expanduser()
@@ -80,6 +109,13 @@ def _read(path: str) -> tuple[str, str | None]:
         raise JobError("tokenizer", f"{path} does not exist", "give a tokenizer folder, a tokenizer.json or a hub id")
     if place.is_dir() and not (file.is_file() and _is_plain(place)):
         return _through_transformers(str(place))
+    text = _parsed(file)
+    eos = _settings(file.parent).get("eos_token")
+    return text, eos.get("content") if isinstance(eos, dict) else eos
+
+
+def _parsed(file: Path) -> str:
+    """The text of a tokenizer.json that the tokenizers library can read."""
     from tokenizers import Tokenizer
 
     try:
@@ -90,8 +126,7 @@ def _read(path: str) -> tuple[str, str | None]:
         raise JobError(
             "tokenizer", f"{file} is not a readable tokenizer: {reason}", "save the tokenizer again"
         ) from None
-    eos = _settings(file.parent).get("eos_token")
-    return text, eos.get("content") if isinstance(eos, dict) else eos
+    return text
 
 
 def _settings(folder: Path) -> dict[str, Any]:

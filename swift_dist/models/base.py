@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from swift_dist.config.keys import did_you_mean
 from swift_dist.converters.mapping import Row
 from swift_dist.errors import JobError
 from swift_dist.models._rope import Rope, rope, rope_parameters
@@ -34,6 +35,10 @@ _NEUTRAL = frozenset(
     unsloth_fixed unsloth_version
     """.split()
 )
+_GEOMETRY = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size "
+    "num_experts moe_intermediate_size num_experts_per_tok"
+).split()
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
 _HARMLESS = {"partial_rotary_factor": 1.0}
 _COUNTS = frozenset(
@@ -81,10 +86,11 @@ class Family:
         for key, value in stated.items():
             if key in self.defaults or key in _NEUTRAL or key in _ROPE or not value or _HARMLESS.get(key) == value:
                 continue
+            hint = did_you_mean(key, sorted(self.defaults.keys() | _NEUTRAL | _ROPE))
             raise JobError(
                 f"model.config.{key}",
                 f"is not understood for {self.name} models; ignoring {value!r} might change the numbers",
-                "remove the key from the model's config if it does not affect the computation",
+                f"{hint} remove the key from the model's config if it does not affect the computation".strip(),
             )
         config = {**self.defaults, **stated}
         if config.get("num_key_value_heads") is None:
@@ -95,6 +101,24 @@ class Family:
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         self._check_values(config)
         return config
+
+    def require_geometry(self, hf: Mapping[str, Any]) -> None:
+        """Refuse a config that leaves the size of the model to transformers' defaults.
+
+        Raises:
+            JobError: names the first size that is missing, and all of them.
+        """
+        stated = {key for key, value in hf.items() if value is not None}
+        if "num_local_experts" in stated:
+            stated.add("num_experts")
+        missing = [key for key in _GEOMETRY if key in self.defaults and key not in stated]
+        if missing:
+            raise JobError(
+                f"model.config.{missing[0]}",
+                f"is not stated; a {self.name} model of one's own states its sizes, and these are missing: "
+                + ", ".join(missing),
+                "state them in model.config, or give model.path: a folder with a config.json",
+            )
 
     def shape(self, hf: Mapping[str, Any]) -> ModelShape:
         """The geometry. Raises JobError as `complete`."""

@@ -170,3 +170,12 @@ def test_python_builds_the_same_job():
     assert swift_dist.job_config({"train": {"steps": 10}}, tp=2, optimizer__lr=1e-4) == load_job(
         None, ["--train.steps", "10", "--tp", "2", "--optimizer.lr", "1e-4"]
     )
+
+
+def test_did_you_mean_names_a_key_once():
+    hint = did_you_mean("learning_rat", ["optimizer.lr", "optimizer.learning_rat_"], {"learning_rate": "optimizer.lr"})
+    assert hint.count("learning_rate") == 1 and "optimizer.lr" not in hint.split(" or ")
+    from swift_dist.config.aliases import JOB_ALIASES
+
+    hint = did_you_mean("data.seq_lenght", KEYS, JOB_ALIASES) + did_you_mean("sequence_paralel", KEYS, JOB_ALIASES)
+    assert hint.count("sequence_parallel") == 1, hint

@@ -98,10 +98,13 @@ def test_dry_run_writes_nothing(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizer_and_generation_config_travel(run_folder: Path, tmp_path: Path, saved: Any) -> None:
+    from tokenizers import Tokenizer, models
+
     tokenizer = tmp_path / "tok"
     tokenizer.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "modeling_evil.py", "README.md"):
         (tokenizer / name).write_text("{}")
+    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tokenizer / "tokenizer.json"))
     (saved.folder / "generation_config.json").write_text('{"temperature": 0.5}')
     model = {"path": str(saved.folder), "config": None, "tokenizer": str(tokenizer)}
     (run_folder / "job.yaml").write_text(yaml.safe_dump({"model": model}))
@@ -227,3 +230,26 @@ def test_parts_of_tensors_are_read(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read("a", ((1, 3), (5, 7))), values[1:3, 5:7].bfloat16())
     assert torch.equal(read_tensor(tmp_path, "n"), torch.tensor(3))
     assert sorted(key for key, _ in checkpoint) == ["a", "n"]
+
+
+def test_the_export_states_the_end_of_text_of_its_tokenizer(run_folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, GenerationConfig
+
+    job = yaml.safe_load((run_folder / "job.yaml").read_text())
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        job["model"]["config"] = {k: v for k, v in job["model"]["config"].items() if k != key}
+    (run_folder / "job.yaml").write_text(yaml.safe_dump(job))
+    tokenizer = tmp_path / "tok"
+    tokenizer.mkdir()
+    Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "<end>": 3}, "a")).save(str(tokenizer / "tokenizer.json"))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    for words, eos in (({}, None), ({"tokenizer": str(tokenizer)}, 3)):
+        target = tmp_path / f"hf{eos}"
+        convert(run_folder, target, **words)
+        for loaded in (AutoConfig.from_pretrained(target), GenerationConfig.from_pretrained(target)):
+            assert loaded.eos_token_id == eos and loaded.bos_token_id is None
+    (tokenizer / "tokenizer.json").write_text('{"broken')
+    with pytest.raises(JobError, match=r"tokenizer\.json cannot be read"):
+        convert(run_folder, tmp_path / "other", tokenizer=str(tokenizer))
+    assert not (tmp_path / "other").exists()

@@ -113,3 +113,14 @@ def test_content_hash_tells_datasets_apart(tmp_path: Path) -> None:
     assert digest("copy", [[1, 2], [3, 4]]) == first
     assert digest("tokens", [[1, 2], [3, 5]]) != first
     assert digest("documents", [[1, 2, 3], [4]]) != first
+
+
+def test_a_prefix_that_is_none_lists_those_beside_it(tmp_path: Path) -> None:
+    for name in ("a_train", "a_validation"):
+        for suffix in ("bin", "idx"):
+            (tmp_path / f"{name}.{suffix}").touch()
+    for given, named in ((tmp_path / "a", 2), (tmp_path, 2), (tmp_path / "a_train.bin", 1)):
+        with pytest.raises(JobError) as caught:
+            TokenStore(given)
+        assert str(tmp_path / "a_train") in str(caught.value.remedy)
+        assert (str(tmp_path / "a_validation") in str(caught.value.remedy)) == (named == 2)

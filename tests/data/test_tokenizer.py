@@ -133,3 +133,42 @@ def test_no_eos(tmp_path: Path, tokenizer: str) -> None:
         prepare(PrepareOptions(**given))
     assert "--eod_token" in caught.value.remedy
     assert prepare(PrepareOptions(**given, eod_token="<|endoftext|>"))["documents"] == 1
+
+
+def test_a_job_with_a_broken_tokenizer_is_refused_and_another_one_noticed(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    from swift_dist.advice import _about_the_tokenizer
+    from swift_dist.config import DatasetEntry, JobConfig
+    from swift_dist.resolve import _check_tokenizer
+
+    for name in "ab":
+        Tokenizer(models.WordLevel({name: 0}, name)).save(str(tmp_path / f"{name}.json"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tokenizer.json").write_text('{"broken')
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"data.{suffix}").touch()
+    facts = {
+        "outputs": {"bin": {"bytes": 0}, "idx": {"bytes": 0}},
+        "tokenizer": {"path": "a.json", "sha256": load_tokenizer(str(tmp_path / "a.json")).sha256},
+    }
+    (tmp_path / "data.manifest.json").write_text(json.dumps(facts))
+
+    def check(tokenizer: str) -> list[str]:
+        plain = JobConfig()
+        model = plain.model.model_copy(update={"tokenizer": tokenizer})
+        data = plain.data.model_copy(update={"train": (DatasetEntry(path=str(tmp_path / "data")),)})
+        job = plain.model_copy(update={"model": model, "data": data})
+        _check_tokenizer(job)
+        return list(_about_the_tokenizer(job))
+
+    assert check(str(tmp_path / "a.json")) == check("owner/name") == []
+    (warning,) = check(str(tmp_path / "b.json"))
+    assert "does not look like the one that" in warning and "a.json" in warning
+    wrong = {"bad": "not a readable tokenizer", "none": "there is no"}
+    for name, says in wrong.items():
+        with pytest.raises(JobError, match=says) as caught:
+            check(str(tmp_path / name))
+        assert caught.value.key == "model.tokenizer"
+    (tmp_path / "data.manifest.json").unlink()
+    assert check(str(tmp_path / "b.json")) == []

@@ -195,3 +195,21 @@ def test_reading_geometry_needs_no_torch() -> None:
         "assert not {'torch', 'numpy', 'transformers', 'megatron', 'huggingface_hub'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_inline_config_states_its_sizes_and_a_misspelt_key_is_named() -> None:
+    from swift_dist.models import find_family
+
+    family = find_family({"model_type": "qwen3_moe"})
+    sizes = dict.fromkeys(
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size num_experts "
+        "moe_intermediate_size num_experts_per_tok".split(),
+        8,
+    )
+    family.require_geometry(sizes)
+    for key in sizes:
+        with pytest.raises(JobError) as caught:
+            family.require_geometry({**sizes, key: None})
+        assert caught.value.key == f"model.config.{key}"
+    with pytest.raises(JobError, match="did you mean hidden_size"):
+        family.complete({"hiden_size": 8})
