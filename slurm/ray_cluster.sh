@@ -188,27 +188,29 @@ _rc_export() {
     )
 }
 
-# Asks the driver to checkpoint and end. Not by a signal to its srun, which would kill the step.
-_rc_ask_driver() {
+# A signal to all processes of a step, by its name. Not to its srun, which would kill the step.
+_rc_signal() {
     local step
-    _rc_asked_at=$SECONDS
-    step=$(squeue -h --steps --jobs="$SLURM_JOB_ID" -o '%i %j' | sed -n 's/ rc-driver$//p')
-    if [ -n "$step" ]; then scancel --signal=TERM "$step"; else kill -TERM "$_rc_driver_pid" 2>/dev/null; fi
+    step=$(squeue -h --steps --jobs="$SLURM_JOB_ID" -o '%i %j' | sed -n "s/ $2$//p")
+    [ -n "$step" ] && scancel --signal="$1" "$step"
 }
 
 _rc_on_signal() {
     _rc_say "$1: asking the driver to checkpoint and end${2:+, then $2}"
-    _rc_after=$2
-    [ -z "$_rc_driver_pid" ] || _rc_ask_driver
+    _rc_after=$2 _rc_asked_at=$SECONDS
+    [ -z "$_rc_driver_pid" ] || _rc_signal TERM rc-driver || kill -TERM "$_rc_driver_pid" 2>/dev/null
 }
 
 # Ends what runs of the cluster; safe to call twice.
 _rc_end() {
-    local pid deadline=$((SECONDS + 15))
-    for pid in $_rc_driver_pid $_rc_nodes_pid; do kill -TERM "$pid" 2>/dev/null; done
-    for pid in $_rc_driver_pid $_rc_nodes_pid; do
+    local step pid deadline
+    for step in driver nodes; do
+        if [ $step = driver ]; then pid=$_rc_driver_pid; else pid=$_rc_nodes_pid; fi
+        kill -0 "$pid" 2>/dev/null || continue
+        _rc_signal TERM "rc-$step"
+        deadline=$((SECONDS + 15))
         while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $deadline ]; do sleep 0.1; done
-        kill -KILL "$pid" 2>/dev/null
+        kill -TERM "$pid" 2>/dev/null # kills the step
     done
     rm -f "$RAY_CLUSTER_LOGS/token" "$RAY_CLUSTER_LOGS/environment"
 }
@@ -219,11 +221,11 @@ _rc_node_is_lost() {
         --ntasks="$SLURM_JOB_NUM_NODES" true >/dev/null 2>&1
 }
 
-# Puts the job back into the queue, which ends this script; or returns the code of a job that may not go on.
+# Puts the job back into the queue, which ends this script; returns the driver's code where it may not go on.
 _rc_requeue() {
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$RAY_CLUSTER_MAX_RESTARTS" ]; then
-        _rc_say "$1, after $SLURM_RESTART_COUNT restarts: no more (RAY_CLUSTER_MAX_RESTARTS)"
-        return 75
+        _rc_say "$1; no requeue after ${SLURM_RESTART_COUNT:-0} restarts (RAY_CLUSTER_MAX_RESTARTS)"
+        return "$2"
     fi
     _rc_say "$1: back into the queue"
     _rc_end

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "torchrun": {"config", "advice", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice"},
     "serving": {"config", "models", "converters", "checkpoint"},
-    "launchers": {"config"},
+    "launchers": {"config", "runs.submission"},
     "doctor": {"config", "parallel", "cluster"},
     "bench": {"config", "parallel", "cluster"},
     "api": EVERYTHING,

@@ -39,8 +39,8 @@ def main() -> int:
 
 def alive(address: str) -> list[str]:
     """Addresses of the nodes that live; none while nothing answers."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
     try:
         nodes = GcsClient(address=address).get_all_node_info(timeout=5).values()
