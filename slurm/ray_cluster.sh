@@ -274,7 +274,8 @@ ray_cluster_run() {
     code=$?
     if [ $code = 0 ]; then
         :
-    elif [[ $code = 130 || $code = 143 ]]; then # it was asked to end
+    elif [[ $code = 130 || $code = 143 ]]; then # it was asked to end; 143: before it could listen
+        code=130
         if [ -n "$_rc_after" ] || [ "$(_rc_fact PreemptTime)" != None ]; then
             _rc_requeue "the driver has ended on request" $code
             code=$?

@@ -8,6 +8,7 @@ Needs root and Debian's packages (`make test-cluster` installs them). By hand, t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+
+from swift_dist.cluster.host import descendants
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 FIRST_PORT = 17000
@@ -70,6 +73,9 @@ NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus}
 PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=INFINITE State=UP
 PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
+MARK = "SWIFT_DIST_TESTBED"
+"""Variable in the environment of clients, and so of jobs, but not of the daemons."""
+_PR_SET_PDEATHSIG = 1
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -95,7 +101,7 @@ class Slurm:
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-testbed-"))
-        self.variables = {"SLURM_CONF": str(self.root / "slurm.conf")}
+        self.variables = {"SLURM_CONF": str(self.root / "slurm.conf"), MARK: str(self.root)}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Slurm:
@@ -106,7 +112,7 @@ class Slurm:
             self._start("slurmctld", "slurmctld", "-D", "-f", self.variables["SLURM_CONF"])
             for node in NODES:
                 self.start_node(node)
-            self._until(lambda: self.idle_nodes() == len(NODES), "idle nodes")
+            self.until_idle()
         except BaseException:
             self.close()
             raise
@@ -138,12 +144,27 @@ class Slurm:
     def lose_node(self, node: str) -> None:
         """As if its power were cut: its slurmd and everything that its jobs run there are gone at once."""
         process = self._daemons.pop(node)
-        wanted = f"SLURMD_NODENAME={node}".encode()
         process.kill()
         process.wait()
-        for pid in processes(lambda entry: wanted in (entry / "environ").read_bytes().split(b"\0")):
+        for pid in self._processes_on(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_on(self, node: str, program: str) -> None:
+        """SIGKILL to a job's processes of that name on a node."""
+        found = [pid for pid in self._processes_on(node) if _read(pid, "comm").strip() == program.encode()]
+        assert found
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+    def _processes_on(self, node: str) -> set[int]:
+        """All that its jobs run there: some of it has Slurm's variables no longer, but descends from what has them."""
+        wanted = f"SLURMD_NODENAME={node}".encode()
+        mine = processes(lambda entry: wanted in (entry / "environ").read_bytes().split(b"\0"))
+        return {*mine, *(below for pid in mine for below in descendants(pid))}
+
+    def until_idle(self) -> None:
+        self._until(lambda: self.idle_nodes() == len(NODES), "idle nodes")
 
     def run(self, *words: str, env: Mapping[str, str] | None = None, check: bool = True) -> str:
         """A client's stdout."""
@@ -184,14 +205,9 @@ class Slurm:
 
     def left(self) -> list[str]:
         """Processes of jobs that still run on the nodes, with what started them."""
-        wanted = self.variables["SLURM_CONF"].encode()
-        daemons = {process.pid for process in self._daemons.values()}
-
-        def is_of_a_job(entry: Path) -> bool:
-            environ = (entry / "environ").read_bytes()
-            return b"SWIFT_DIST_TESTBED_JOB=" in environ and wanted in environ and int(entry.name) not in daemons
-
-        return [f"{pid}: {_command_line(pid)}" for pid in processes(is_of_a_job)]
+        mark = f"{MARK}={self.root}".encode()
+        found = processes(lambda entry: mark in (entry / "environ").read_bytes().split(b"\0"))
+        return [f"{pid}: {_read(pid, 'cmdline')[:120]!r}" for pid in found]
 
     def _configure(self) -> None:
         for name in ("state", "log", "munge", *(f"spool/{node}" for node in NODES)):
@@ -221,10 +237,11 @@ class Slurm:
     def _start(self, name: str, program: str, *words: str) -> None:
         path = _program(program)
         assert path
+        variables = {"PATH": os.environ["PATH"], "SLURM_CONF": self.variables["SLURM_CONF"]}
         with (self.root / f"log/{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
                 [path, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **self.variables},
+                env=variables, preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def _until(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
@@ -239,6 +256,11 @@ class Slurm:
         return (self.root / f"log/{name}.out").read_text()[-2000:]
 
 
+def _end_with_parent() -> None:
+    """In the child: if the tests are killed, so are the daemons."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def processes(condition: Callable[[Path], bool]) -> list[int]:
     """Ids of processes whose folder in /proc meets a condition."""
     found = []
@@ -249,17 +271,18 @@ def processes(condition: Callable[[Path], bool]) -> list[int]:
     return found
 
 
-def _command_line(pid: int) -> str:
+def _read(pid: int, name: str) -> bytes:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()[:120].replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
-        return ""
+        return b""
 
 
 if __name__ == "__main__":
     reason = what_is_missing()
     if reason:
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Slurm() as cluster:
         print(f"export SLURM_CONF={cluster.variables['SLURM_CONF']}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
