@@ -13,7 +13,7 @@ if [ $# -lt 1 ]; then
     exit 2
 fi
 id=$1
-facts=$(scontrol -o show job "$id")
+facts=$(scontrol -o show job "$id" | head -1)
 fact() { tr ' ' '\n' <<<"$facts" | sed -n "s/^$1=//p;" | head -1; }
 if [ "$(fact JobState)" != RUNNING ]; then
     echo "attach.sh: job $id is $(fact JobState)" >&2
@@ -30,5 +30,5 @@ words=("${@:3}")
 pty=()
 if [ ${#words[@]} = 0 ]; then words=(bash -i) pty=(--pty); fi
 # shellcheck disable=SC2016  # the inner bash expands it
-exec srun --jobid="$id" --overlap ${pty[@]+"${pty[@]}"} --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none \
+exec srun --jobid="$(fact JobId)" --overlap ${pty[@]+"${pty[@]}"} --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none \
     bash -c 'source "$0" && exec "$@"' "$logs/environment" "${words[@]}"

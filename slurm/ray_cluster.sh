@@ -99,7 +99,7 @@ _rc_driver() {
 _rc_say() { echo "ray_cluster: $(date +%T) $*" >&2; }
 
 # What Slurm knows of this job under a name, such as StdOut.
-_rc_fact() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p;" | head -1; }
+_rc_fact() { scontrol -o show job "$_rc_job" | tr ' ' '\n' | sed -n "s/^$1=//p;" | head -1; }
 
 # srun over all nodes, or with more words over some of them; in the container if there is one.
 _rc_srun() {
@@ -191,7 +191,7 @@ _rc_export() {
 # A signal to all processes of a step, by its name. Not to its srun, which would kill the step.
 _rc_signal() {
     local step
-    step=$(squeue -h --steps --jobs="$SLURM_JOB_ID" -o '%i %j' | sed -n "s/ $2$//p")
+    step=$(squeue -h --steps --jobs="$_rc_job" -o '%i %j' | sed -n "s/ $2$//p")
     [ -n "$step" ] && scancel --signal="$1" "$step"
 }
 
@@ -229,7 +229,7 @@ _rc_requeue() {
     fi
     _rc_say "$1: back into the queue"
     _rc_end
-    scontrol requeue "$SLURM_JOB_ID" || return "$2"
+    scontrol requeue "$_rc_job" || return "$2"
     sleep 600 # Slurm ends this script
 }
 
@@ -293,6 +293,8 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "ray_cluster.sh belongs into a batch script: there is no SLURM_JOB_ID" >&2
     exit 1
 fi
+_rc_job=$SLURM_JOB_ID # the id of one task of an array may be that of the whole array too
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || _rc_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 if [ -z "$RAY_CLUSTER_LOGS" ]; then
     RAY_CLUSTER_LOGS=$(_rc_fact StdOut)
     RAY_CLUSTER_LOGS=${RAY_CLUSTER_LOGS%.log}.d

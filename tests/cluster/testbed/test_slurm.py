@@ -179,9 +179,9 @@ def test_stop_checkpoints_and_the_same_command_goes_on(slurm, submit, local, tmp
 
     command, run = submit(), tmp_path / "run"
     number = number_of(command, run)
-    in_the_middle(command, run)
     again = submit()
-    assert again.wait() == 2 and f"is Slurm job {number}'s, which is running" in again.stderr
+    assert again.wait() == 2 and f"is Slurm job {number}'s, which is " in again.stderr
+    in_the_middle(command, run)
     noted = json.loads((run / "submission.json").read_text())
     handle = LAUNCHER.attach(Submission(noted["launcher"], noted["id"], noted["address"]))
     assert handle.status() == "running"
@@ -293,8 +293,8 @@ def test_chain_and_array_by_hand(slurm, tmp_path):
     write_job(tmp_path / "job.yaml", values)
     env = {"RAY_CLUSTER_PORTS": JOB_PORTS, "PREPARE": "--cpus-per-task=2", "EXPORT": "--cpus-per-task=2",
            "PRETRAIN": "--nodes=1 --cpus-per-task=2 --gres=none"}  # fmt: skip
-    chain = ["env", "-C", str(tmp_path), "bash", str(ROOT / "slurm/chain.sh"), "job.yaml", "run", "text.txt"]
-    prepare = ["--text_unit", "line", "--tokenizer", "tokenizer", "--output", "data"]
+    chain = ["env", "-C", str(tmp_path), "bash", str(ROOT / "slurm/chain.sh"), "job.yaml", "run"]
+    prepare = ["text.txt", "--text_unit", "line", "--tokenizer", "tokenizer", "--output", "data"]
     jobs = dict(line.split() for line in slurm.run(*chain, *prepare, env=env).splitlines())
     states = {name: slurm.wait(number)["JobState"] for name, number in jobs.items()}
     assert states == dict.fromkeys(("prepare", "pretrain", "export"), "COMPLETED"), _logs(tmp_path)
@@ -302,7 +302,7 @@ def test_chain_and_array_by_hand(slurm, tmp_path):
 
     array = ["--array=1-2", *env["PRETRAIN"].split(), str(ROOT / "slurm/pretrain.sbatch"), "job.yaml", "seed"]
     number = slurm.run("env", "-C", str(tmp_path), "sbatch", "--parsable", *array, env=env)
-    failing = dict(line.split() for line in slurm.run(*chain, *prepare, env=env).splitlines())  # data exists
+    failing = dict(line.split() for line in slurm.run(*chain, "absent.txt", *prepare[1:], env=env).splitlines())
     losses = []
     for task in (1, 2):
         assert slurm.wait(f"{number}_{task}")["JobState"] == "COMPLETED", _logs(tmp_path)
