@@ -192,7 +192,9 @@ _rc_export() {
 _rc_signal() {
     local step
     step=$(squeue -h --steps --jobs="$_rc_job" -o '%i %j' | sed -n "s/ $2$//p")
-    [ -n "$step" ] && scancel --signal="$1" "$step"
+    [ -n "$step" ] || return
+    # Some versions complain, after they delivered it, that the job's other nodes know no such step.
+    scancel --quiet --signal="$1" "$step" 2>/dev/null || true
 }
 
 _rc_on_signal() {
@@ -228,6 +230,7 @@ _rc_requeue() {
         return "$2"
     fi
     _rc_say "$1: back into the queue"
+    trap '' USR1 TERM
     _rc_end
     scontrol requeue "$_rc_job" || return "$2"
     sleep 600 # Slurm ends this script
