@@ -212,12 +212,16 @@ class SlurmHandle(Handle):
         return data.decode(errors="replace"), position + len(data)
 
     def _rest(self, elapsed: float) -> None:
-        """Until the next look: a busy controller is asked every 20 s, but a result that is there is taken at once."""
-        deadline = time.monotonic() + min(20.0, max(1.0, elapsed / 20))
-        while time.monotonic() < deadline:
+        """Until the next look: a busy controller is asked every 20 s; a new result is taken at once."""
+        deadline, before = time.monotonic() + min(20.0, max(1.0, elapsed / 20)), self._result_time()
+        while time.monotonic() < deadline and self._result_time() == before:
             time.sleep(0.5)
-            if self._log.exists() and _read_json(self._result_path) is not None:
-                return
+
+    def _result_time(self) -> float:
+        try:
+            return self._result_path.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _warn(self, error: RunError) -> float:
         log.warning("Slurm does not answer, trying again (the job does not need it): %s", error)
@@ -235,11 +239,12 @@ class SlurmHandle(Handle):
             return result
         if result and "error" in result and ended.code == result["exit_code"]:
             error = result["error"]
+            message = error["message"].partition("\n  remedy: ")[0]
             if ended.code == EXIT_JOB_WRONG:
-                raise JobError(error["key"], error["message"].removeprefix(error["key"] + ": "), error["remedy"])
+                raise JobError(error["key"], message.removeprefix(f"{error['key']}: "), error["remedy"])
             if ended.code == EXIT_INTERRUPTED:
-                raise KeyboardInterrupt(error["message"])
-            raise RunError(error["message"].partition("\n  remedy: ")[0], error["remedy"])
+                raise KeyboardInterrupt(message)
+            raise RunError(message, error["remedy"])
         if ended.state == "interrupted":
             raise KeyboardInterrupt(f"Slurm job {self._id} was cancelled; what its newest checkpoint holds is there")
         raise RunError(self._describe(ended), f"see {self._log} and {self._result_path.parent}/ray_*.log")

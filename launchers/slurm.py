@@ -117,11 +117,13 @@ class SlurmLauncher:
         file.write_text(script)
         try:
             number = slurm("sbatch", "--parsable", str(file)).split(";")[0].strip()
-        except RunError as error:
+        except (JobError, RunError) as error:
             file.unlink()
             with contextlib.suppress(OSError):  # not empty: of earlier jobs
                 folder.rmdir()
                 run.rmdir()
+            if isinstance(error, JobError):
+                raise
             raise JobError("launch.slurm", error.message, "launch.slurm.* are the options that sbatch got") from None
         submission = Submission("slurm", number, str(folder / f"{number}.log"))
         write_submission(run, asdict(submission))

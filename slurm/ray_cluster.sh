@@ -230,10 +230,11 @@ _rc_requeue() {
         return "$2"
     fi
     _rc_say "$1: back into the queue"
-    trap '' USR1 TERM
+    trap : USR1 TERM
     _rc_end
     scontrol requeue "$_rc_job" || return "$2"
     sleep 600 # Slurm ends this script
+    exit "$2"
 }
 
 # Until the driver ended, or the nodes' step did.
@@ -279,7 +280,7 @@ ray_cluster_run() {
         :
     elif [[ $code = 130 || $code = 143 ]]; then # it was asked to end; 143: before it could listen
         code=130
-        if [ -n "$_rc_after" ] || [ "$(_rc_fact PreemptTime)" != None ]; then
+        if [ -n "$_rc_after" ] || [[ $(_rc_fact PreemptTime) = 2* ]]; then # a year
             _rc_requeue "the driver has ended on request" $code
             code=$?
         fi

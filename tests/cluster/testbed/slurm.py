@@ -183,14 +183,19 @@ class Slurm:
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait(self, number: str, seconds: float = 240.0) -> dict[str, str]:
-        """The job once it ended. A requeued job is let go on at once instead of after Slurm's two minutes."""
+        """The job once it ended."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']} ({job.get('Reason')})"
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+            self.let_go()
             time.sleep(0.2)
         return job
+
+    def let_go(self) -> None:
+        """Start requeued jobs now instead of after Slurm's two minutes."""
+        for number in self.run("squeue", "-h", "-t", "PENDING", "-o", "%A %r", check=False).splitlines():
+            if number.endswith("BeginTime"):
+                self.run("scontrol", "update", f"JobId={number.split()[0]}", "StartTime=now", check=False)
 
     def clear(self, seconds: float = 60.0) -> None:
         """End all jobs and wait until nothing of them runs."""
