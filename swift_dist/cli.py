@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, "job", {"key": error.key, "remedy": error.remedy}, EXIT_JOB_WRONG, as_json)
     except RunError as error:
         return _fail(error, "run", {"remedy": error.remedy}, EXIT_FAILED, as_json)
-    except KeyboardInterrupt:
-        return _fail("interrupted", "interrupted", {}, EXIT_INTERRUPTED, as_json)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", "interrupted", {}, EXIT_INTERRUPTED, as_json)
     except BrokenPipeError:  # `swift-dist ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -16,14 +16,16 @@ from swift_dist.cluster.devices import Devices, nproc_from_environment
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.interrupts import Interrupts
-from swift_dist.cluster.notes import RunNotes, Stopwatch, driver_log, newest_step
+from swift_dist.cluster.notes import RunNotes, Stopwatch, driver_log
 from swift_dist.cluster.placement import Demand, Placement, crossing_warning, rank_places
 from swift_dist.cluster.plan import GangPlan
 from swift_dist.cluster.runtime import Cluster
+from swift_dist.cluster.versions import check_versions
 from swift_dist.config import JobConfig
 from swift_dist.errors import JobError
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 
@@ -46,6 +48,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     """
     began, stopwatch = time.monotonic(), Stopwatch()
     check_environment(job.cluster)
+    check_versions(os.environ)
     with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
         folder = RunFolder.for_job(job)
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
@@ -172,7 +175,10 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def render_result(result: dict[str, Any]) -> str:
-    """The result of `run` for people."""
+    """The result of `run` for people; of a job that was handed over, where it is."""
+    if submission := result.get("submission"):
+        where = f" at {submission['address']}" if submission["address"] else ""
+        return f"{result['state']} as {submission['id']}{where}\noutput: {result['output']}"
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""

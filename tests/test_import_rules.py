@@ -46,7 +46,12 @@ ALLOWED: dict[str, set[str]] = {
     "torchrun": {"config", "advice", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice"},
     "serving": {"config", "models", "converters", "checkpoint"},
-    "launchers": {"config", "runs.submission"},
+    # A launcher asks in the gang's own words whether a job can be placed, and what a node must have installed; what it
+    # submitted it notes beside the run, and reads there how that ended.
+    "launchers": {
+        *("config", "runs.submission", "runs.outcome"),
+        *("cluster.placement", "cluster.devices", "cluster.environment", "cluster.versions"),
+    },
     "doctor": {"config", "parallel", "cluster"},
     "bench": {"config", "parallel", "cluster"},
     "api": EVERYTHING,
@@ -60,7 +65,7 @@ LIGHT_ROOMS = ("errors", "plugins", "config", "parallel", "models", "recipes", "
 LIGHT_MODULES = ("runs.worker", "converters.mapping")
 # A backend is imported by the room that is that backend.
 BACKENDS = {
-    "ray": {"cluster", "data", "serving", "cli", "doctor"},
+    "ray": {"cluster", "data", "serving", "cli", "doctor", "launchers"},
     "megatron": {"engines", "checkpoint", "optim"},
     "vllm": {"serving"},
     "deepspeed": {"engines"},

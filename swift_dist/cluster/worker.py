@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from swift_dist.cluster.environment import NodeFacts, environment, without_dropped
 from swift_dist.cluster.failures import Failure, Kind, describe_exception, is_communication_error, is_device_error
 from swift_dist.cluster.heartbeat import Pulse
+from swift_dist.cluster.versions import check_versions
 from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 from swift_dist.runs.logs import write_into
@@ -165,6 +166,7 @@ class RankProcess:
         if visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
         try:
+            check_versions(os.environ)
             import torch.distributed  # noqa: F401 - for the store
 
             module = importlib.import_module(self._setup.entry.partition(":")[0])

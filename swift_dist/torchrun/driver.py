@@ -24,13 +24,14 @@ from swift_dist.advice import already_done, announce
 from swift_dist.cluster.devices import choose_devices, gpus_of_this_machine
 from swift_dist.cluster.environment import NodeFacts, check_environment, environment, without_dropped
 from swift_dist.cluster.interrupts import Interrupts
-from swift_dist.cluster.notes import driver_log, newest_step
+from swift_dist.cluster.notes import driver_log
 from swift_dist.config import JobConfig
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import torchrun_words
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.files import read_json
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 from swift_dist.torchrun.rank import REPORTS
