@@ -141,7 +141,8 @@ def _client(address: str) -> Any:
     import ray._raylet as raylet
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it announces every upload and closed socket
+    for name in ("dashboard_sdk", "job.sdk"):  # they announce every upload and every closed socket
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     # A process that imported Ray earlier still has the settings and the token of then.
     raylet.Config.initialize("")  # type: ignore[attr-defined]
     raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
@@ -160,9 +161,10 @@ def _client(address: str) -> Any:
 
 def _refused(address: str, answer: str) -> JobError:
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    answer = answer.splitlines()[0].partition(". ")[0]
     return JobError(
         "RAY_AUTH_TOKEN",
-        f"the cluster at {address} does not take this token: {answer.splitlines()[0]} (RAY_AUTH_MODE is {mode})",
+        f"the cluster at {address} does not take this token: {answer} (RAY_AUTH_MODE is {mode})",
         "RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN, or in the file RAY_AUTH_TOKEN_PATH names",
     )
 

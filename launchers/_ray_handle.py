@@ -71,8 +71,7 @@ class RayHandle(Handle):
         if not self._follow:
             return self._pending()
         try:
-            for line in self.logs(follow=True):
-                print(line, file=sys.stderr, flush=True)
+            _show(self.logs(follow=True))
             return self._result()
         except KeyboardInterrupt as error:
             if error.args:
@@ -177,6 +176,17 @@ class RayHandle(Handle):
         return ""
 
 
+def _show(lines: Iterator[str]) -> None:
+    """On stderr, but for the message that the job's `swift-dist` ends with: it becomes the error of this one."""
+    held: list[str] = []
+    for line in lines:
+        if not (line.startswith("swift-dist: ") or (held and line.startswith("  "))):
+            print(*held, line, sep="\n", file=sys.stderr, flush=True)
+            held = []
+        else:
+            held.append(line)
+
+
 def state_of(info: Any) -> State:
     """Our state of Ray's JobDetails."""
     if info.status == "FAILED":
@@ -193,7 +203,7 @@ def _unexplained(info: Any, code: int | None, tail: str) -> tuple[str, str]:
     if code in (-9, 137):
         return (
             "the job's driver was killed (signal 9)",
-            "the same command again goes on from its newest checkpoint; look for the kernel's out-of-memory killer",
+            "a minute from now the same command goes on from the newest checkpoint; was it the out-of-memory killer?",
         )
     if code == 127:
         return (

@@ -234,6 +234,8 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
 
         plan = describe(job)
         plan["artefact"] = backend.render(job)
+        if not backend.here:
+            plan["cluster"] = f"what --launcher {launcher} sends it to"
         if not as_json:
             _print(render_plan(plan))
         return plan

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import IO, Any
 _PR_SET_PDEATHSIG = 1
 _SUBNET = "10.66.0."
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
-# Process 1 of a node ignores SIGCHLD, so that the kernel reaps the orphans that fall back to it.
 _BOOT = """
 set -e; folder=$1; name=$2
 hostname "$name"
@@ -30,8 +30,15 @@ mount --bind "$folder/resolv.conf" /etc/resolv.conf
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 mkdir -p /tmp/ray; mount --bind "$folder/ray" /tmp/ray
 ip link set lo up
-touch "$folder/up"
-trap '' CHLD; exec sleep infinity
+exec "$3" -IS -c "$4" "$folder/up"
+"""
+# Process 1 of a node. Orphans fall back to it, and as it ignores SIGCHLD the kernel reaps them.
+_INIT = """
+import signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+open(sys.argv[1], "w").close()
+while True:
+    signal.pause()
 """
 
 
@@ -69,7 +76,7 @@ class Node:
         self._keeper = subprocess.Popen(
             [
                 *("unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"),
-                *("sh", "-c", _BOOT, "_", str(self.folder), self.name),
+                *("sh", "-c", _BOOT, "_", str(self.folder), self.name, sys.executable, _INIT),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
