@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RETRY_SECONDS = 2.0
+_LONGEST_MESSAGE = 30  # lines
 
 
 class RayHandle(Handle):
@@ -71,8 +72,10 @@ class RayHandle(Handle):
         if not self._follow:
             return self._pending()
         try:
-            _show(self.logs(follow=True))
-            return self._result()
+            held = _show(self.logs(follow=True))
+            result = self._result()
+            print(*held, sep="\n", end="\n" * bool(held), file=sys.stderr)
+            return result
         except KeyboardInterrupt as error:
             if error.args:
                 raise  # the job's own end
@@ -167,7 +170,7 @@ class RayHandle(Handle):
             _, found, text = ("\n" + self._jobs.text(self._id)).rpartition("\nswift-dist: ")
             if found:
                 message, _, remedy = text.partition("\n  remedy: ")
-                return message.strip(), remedy.partition("\n")[0].strip()
+                return message.strip(), remedy.strip()
         return None
 
     def _tail_of_log(self, lines: int = 5) -> str:
@@ -176,15 +179,18 @@ class RayHandle(Handle):
         return ""
 
 
-def _show(lines: Iterator[str]) -> None:
-    """On stderr, but for the message that the job's `swift-dist` ends with: it becomes the error of this one."""
+def _show(lines: Iterator[str]) -> list[str]:
+    """On stderr, all but the message with which the job's `swift-dist` ends: that becomes the error of this one."""
     held: list[str] = []
     for line in lines:
-        if not (line.startswith("swift-dist: ") or (held and line.startswith("  "))):
-            print(*held, line, sep="\n", file=sys.stderr, flush=True)
+        if line.startswith("swift-dist: ") or len(held) > _LONGEST_MESSAGE:
+            print(*held, sep="\n", end="\n" * bool(held), file=sys.stderr)
             held = []
-        else:
+        if held or line.startswith("swift-dist: "):
             held.append(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+    return held
 
 
 def state_of(info: Any) -> State:

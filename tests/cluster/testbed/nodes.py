@@ -134,12 +134,12 @@ class Node:
 
 
 class Network:
-    """Nodes n1, n2, ... on one bridge. A context manager: leaving it leaves nothing behind."""
+    """Nodes on one bridge, by their names. A context manager: leaving it leaves nothing behind, nor its `folder`."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         self.nodes = [Node(name, f"{_SUBNET}{10 + i}", folder / name) for i, name in enumerate(names, 1)]
         self._switch: subprocess.Popen[bytes] | None = None
-        self._folder = folder
+        self.folder = folder
 
     def __enter__(self) -> Network:
         try:
@@ -178,7 +178,7 @@ class Network:
             self._switch.kill()
             self._switch.wait()
             self._switch = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def inner(process: subprocess.Popen[bytes]) -> int:

@@ -21,7 +21,7 @@ CPUS = 4
 """Logical CPUs that each node declares."""
 PATIENCE = 180.0
 _OBJECT_STORE = 80 * 2**20  # the least that Ray takes
-_OF_A_JOB = ("swift-dist ", "swift_dist.cli", "ray::")
+_OF_A_JOB = ("swift-dist ", "ray::")
 _RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
@@ -32,12 +32,12 @@ def missing() -> str | None:
     return None
 
 
-def variables(token: str | None = TOKEN) -> dict[str, str]:
-    """The environment of a user, or of an administrator who starts Ray."""
+def variables(scratch: Path, token: str | None = TOKEN) -> dict[str, str]:
+    """The environment of a user, or of an administrator who starts Ray; `scratch` is for temporary files."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "NPROC_PER_NODE"}
     plain["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{plain['PATH']}"
     plain["PYTHONPATH"] = str(ROOT)
-    plain.update(OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1")
+    plain.update(TMPDIR=str(scratch), OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1")
     return plain if token is None else {**plain, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
@@ -80,18 +80,20 @@ class Call:
 
 
 class RayCluster:
-    """n1 (head), n2 and n3; `login` is on the same network and part of no cluster."""
+    """n1 (head), n2 and n3; `login` is on the same network and part of no cluster. All share `scratch` as TMPDIR."""
 
     def __init__(self, network: Network) -> None:
+        self.scratch = network.folder / "scratch"
+        self.scratch.mkdir()
         *self.nodes, self.login = network.nodes
         self.address = f"http://{self.nodes[0].address}:8265"
 
     def call(self, folder: Path, *words: str, token: str | None = TOKEN) -> Call:
         """Type a command on the login node."""
-        return Call(self.login, words, folder, variables(token))
+        return Call(self.login, words, folder, variables(self.scratch, token))
 
     def swift_dist(self, folder: Path, *words: str, token: str | None = TOKEN) -> Call:
-        return self.call(folder, sys.executable, "-m", "swift_dist.cli", *words, token=token)
+        return self.call(folder, "swift-dist", *words, token=token)
 
     def left(self) -> list[str]:
         """Processes on the nodes that belong to a job."""
@@ -111,22 +113,28 @@ def ray_cluster(folder: Path) -> Iterator[RayCluster]:
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(Network(["n1", "n2", "n3", "login"], folder))
         cluster = RayCluster(network)
-        ray = shutil.which("ray", path=variables()["PATH"])
+        ray = shutil.which("ray", path=variables(cluster.scratch)["PATH"])
         assert ray, "there is no ray beside swift-dist"
-        head = cluster.nodes[0]
+        head, started = cluster.nodes[0], []
         for node in cluster.nodes:
-            words = ["--head", "--dashboard-host=0.0.0.0"] if node is head else [f"--address={head.address}:6379"]
+            words = (
+                ["--head", "--dashboard-host=0.0.0.0", "--temp-dir=/tmp/ray"]
+                if node is head
+                else [f"--address={head.address}:6379"]
+            )
             words += [
                 f"--node-ip-address={node.address}",
                 f"--num-cpus={CPUS}",
                 f"--object-store-memory={_OBJECT_STORE}",
             ]
             log = stack.enter_context((node.folder / "ray.log").open("wb"))
-            process = node.start([sys.executable, ray, "start", "--block", *words], variables(), output=log)
-            stack.enter_context(ended(process))
+            process = node.start(
+                [sys.executable, ray, "start", "--block", *words], variables(cluster.scratch), output=log
+            )
+            started.append(stack.enter_context(ended(process)))
             if node is head:
-                _await(cluster, "/api/version", lambda text: True)
-        _await(cluster, "/api/v0/nodes?detail=1", lambda text: text.count('"ALIVE"') == len(cluster.nodes))
+                _await(cluster, started, "/api/version", lambda text: True)
+        _await(cluster, started, "/api/v0/nodes?detail=1", lambda text: text.count('"ALIVE"') == len(cluster.nodes))
         yield cluster
 
 
@@ -134,12 +142,20 @@ _ASK = "import sys, urllib.request as u; print(u.urlopen(u.Request(sys.argv[1], 
 sys.argv[2]}), timeout=5).read().decode())"
 
 
-def _await(cluster: RayCluster, path: str, good: Callable[[str], bool], seconds: float = 90.0) -> None:
+def _await(
+    cluster: RayCluster,
+    started: Sequence[subprocess.Popen[bytes]],
+    path: str,
+    good: Callable[[str], bool],
+    seconds: float = 90.0,
+) -> None:
+    """Until the dashboard gives a good answer, while what was started lives."""
     deadline = time.monotonic() + seconds
     while True:
         asked = cluster.call(cluster.login.folder, sys.executable, "-IS", "-c", _ASK, cluster.address + path, TOKEN)
         if asked.wait() == 0 and good(asked.out):
             return
         logs = "\n".join(p.read_text()[-1000:] for p in cluster.login.folder.parent.glob("*/ray.log"))
-        assert time.monotonic() < deadline, f"no cluster within {seconds} s: {asked.err}\n{logs}"
+        alive = not any(process.poll() is not None for process in started)
+        assert alive and time.monotonic() < deadline, f"no cluster within {seconds} s: {asked.err}\n{logs}"
         time.sleep(0.3)
