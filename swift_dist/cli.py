@@ -232,10 +232,8 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
     if dry_run:
         from swift_dist.job import describe, render_plan
 
-        plan = describe(job)
+        plan = describe(job, here=backend.here)
         plan["artefact"] = backend.render(job)
-        if not backend.here:
-            plan["cluster"] = f"what --launcher {launcher} sends it to"
         if not as_json:
             _print(render_plan(plan))
         return plan

@@ -84,7 +84,12 @@ def prepare(job: JobConfig) -> JobConfig:
         )
     folder = RunFolder.for_job(job)
     folder.require_free()
-    return _resolve(job, folder, Devices(job.cluster.accelerator != "cpu", asked)).job
+    return _resolve_elsewhere(job, folder, asked).job
+
+
+def _resolve_elsewhere(job: JobConfig, folder: RunFolder, nproc_per_node: int) -> ResolvedJob:
+    """For nodes that cannot be seen from here: what GPUs would allow is allowed, unless the job says cpu."""
+    return _resolve(job, folder, Devices(job.cluster.accelerator != "cpu", nproc_per_node))
 
 
 def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
@@ -134,32 +139,41 @@ def _train(
     }
 
 
-def describe(job: JobConfig) -> dict[str, Any]:
+def describe(job: JobConfig, here: bool = True) -> dict[str, Any]:
     """What `run` would do, as plain values: the resolved job, its layout, where each rank would go. Starts nothing.
+
+    Args:
+        job: as loaded, or as `prepare` returned it.
+        here: whether this process would run it; else nothing is asked of this machine or its cluster.
 
     Raises:
         JobError: as `run` does.
     """
     check_environment(job.cluster)
     with Cluster(job.cluster) as cluster:
-        devices: Devices = cluster.devices(planning=True)
+        elsewhere = Devices(job.cluster.accelerator == "gpu", job.cluster.nproc_per_node or 1)
+        devices: Devices = cluster.devices(planning=True) if here else elsewhere
         folder = RunFolder.for_job(job)
-        resolved = _resolve(job, folder, devices)
+        resolved = _resolve(job, folder, devices) if here else _resolve_elsewhere(job, folder, devices.nproc_per_node)
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         places = rank_places(resolved.layout, demand)
         tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
-        num_cpus = os.cpu_count() if cluster.is_own and not devices.use_gpu else None
+        num_cpus = os.cpu_count() if here and cluster.is_own and not devices.use_gpu else None
         warning = crossing_warning(resolved.layout, places)
         return {
             "job": resolved.job.model_dump(mode="json"),
             "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
             "parameters": resolved.shape.num_parameters(),
-            "cluster": "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address",
+            "cluster": _whose(cluster) if here else "the cluster it is sent to",
             "needs": str(demand),
             "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
             "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
             "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
         }
+
+
+def _whose(cluster: Cluster) -> str:
+    return "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address"
 
 
 def render_plan(plan: dict[str, Any]) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import nodes
 import pytest
-import yaml
 import ray_nodes
+import yaml
 from commands import Command
 from ray_nodes import TOKEN, Call, RayCluster
 from same_end import assert_same_end
