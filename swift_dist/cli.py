@@ -102,6 +102,15 @@ VERBS: tuple[Verb, ...] = (
         ("run",),
         "render_stop",
     ),
+    Verb(
+        "doctor",
+        "look over this machine or a cluster before a job does",
+        "swift_dist.doctor.verb",
+        "DoctorOptions",
+        "look_over",
+        (),
+        "render",
+    ),
     Verb("recipes list", "shipped job files", "swift_dist.recipes", "ListOptions", "list_verb", (), "render_list"),
     Verb(
         "recipes show",
@@ -138,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     if as_json:
         print(json.dumps(result, indent=2, default=_as_json))
-    return EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE
+    return result.get("exit_code", EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE)
 
 
 def _fail(error: object, kind: str, fields: dict[str, Any], code: int, as_json: bool) -> int:

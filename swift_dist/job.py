@@ -1,4 +1,4 @@
-"""THE page of the driver: job -> layout -> cluster -> placement -> gang with restarts -> result."""
+"""THE page of the driver: job -> layout -> cluster -> placement -> preflight -> gang with restarts -> result."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from swift_dist.cluster.plan import GangPlan
 from swift_dist.cluster.runtime import Cluster
 from swift_dist.cluster.versions import check_versions
 from swift_dist.config import JobConfig
+from swift_dist.doctor.preflight import bad_nodes, preflight
 from swift_dist.errors import JobError
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
@@ -63,7 +64,11 @@ def run(job: JobConfig) -> dict[str, Any]:
         stopwatch.lap("cluster")
         interrupts.install()  # Ray has set handlers of its own
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
-        with Placement(demand, job.cluster.placement_timeout) as placement:
+        avoid = bad_nodes(resolved.job, demand) if job.cluster.exclude_bad_nodes else set()
+        with Placement(demand, job.cluster.placement_timeout, avoid) as placement:
+            if job.cluster.nnodes > 1 and job.cluster.preflight and not job.cluster.exclude_bad_nodes:
+                preflight(resolved.job, placement.node_ids, simulated=cluster.is_own)
+            stopwatch.lap("placement and preflight")
             result = _train(folder, resolved, placement, demand, interrupts, stopwatch)
     return {**result, "seconds": round(time.monotonic() - began, 3)}
 
@@ -112,7 +117,7 @@ def _train(
     places = rank_places(resolved.layout, demand)
     plan = GangPlan(ENTRY, resolved.payload(), places, folder.path, job.cluster, use_gpu=demand.gpus > 0)
     folder.begin(job, layout=asdict(resolved.layout))
-    stopwatch.lap("placement and run folder")
+    stopwatch.lap("run folder")
     with driver_log(folder):
         warning = crossing_warning(resolved.layout, places)
         if warning:

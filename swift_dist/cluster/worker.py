@@ -139,9 +139,7 @@ class RankProcess:
         self._setup = setup
         self._assignment: Assignment | None = None
         self._server: StoreServer | None = None
-        facts = NodeFacts(
-            setup.ranks_on_node, len(os.sched_getaffinity(0)), _interface_of(setup.address), setup.has_gpu
-        )
+        facts = NodeFacts(setup.ranks_on_node, len(os.sched_getaffinity(0)), interface_of(setup.address), setup.has_gpu)
         variables = environment(parent, setup.settings, facts)
         for name in set(os.environ) - set(without_dropped(os.environ)):
             del os.environ[name]
@@ -328,7 +326,7 @@ def _join_store(assignment: Assignment, setup: Setup, address: str, aborted: Cal
             return store
 
 
-def _interface_of(address: str) -> str | None:
+def interface_of(address: str) -> str | None:
     """The network interface that has this address."""
     if address.startswith("127."):
         return "lo"
