@@ -108,7 +108,7 @@ class Placement:
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoid]
         require_placeable(demand, [node["Resources"] for node in alive])
         strategy = "STRICT_SPREAD" if demand.nnodes > 1 else "STRICT_PACK"
-        selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * demand.nnodes if avoid else []
+        selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * demand.nnodes if avoid else None
         self.group = placement_group([demand.bundle] * demand.nnodes, strategy=strategy, bundle_label_selector=selector)
         began = time.monotonic()
         try:
