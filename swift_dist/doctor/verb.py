@@ -92,6 +92,12 @@ def _team(options: DoctorOptions, job: JobConfig) -> Iterator[tuple[BaseTeam, li
     from swift_dist.doctor.wanted import exam_of
 
     with Cluster(job.cluster) as cluster:
+        if options.launcher == "ray" and cluster.is_own:
+            raise JobError(
+                "cluster.address",
+                "the launcher ray hands a job to a cluster, and none is named",
+                "--cluster.address HOST:PORT, or RAY_ADDRESS",
+            )
         alone = options.launcher not in THROUGH_RAY or (cluster.is_own and job.cluster.nnodes == 1)
         if alone:
             import socket

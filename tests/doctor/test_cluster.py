@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_job import job as toy_job
+from toy_job import write_dataset, write_job
 
 from swift_dist.cluster.devices import Devices
 from swift_dist.cluster.placement import Demand, Placement
@@ -100,6 +102,19 @@ def cluster() -> Iterator[Cluster]:
 def job(output: Path, **cluster: Any) -> JobConfig:
     settings = {"nnodes": 2, "nproc_per_node": 1, "accelerator": "cpu", **cluster}
     return build(JobConfig, [{"model.config": MODEL, "output": str(output), "cluster": settings}])
+
+
+def test_a_job_of_two_nodes_on_a_full_disk_ends_before_it_begins(tmp_path: Path, tmpfs: Callable[..., Path]) -> None:
+    disk = tmpfs("disk", "size=1m")
+    data = write_dataset(tmp_path / "toy")
+    nodes = {"nnodes": 2, "nproc_per_node": 1, "accelerator": "cpu"}
+    file = write_job(tmp_path / "job.yaml", toy_job(data, cluster=nodes))
+    done = swift_dist("pretrain", file, "--output", str(disk / "run"), "--json", cwd=tmp_path)
+    error = json.loads(done.stdout)
+    assert (done.returncode, error["exit_code"], error["error"]["kind"]) == (1, 1, "run"), done.stderr
+    assert "the nodes are not fit for this job:\nspace, all: 10" in error["error"]["message"]
+    assert "--cluster.preflight false" in error["error"]["remedy"]
+    assert list(disk.iterdir()) == []
 
 
 DEMAND = Demand(nnodes=2, ranks=1, cpus=1, gpus=0)

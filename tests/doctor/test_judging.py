@@ -37,12 +37,23 @@ def test_version_skew() -> None:
     }
     found = by_node(versions.judge(facts, exam()))
     assert set(found) == {"n1", "n2", "n3", "n5"}
-    assert found["n1"].level == "bad" and "nccl none (driver: 2.28.9)" in found["n1"].found
-    assert found["n2"].level == "bad" and "torch 2.12.1 (driver: 2.13.0)" in found["n2"].found
+    assert found["n1"].level == "bad" and "nccl none (wanted: 2.28.9)" in found["n1"].found
+    assert found["n2"].level == "bad" and "torch 2.12.1 (wanted: 2.13.0)" in found["n2"].found
     assert "pip install" in found["n2"].advice and "torch==2.13.0" in found["n2"].advice
-    assert found["n3"].level == "warn" and found["n3"].found == "numpy 2.2.0 (driver: 2.3.0)"
+    assert found["n3"].level == "warn" and found["n3"].found == "numpy 2.2.0 (wanted: 2.3.0)"
     assert found["n5"].level == "bad" and "swift-dist none" in found["n5"].found
     assert [f.level for f in versions.judge({"n1": DRIVER, "n2": DRIVER}, exam())] == ["ok"]
+
+
+def test_a_driver_without_gpu_may_have_another_build_of_torch() -> None:
+    on_gpu = {**DRIVER, "torch": "2.13.0+cu130", "nccl": "2.28.9", "transformer-engine": "2.20.0"}
+    here = exam(versions={**DRIVER, "torch": "2.13.0+cpu"})
+    assert [f.level for f in versions.judge({"n1": on_gpu, "n2": on_gpu}, here)] == ["ok"]
+    older = {**on_gpu, "torch": "2.12.1+cu130"}
+    found = by_node(versions.judge({"n1": older, "n2": older}, here))
+    assert {f.level for f in found.values()} == {"bad"} and set(found) == {"n1", "n2"}
+    (without,) = versions.judge({"n1": on_gpu, "n2": on_gpu, "n3": {**on_gpu, "torch": "2.13.0+cpu"}}, here)
+    assert without.node == "n3" and "torch 2.13.0+cpu (wanted: 2.13.0+cu130)" in without.found
 
 
 def test_another_python_is_not_something_to_install() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -51,17 +52,20 @@ def start(here: Here) -> list[str]:
         if visible is not None:
             variables["CUDA_VISIBLE_DEVICES"] = visible
     variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    errors = here.kept["errors"] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the processes
     processes = here.kept["processes"] = [
         subprocess.Popen(
             [sys.executable, "-m", "swift_dist.doctor.traffic",
              json.dumps({"address": address, "device": f"cuda:{rank}" if on_gpu else "cpu"})],
-            env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )
         for rank in range(count)
     ]  # fmt: skip
     lines = [process.stdout.readline() for process in processes if process.stdout]
     if not all(lines):
-        raise RuntimeError("a process that measures did not start (torch cannot be imported?)")
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["it says nothing"])[-1]
+        raise RuntimeError(f"a process that measures did not start: {last}")
     return [json.loads(line)["store"] for line in lines]
 
 
@@ -92,6 +96,8 @@ def end(here: Here) -> None:
         process.kill()
     for process in here.kept.pop("processes", ()):
         process.wait()
+    if "errors" in here.kept:
+        here.kept.pop("errors").close()
 
 
 # The driver part
@@ -116,9 +122,9 @@ def examine(team: Team) -> Facts:
     if len(team.nodes) * team.exam.ranks < 2:
         return facts
     try:
+        facts["ranks"] = len(team.nodes) * team.exam.ranks
         stores = team.values(start)
         _measure_pairs(team, stores, facts)
-        facts["ranks"] = len(stores) * team.exam.ranks
         broken = any("error" in pair for pair in facts["pairs"].values())
         if not broken and len(stores) == len(team.nodes) and team.seconds_left() > 2:
             facts["all"] = _measure_all(team, stores)
@@ -207,7 +213,8 @@ def judge(facts: Facts, exam: Exam) -> list[Finding]:
         findings.append(
             Finding("network", ALL, "warn", text, "--timeout SECONDS gives more; or --checks network alone")
         )
-    if not any(finding.level == "bad" for finding in findings):
+    measured = pairs or over_all or not facts["ranks"]  # else no node could begin, which is said elsewhere
+    if measured and not any(finding.level == "bad" for finding in findings):
         findings.append(Finding("network", ALL, "ok", _summary(facts, exam)))
     return findings
 

@@ -9,6 +9,8 @@ from swift_dist.doctor.values import Check, Exam, Facts, Finding, Here, everywhe
 DECISIVE = ("python", "swift-dist", "torch", "megatron-core", "ray", "nccl", "transformer-engine")
 """Another version of these gives other numbers, another format, or ranks that do not understand each other."""
 
+ON_NODES_ONLY = ("nccl", "transformer-engine")
+
 
 def observe(here: Here) -> dict[str, Any]:
     from swift_dist.runs.manifest import versions
@@ -29,21 +31,18 @@ def _nccl() -> dict[str, str]:
 
 
 def judge(facts: Facts, exam: Exam) -> list[Finding]:
-    wanted = {**_nccl_of(facts), **exam.versions}
+    names = {name for found in facts.values() for name in found} | set(exam.versions)
+    wanted = {name: version for name in sorted(names) if (version := _wanted(name, facts, exam))}
     findings = []
     for node, found in facts.items():
-        other = {
-            name: (found.get(name, "none"), wanted.get(name, "none"))
-            for name in wanted.keys() | found.keys()
-            if found.get(name) != wanted.get(name)
-        }
-        decisive = {name: other[name] for name in DECISIVE if name in other}
-        shown = decisive or dict(sorted(other.items()))
-        if not shown:
+        other = [name for name in (*DECISIVE, *wanted) if name in names and found.get(name) != wanted.get(name)]
+        decisive = [name for name in DECISIVE if name in other]
+        if not other:
             continue
-        text = ", ".join(f"{name} {here} (driver: {there})" for name, (here, there) in shown.items())
-        install = " ".join(f"{name}=={there}" for name, (_, there) in shown.items() if name != "python")
-        advice = f"install what the driver has: pip install {install}" if install else "use the driver's Python there"
+        shown = decisive or other
+        text = ", ".join(f"{name} {found.get(name, 'none')} (wanted: {wanted.get(name, 'none')})" for name in shown)
+        install = " ".join(f"{name}=={wanted[name]}" for name in shown if name in wanted and name != "python")
+        advice = f"install the same as elsewhere: pip install {install}" if install else "use the driver's Python there"
         findings.append(on_node("versions", node, "bad" if decisive else "warn", text, advice))
     if not findings:
         text = ", ".join(f"{name} {wanted[name]}" for name in DECISIVE if name in wanted)
@@ -51,10 +50,15 @@ def judge(facts: Facts, exam: Exam) -> list[Finding]:
     return findings
 
 
-def _nccl_of(facts: Facts) -> dict[str, str]:
-    """The version that most nodes have: a driver without a GPU may have none."""
-    found = [versions["nccl"] for versions in facts.values() if "nccl" in versions]
-    return {"nccl": max(set(found), key=found.count)} if found else {}
+def _wanted(name: str, facts: Facts, exam: Exam) -> str | None:
+    """The driver's version. Of what only computes, another build of it may be right, or one that the driver, which may
+    be without a GPU, does not have: then what most nodes have."""
+    driver = exam.versions.get(name)
+    found = [versions.get(name) for versions in facts.values()]
+    most = max(found, key=lambda version: (found.count(version), version == driver), default=None)
+    if name in ON_NODES_ONLY or (most and driver and most.partition("+")[0] == driver.partition("+")[0]):
+        return most
+    return driver
 
 
 CHECK = Check(judge, everywhere(observe), short=True)
