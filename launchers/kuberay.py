@@ -13,6 +13,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from pydantic import Field
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers._base import State, Submission, command_line
+from swift_dist.runs.outcome import read_outcome
+from swift_dist.runs.submission import read_submission, write_submission
 
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
@@ -56,10 +59,14 @@ class Options(Section):
 
 
 class KubeRayHandle:
-    """A RayJob, by its name."""
+    """A RayJob, by its name.
 
-    def __init__(self, submission: Submission) -> None:
-        self._name, self._namespace = submission.id, submission.address
+    Args:
+        run: the run folder, for `wait`.
+    """
+
+    def __init__(self, submission: Submission, run: Path | None = None) -> None:
+        self._name, self._namespace, self._run = submission.id, submission.address, run
 
     def status(self) -> State:
         return STATES.get(self._state().get("jobStatus", ""), "waiting")
@@ -76,18 +83,23 @@ class KubeRayHandle:
         _run(_kubectl(self._namespace, "delete", "rayjob", self._name, "--wait=false"))
 
     def wait(self) -> dict[str, Any]:
-        while (state := self.status()) in ("waiting", "running"):
-            if self._state().get("jobDeploymentStatus") == "Failed":
+        assert self._run is not None
+        began = time.monotonic()
+        while (details := self._state()).get("jobDeploymentStatus") != "Failed":
+            if STATES.get(details.get("jobStatus", ""), "waiting") not in ("waiting", "running"):
                 break
             time.sleep(_POLL_SECONDS)
-        details = self._state()
-        if state != "done":
+        state = STATES.get(details.get("jobStatus", ""), "waiting")
+        if state not in ("done", "interrupted"):
             message = details.get("message") or details.get("reason") or "no message"
             raise RunError(
                 f"RayJob {self._name} ended as {state}: {message}",
                 f"kubectl -n {self._namespace} describe rayjob {self._name}",
             )
-        return {"state": state, "id": self._name, "seconds": None}
+        noted = read_submission(self._run) or {}
+        unknown = dict.fromkeys(("step", "loss", "checkpoint", "restarts"))  # where the folder cannot be seen from here
+        outcome = read_outcome(self._run, after=noted.get("attempts", 0)) or {"output": str(self._run), **unknown}
+        return {**outcome, "state": state, "seconds": round(time.monotonic() - began, 3)}
 
     def _state(self) -> dict[str, Any]:
         answer = _run(_kubectl(self._namespace, "get", "rayjob", self._name, "-o", "json"))
@@ -108,8 +120,10 @@ class KubeRayLauncher:
                 "save the manifest that --dry-run prints, and `kubectl apply -f` it where it is",
             )
         submission = Submission("kuberay", name_of(job), job.launch.kuberay.namespace)
+        assert job.output, "job.prepare() fills it"
         _run(_kubectl(submission.address, "create", "-f", "-"), self.render(job))
-        return KubeRayHandle(submission)
+        write_submission(Path(job.output), asdict(submission))
+        return KubeRayHandle(submission, Path(job.output))
 
     def attach(self, submission: Submission) -> KubeRayHandle:
         return KubeRayHandle(submission)

@@ -20,6 +20,7 @@ from swift_dist.config.load import load_job, parse_words
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers._base import Submission
 from swift_dist.launchers.kuberay import LAUNCHER, name_of
+from swift_dist.runs.submission import read_submission
 
 SCHEMA = yaml.safe_load(Path(__file__).with_name("rayjob.schema.yaml").read_text())
 WORDS = (
@@ -127,10 +128,13 @@ def answer(kubectl: Path, **status: str) -> None:
     Path(f"{kubectl}.status").write_text(json.dumps({"status": status}))
 
 
-def test_submitting_creates_what_was_rendered_and_follows_its_status(kubectl: Path) -> None:
-    handle = LAUNCHER.submit(job())
-    assert yaml.safe_load(Path(f"{kubectl}.manifest").read_text()) == yaml.safe_load(LAUNCHER.render(job()))
-    again = LAUNCHER.attach(Submission("kuberay", name_of(job()), "default"))
+def test_submitting_creates_what_was_rendered_and_follows_its_status(kubectl: Path, tmp_path: Path) -> None:
+    sent = job("--output", str(tmp_path / "run"))
+    handle = LAUNCHER.submit(sent)
+    assert yaml.safe_load(Path(f"{kubectl}.manifest").read_text()) == yaml.safe_load(LAUNCHER.render(sent))
+    noted = read_submission(tmp_path / "run")
+    assert noted and noted["id"] == name_of(sent)
+    again = LAUNCHER.attach(Submission(noted["launcher"], noted["id"], noted["address"]))
     for told, state in (
         ("PENDING", "waiting"),
         ("RUNNING", "running"),
@@ -140,11 +144,13 @@ def test_submitting_creates_what_was_rendered_and_follows_its_status(kubectl: Pa
         answer(kubectl, jobStatus=told)
         assert handle.status() == again.status() == state
     assert list(handle.logs()) == ["line one", "line two"]
+    answer(kubectl, jobStatus="SUCCEEDED")
+    assert handle.wait()["state"] == "done" and handle.wait()["output"] == str(tmp_path / "run")
     answer(kubectl, jobStatus="FAILED", message="exit code 2")
     with pytest.raises(RunError, match="ended as failed: exit code 2"):
         handle.wait()
     handle.stop()
-    assert f"-n default delete rayjob {name_of(job())} --wait=false" in Path(f"{kubectl}.calls").read_text()
+    assert f"-n default delete rayjob {name_of(sent)} --wait=false" in Path(f"{kubectl}.calls").read_text()
 
 
 def test_without_kubectl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
