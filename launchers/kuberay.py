@@ -24,8 +24,6 @@ from pydantic import Field
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers._base import State, Submission, command_line
-from swift_dist.runs.outcome import read_outcome
-from swift_dist.runs.submission import read_submission, write_submission
 
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
@@ -83,6 +81,9 @@ class KubeRayHandle:
         _run(_kubectl(self._namespace, "delete", "rayjob", self._name, "--wait=false"))
 
     def wait(self) -> dict[str, Any]:
+        from swift_dist.runs.outcome import read_outcome
+        from swift_dist.runs.submission import read_submission
+
         assert self._run is not None
         began = time.monotonic()
         while (details := self._state()).get("jobDeploymentStatus") != "Failed":
@@ -113,6 +114,8 @@ class KubeRayLauncher:
         return yaml.safe_dump(manifest(job), sort_keys=False, width=10**6)
 
     def submit(self, job: JobConfig) -> KubeRayHandle:
+        from swift_dist.runs.submission import write_submission
+
         if shutil.which("kubectl") is None:
             raise JobError(
                 "--launcher",
