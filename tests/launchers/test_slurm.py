@@ -60,6 +60,7 @@ def test_a_rendered_script_is_complete():
         "--output='/shared/runs/my run/slurm/%j.log'", "--open-mode=append", "--requeue", "--exclusive",
         "--kill-on-invalid-dep=yes", "--exclude=n7",
     }  # fmt: skip
+    assert ray_cluster() == (ROOT / "slurm/ray_cluster.sh").read_text()
     assert ray_cluster().rstrip() in text and "\nmodule load cuda\n" in text
     assert """RAY_CLUSTER_LOGS='/shared/runs/my run/slurm'/"$SLURM_JOB_ID".d""" in text
     last = text.rstrip().splitlines()[-1]
@@ -113,19 +114,56 @@ def test_jobs_near_each_other_have_other_ports(tmp_path):
     assert len(set(bases)) == 250 and all(base >= 24000 and base + 31 <= 31999 for base in bases)
 
 
+def stand_in(folder: Path, name: str, code: str) -> dict[str, str]:
+    """A PATH on which a program of that name is this bash code."""
+    file = folder / "bin" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/bash\n{code}\n")
+    file.chmod(0o755)
+    return {"PATH": f"{file.parent}:{os.environ['PATH']}"}
+
+
+SCONTROL = """
+if [ "$2" = hostnames ]; then printf "n1\\nn2\\n"
+else
+    echo "NodeName=n1 Arch=x NodeAddr=localhost NodeHostName=n1"
+    echo "NodeName=n2 Arch=x NodeAddr=10.0.0.2 Port=1"
+fi
+"""
+
+
+@pytest.mark.parametrize(("interface", "head"), [("", "10.9.9.9"), ("ib0", "10.8.0.1")])
+def test_nodes_are_found_under_addresses_that_the_others_reach(tmp_path, interface, head):
+    """n1 is this machine and knows itself as 127.0.0.1: its own address, or its interface's, is told to n2."""
+    env = {"SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n[1-2]", "RAY_CLUSTER_INTERFACE": interface}
+    env |= stand_in(tmp_path, "scontrol", SCONTROL)
+    env |= stand_in(tmp_path, "hostname", "echo 10.9.9.9 172.17.0.1")
+    env |= stand_in(
+        tmp_path, "ip", f"echo '3: {interface}    inet 10.8.0.1/24 brd 10.8.0.255 scope global {interface}'"
+    )
+    out = bash("_rc_ports; _rc_find_nodes; echo $RAY_ADDRESS, $_RC_ADDRESSES", tmp_path, **env)
+    assert out == f"{head}:{24000 + 1001 % 250 * 32}, 10.9.9.9 10.0.0.2\n"
+
+
+def test_ray_gets_the_cpus_of_the_job_and_a_token_of_its_own(tmp_path):
+    code = "RAY_ADDRESS=h:1; _rc_export; echo $_RC_CPUS $RAY_CLUSTER_GPUS; env | grep RAY_AUTH | sort; cat $logs/token"
+    code = code.replace("$logs", "$RAY_CLUSTER_LOGS")
+    env = {"SLURM_JOB_CPUS_PER_NODE": "16(x2),12", "SLURM_GPUS_ON_NODE": "4", "RAY_AUTH_TOKEN": "the submitter's"}
+    first, mode, path, token = bash(code, tmp_path, **env).split("\n")
+    assert first == "12 4" and mode == "RAY_AUTH_MODE=token" and path == f"RAY_AUTH_TOKEN_PATH={tmp_path}/logs/token"
+    assert re.fullmatch("[0-9a-f]{64}", token) and bash(code, tmp_path, **env).split("\n")[3] != token
+    for name in ("token", "environment"):
+        assert (tmp_path / "logs" / name).stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
 def test_steps_run_in_the_container(tmp_path, runtime):
     """Through programs that stand in for srun and apptainer: neither container runtime can be installed here."""
-    (tmp_path / "bin").mkdir()
-    for name in ("srun", "apptainer"):
-        file = tmp_path / "bin" / name
-        file.write_text(
-            '#!/bin/bash\nprintf "%s\\n" "$0 $*" | head -1 >&2; while [ "$1" != bash ]; do shift; done; "$@"\n'
-        )
-        file.chmod(0o755)
+    code = 'echo "$0 $*" | head -1 >&2; while [ "$1" != bash ]; do shift; done; "$@"'
+    path = stand_in(tmp_path, "srun", code) | stand_in(tmp_path, "apptainer", code)
     code = "_RC_CPUS=2; hello() { echo hello \"$1\"; }; _rc_step --nodes=1 -- hello 'my world' 2>&1"
     env = {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        **path,
         "RAY_CLUSTER_IMAGE": "/i.img",
         "RAY_CLUSTER_RUNTIME": runtime,
         "RAY_CLUSTER_MOUNTS": "/data:/d,/models",
