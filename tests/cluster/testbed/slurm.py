@@ -161,7 +161,9 @@ class Slurm:
         """All that its jobs run there: some of it has Slurm's variables no longer, but descends from what has them."""
         wanted = f"SLURMD_NODENAME={node}".encode()
         mine = processes(lambda entry: wanted in (entry / "environ").read_bytes().split(b"\0"))
-        return {*mine, *(below for pid in mine for below in descendants(pid))}
+        parents = {int(_read(pid, "stat").rpartition(b")")[2].split()[1]) for pid in mine if _read(pid, "stat")}
+        daemons = {pid for pid in parents if _read(pid, "comm").startswith(b"slurmstepd")}
+        return {*daemons, *mine, *(below for pid in mine for below in descendants(pid))}
 
     def until_idle(self) -> None:
         self._until(lambda: self.idle_nodes() == len(NODES), "idle nodes")

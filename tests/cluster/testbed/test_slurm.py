@@ -67,7 +67,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("job")
     values = job(
         write_dataset(folder / "toy"),
-        train={"steps": STEPS},
+        train={"steps": STEPS, "global_batch_size": 16},  # steps slow enough to be disturbed
         checkpoint={"interval": INTERVAL},
         parallel={"tensor_model_parallel_size": 2},
         cluster={"nnodes": 2, "nproc_per_node": 2, "accelerator": "cpu", "threads_per_rank": 1},
