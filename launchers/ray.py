@@ -171,9 +171,13 @@ class RayLauncher:
 
 
 def _command(job: JobConfig) -> str:
-    """What runs on the cluster; its Ray puts RAY_ADDRESS, and its nodes their token, into the environment."""
+    """What runs on the cluster; its Ray puts RAY_ADDRESS, and its nodes their token, into the environment.
+
+    Ray gives it to a shell. `exec`: a stop in the moment in which that shell forks would end the shell alone, Ray would
+    call the job stopped, and the driver would train on (seen with Ray 2.60).
+    """
     plain = job.model_copy(update={"launch": type(job.launch)()})
-    return f"{command_line(plain)} --launcher local"
+    return f"exec {command_line(plain)} --launcher local"
 
 
 def _metadata(job: JobConfig) -> dict[str, str]:

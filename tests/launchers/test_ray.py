@@ -143,9 +143,9 @@ def test_the_artefact_is_a_command_that_makes_the_same_job(tmp_path, monkeypatch
     )
     words = shlex.split(LAUNCHER.render(job))
     ours, theirs = words[: words.index("--")], words[words.index("--") + 1 :]
-    assert theirs[:2] == ["swift-dist", "pretrain"] and theirs[-2:] == ["--launcher", "local"]
+    assert theirs[:3] == ["exec", "swift-dist", "pretrain"] and theirs[-2:] == ["--launcher", "local"]
     plain = job.model_copy(update={"launch": type(job.launch)()})
-    assert load_job(None, theirs[2:-2], "pretrain") == plain
+    assert load_job(None, theirs[3:-2], "pretrain") == plain
     assert ours[:5] == ["ray", "job", "submit", "--address", ADDRESS]
     options = dict(zip(ours[6::2], ours[7::2], strict=True))
     env = json.loads(options["--runtime-env-json"])
