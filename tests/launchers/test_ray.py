@@ -221,6 +221,20 @@ def test_other_versions_than_the_submitters_are_named(monkeypatch):
     assert caught.value.key == "launch.ray.check_versions"
 
 
+def test_a_rank_compares_its_own_node(monkeypatch, tmp_path):
+    from swift_dist.cluster.worker import RankProcess, Setup
+    from swift_dist.config.job import ClusterSection
+
+    rank = object.__new__(RankProcess)  # without the process of an actor around it
+    rank._setup = Setup("json:dumps", {}, str(tmp_path), ClusterSection(), "127.0.0.1", 1, False, 0)
+    rank._assignment = None
+    assert rank.warm(None) is None
+    monkeypatch.setenv(VARIABLE, json.dumps({**json.loads(expected()), "megatron-core": "0.1"}))
+    failure = rank.warm(None)
+    assert (failure.kind, failure.key) == ("job", "launch.ray.check_versions")
+    assert "(submitter: 0.1)" in failure.message
+
+
 def test_a_build_for_other_devices_is_the_same_version(monkeypatch):
     from swift_dist.cluster import versions
 

@@ -77,6 +77,17 @@ def show(cluster: RayCluster, folder: Path, output: Path) -> dict[str, Any]:
     return json.loads(asked.out)
 
 
+def ports(node: nodes.Node) -> set[str]:
+    """Where somebody listens on a node, less the workers that Ray keeps idle and may end or replace at any time."""
+    idle = {str(pid) for pid, line in node.processes().items() if line.startswith("ray::IDLE")}
+    inside = {Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] for pid in idle}
+    lines = subprocess.run(
+        ["nsenter", "--target", str(node.pid), "--net", "--pid", "--mount", "ss", "-Hltnp"],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    return {line.split()[3] for line in lines if not any(f"pid={pid}," in line for pid in inside)}
+
+
 def test_the_same_numbers_as_here_and_the_users_code_goes_along(cluster: RayCluster, folder: Path, tmp_path: Path):
     """A room behind a link is imported there; a repository, an environment and a large file stay here."""
     (tmp_path / "elsewhere").mkdir()
@@ -235,8 +246,10 @@ def test_two_jobs_at_once_on_the_same_nodes(cluster, folder, tmp_path):
 
 
 def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path):
-    """Stopped at any moment of its start; `runs` knows the job before its run has begun."""
-    for cycle in range(4):
+    """Stopped at any moment of its start; `runs` knows the job before its run has begun. Ports are the nodes' own."""
+    cluster.assert_nothing_left()
+    before = [ports(node) for node in cluster.nodes]
+    for cycle, pause in enumerate((0.0, 0.0, 0.5, 1.5, 4.0)):
         output = tmp_path / f"run-{cycle}"
         submitted = pretrain(cluster, folder, output, "--launch.ray.follow", "false", "--json", *LONG)
         assert submitted.wait() == 0, submitted.err
@@ -245,12 +258,13 @@ def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path):
             again = pretrain(cluster, folder, output)
             assert again.wait(60) == 2 and "was submitted as" in again.err
         assert show(cluster, folder, output)["status"] in ("waiting", "running")
-        time.sleep(1.5 * cycle)
+        time.sleep(pause)
         stopped = cluster.swift_dist(folder, "runs", "stop", str(output), "--wait", "90")
         assert stopped.wait(120) == 0, stopped.err
         assert show(cluster, folder, output)["status"] == "interrupted"
     cluster.assert_nothing_left()
     assert list(cluster.scratch.glob("swift_dist*")) == []
+    assert [len(ports(node)) - len(old) for node, old in zip(cluster.nodes, before, strict=True)] == [0, 0, 0]
     for node in cluster.nodes:
         listing = subprocess.run(
             ["nsenter", "--target", str(node.pid), "--mount", "ls", "/dev/shm"],
