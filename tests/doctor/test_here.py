@@ -24,7 +24,7 @@ def test_a_healthy_machine_has_nothing_bad(tmp_path: Path) -> None:
     began = time.monotonic()
     report = look_here(tmp_path, seconds=60)
     assert report.bad == []
-    assert {finding.check for finding in report.findings} == set(all_checks()) and len(all_checks()) == 15
+    assert {finding.check for finding in report.findings} == set(all_checks())
     assert time.monotonic() - began < 20
     assert list(tmp_path.iterdir()) == [], "canaries are taken away"
 

@@ -11,8 +11,8 @@ from typing import Any
 from swift_dist.doctor.values import Check, Exam, Facts, Finding, Here, Team, on_node
 
 _APPEARS_SECONDS = 3.0
-"""How long a file of another node may take to be seen: NFS keeps what it knew of a folder for up to 3 s by default
-(acdirmin is 30 s, but a look-up of a name that was never asked for goes to the server)."""
+"""How long a file of another node may take to be seen. (A name that was never asked for is looked up at the server, so
+that caches of file attributes, half a minute with NFS, do not matter.)"""
 
 
 def write(here: Here) -> str | None:
