@@ -13,8 +13,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import swift_dist
 from swift_dist.cluster.environment import NodeFacts, environment
 from swift_dist.cluster.worker import interface_of
 from swift_dist.config.job import ClusterSection
@@ -51,7 +53,8 @@ def start(here: Here) -> list[str]:
         visible = visible_devices()
         if visible is not None:
             variables["CUDA_VISIBLE_DEVICES"] = visible
-    variables["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    ours = str(Path(swift_dist.__file__).parents[1])  # Ray has put it into this process's path, not into a variable
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [ours, variables.get("PYTHONPATH")]))
     errors = here.kept["errors"] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the processes
     processes = here.kept["processes"] = [
         subprocess.Popen(
