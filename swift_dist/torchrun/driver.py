@@ -132,7 +132,7 @@ def _run_ranks(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrup
                 preexec_fn=_end_with_parent,
             )
             try:
-                _wait(process, folder, interrupts)
+                _wait(process, folder, interrupts, Path(reports))
             finally:
                 _end(process)
         return [read for path in sorted(Path(reports).glob("rank_*.json")) if (read := read_json(path))]
@@ -143,8 +143,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _wait(process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts) -> None:
-    """Until torchrun ends. An interrupt asks the ranks to checkpoint and end; a second one ends them."""
+def _wait(process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Path) -> None:
+    """Until torchrun ends, or a rank says that starting again would change nothing (torchrun would, all the same). An
+    interrupt asks the ranks to checkpoint and end; a second one ends them."""
     interrupts.graceful = True
     asked = False
     while process.poll() is None:
@@ -154,7 +155,14 @@ def _wait(process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Inter
             asked = True
             log.info("interrupted: the ranks checkpoint and end")
             folder.request_stop()
+        if any(_is_final(path) for path in reports.glob("rank_*.json")):
+            return
         time.sleep(0.05)
+
+
+def _is_final(report: Path) -> bool:
+    """A wrong job, or an error that the run itself raised."""
+    return (read_json(report) or {}).get("kind") in ("job", "run")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
