@@ -12,10 +12,10 @@
 
 VENV ?= .venv
 DEMO ?= .demo
-JOBS ?= 3
+JOBS ?= 2
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Ranks wait for each other and runs for their start: three processes of tests leave less of the machine idle.
+# Ranks wait for each other and runs for their start: two processes of tests leave less of the machine idle.
 SHARED_OUT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 export VENV PYTHON TORCH_ARGS
 
