@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -80,7 +81,10 @@ def show(cluster: RayCluster, folder: Path, output: Path) -> dict[str, Any]:
 def ports(node: nodes.Node) -> set[str]:
     """Where somebody listens on a node, less the workers that Ray keeps idle and may end or replace at any time."""
     idle = {str(pid) for pid, line in node.processes().items() if line.startswith("ray::IDLE")}
-    inside = {Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] for pid in idle}
+    inside = set()
+    for pid in idle:
+        with contextlib.suppress(OSError):
+            inside.add(Path(f"/proc/{pid}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1])
     lines = subprocess.run(
         ["nsenter", "--target", str(node.pid), "--net", "--pid", "--mount", "ss", "-Hltnp"],
         capture_output=True, text=True, check=True,
