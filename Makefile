@@ -1,6 +1,7 @@
 # make demo      from nothing to a pretrained model: install, then text -> tokens -> training -> export -> sample
 # make install   .venv with everything, and .venv/bin/swift-dist
 # make test      the whole CPU test suite; test-fast: without what takes long (under 3 minutes)
+# make test-cluster   whole jobs through a real Slurm and simulated nodes; as root it installs what that needs (apt-get)
 # make lint      style and types
 # make bench     our speed against bare megatron-core, torchrun and tokenizers
 # make tables    the full golden parity tables (long)
@@ -18,7 +19,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SHARED_OUT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 export VENV PYTHON TORCH_ARGS
 
-.PHONY: demo install test test-fast lint bench tables clean distclean
+TESTBED_PROGRAMS := slurmctld slurmd sbatch munged shellcheck ip
+TESTBED_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge shellcheck iproute2
+
+.PHONY: demo install test test-fast test-cluster lint bench tables clean distclean
 
 demo: install
 	@bash docs/demo/run.sh $(DEMO)
@@ -27,10 +31,17 @@ install:
 	@bash .ci/install
 
 test: install
-	$(PYTEST) $(SHARED_OUT) -m "not table" $(ARGS)
+	$(PYTEST) $(SHARED_OUT) -m "not table and not testbed" $(ARGS)
 
 test-fast: install
-	$(PYTEST) $(SHARED_OUT) -m "not table and not slow" $(ARGS)
+	$(PYTEST) $(SHARED_OUT) -m "not table and not slow and not testbed" $(ARGS)
+
+test-cluster: install
+	@absent=$$(for name in $(TESTBED_PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v $$name >/dev/null || echo $$name; done); \
+	if [ -n "$$absent" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends $(TESTBED_PACKAGES); \
+	fi
+	$(PYTEST) -m testbed $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of docs/cli.md from the configuration's own descriptions. `--check` only compares.
+"""Rewrites the generated parts of the pages from the code's own descriptions. `--check` only compares.
 
 .venv/bin/python docs/generate.py
 """
@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 from swift_dist.cli import VERBS
+from swift_dist.cluster import environment
+from swift_dist.cluster.environment import DROPPED, PASSED, RESERVED, NodeFacts
 from swift_dist.config import JobConfig, Section
 from swift_dist.config.aliases import JOB_ALIASES
+from swift_dist.config.job import ClusterSection
 from swift_dist.config.keys import walk
+from swift_dist.plugins import find, names
 
-PAGE = Path(__file__).with_name("cli.md")
+HERE = Path(__file__).parent
 
 
 def table(section: type[Section], aliases: dict[str, str] | None = None) -> str:
@@ -34,8 +38,8 @@ def table(section: type[Section], aliases: dict[str, str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def parts() -> dict[str, str]:
-    """The generated parts of the page by name."""
+def cli_parts() -> dict[str, str]:
+    """Of cli.md: verbs, and the keys of each."""
     verbs = ["| verb | does |", "|---|---|"]
     verbs += [f"| `{verb.name}` | {verb.help} |" for verb in VERBS]
     options = []
@@ -50,21 +54,67 @@ def parts() -> dict[str, str]:
     return {"verbs": "\n".join(verbs), "job": table(JobConfig, JOB_ALIASES), "options": "\n".join(options).rstrip()}
 
 
-def rewritten(page: str) -> str:
+def environment_parts() -> dict[str, str]:
+    """Of environment.md: who wins, and what is passed, set and dropped."""
+    assert environment.__doc__
+    order = "\n".join(line for line in environment.__doc__.splitlines() if re.match(r"\d\. ", line))
+
+    def rules(has_gpu: bool) -> dict[str, str]:
+        return environment.environment({}, ClusterSection(), NodeFacts(8, 64, "eth0", has_gpu))
+
+    on_cpu, on_gpu = rules(False), rules(True)
+    rows = ["| variable | of a rank on the CPU | of a rank on a GPU |", "|---|---|---|"]
+    for name in sorted({*on_cpu, *on_gpu}):
+        shown = ["" if v is None else f"`{v}`" if v else "empty" for v in (on_cpu.get(name), on_gpu.get(name))]
+        rows.append(f"| `{name}` | {shown[0]} | {shown[1]} |")
+
+    def listed(patterns: tuple[str, ...]) -> str:
+        return " ".join(f"`{pattern}`" for pattern in patterns)
+
+    lists = ["| what happens to them | variables |", "|---|---|"]
+    own = tuple(name for name in RESERVED if name not in DROPPED)
+    lists.append(f"| passed: copied from where the job is started | {listed(PASSED)} |")
+    lists.append(f"| dropped: never reach a rank | {listed(DROPPED)} |")
+    lists.append(f"| the gang's own: `cluster.env` may set neither them nor the dropped ones | {listed(own)} |")
+    return {"order": order, "rules": "\n".join(rows), "lists": "\n".join(lists)}
+
+
+def doctor_parts() -> dict[str, str]:
+    """Of doctor.md: its checks, by the first paragraph of each file."""
+    room = "swift_dist.doctor.checks"
+    rows = ["| check | before every job | looks at |", "|---|---|---|"]
+    for name in names(room):
+        text = importlib.import_module(f"{room}.{name}").__doc__ or ""
+        first = " ".join(text.split("\n\n")[0].split()).rstrip(".")
+        rows.append(f"| `{name}` | {'yes' if find(room, name, 'CHECK').short else ''} | {first} |")
+    return {"checks": "\n".join(rows)}
+
+
+PAGES = {"cli.md": cli_parts, "environment.md": environment_parts, "doctor.md": doctor_parts}
+
+
+def rewritten(page: str, name: str, parts: dict[str, str]) -> str:
     """The page with every generated part replaced."""
-    for name, text in parts().items():
-        pattern = re.compile(rf"(<!-- generated: {name} -->)\n.*?(<!-- end -->)", re.DOTALL)
+    for part, text in parts.items():
+        pattern = re.compile(rf"(<!-- generated: {part} -->)\n.*?(<!-- end -->)", re.DOTALL)
         page, count = pattern.subn(lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page)
-        assert count == 1, f"docs/cli.md has {count} parts called {name}"
+        assert count == 1, f"docs/{name} has {count} parts called {part}"
     return page
 
 
 def main() -> int:
-    old = PAGE.read_text(encoding="utf-8")
-    new = rewritten(old)
-    if "--check" in sys.argv:
-        return int(old != new)
-    PAGE.write_text(new, encoding="utf-8")
+    stale = []
+    for name, parts in PAGES.items():
+        path = HERE / name
+        old = path.read_text(encoding="utf-8")
+        new = rewritten(old, name, parts())
+        if new != old:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"stale: {', '.join(stale)}", file=sys.stderr)
+        return 1
     return 0
 
 

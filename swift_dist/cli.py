@@ -102,6 +102,15 @@ VERBS: tuple[Verb, ...] = (
         ("run",),
         "render_stop",
     ),
+    Verb(
+        "doctor",
+        "look over this machine or a cluster before a job does",
+        "swift_dist.doctor.verb",
+        "DoctorOptions",
+        "look_over",
+        (),
+        "render",
+    ),
     Verb("recipes list", "shipped job files", "swift_dist.recipes", "ListOptions", "list_verb", (), "render_list"),
     Verb(
         "recipes show",
@@ -129,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, "job", {"key": error.key, "remedy": error.remedy}, EXIT_JOB_WRONG, as_json)
     except RunError as error:
         return _fail(error, "run", {"remedy": error.remedy}, EXIT_FAILED, as_json)
-    except KeyboardInterrupt:
-        return _fail("interrupted", "interrupted", {}, EXIT_INTERRUPTED, as_json)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted", "interrupted", {}, EXIT_INTERRUPTED, as_json)
     except BrokenPipeError:  # `swift-dist ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
@@ -138,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     if as_json:
         print(json.dumps(result, indent=2, default=_as_json))
-    return EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE
+    return result.get("exit_code", EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE)
 
 
 def _fail(error: object, kind: str, fields: dict[str, Any], code: int, as_json: bool) -> int:
@@ -225,10 +234,14 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
         backend = find("swift_dist.launchers", launcher, "LAUNCHER")
     except UnknownPlugin as error:
         raise JobError("--launcher", str(error), f"--launcher {(error.suggestions or error.known)[0]}") from None
+    if not backend.here:
+        from swift_dist.job import prepare
+
+        job = prepare(job)
     if dry_run:
         from swift_dist.job import describe, render_plan
 
-        plan = describe(job)
+        plan = describe(job, here=backend.here)
         plan["artefact"] = backend.render(job)
         if not as_json:
             _print(render_plan(plan))

@@ -1,4 +1,4 @@
-"""THE page of the driver: job -> layout -> cluster -> placement -> gang with restarts -> result."""
+"""THE page of the driver: job -> layout -> cluster -> placement -> preflight -> gang with restarts -> result."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from typing import Any
 import yaml
 
 from swift_dist.advice import advice, already_done, announce
-from swift_dist.cluster.devices import Devices
+from swift_dist.cluster.devices import Devices, nproc_from_environment
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.interrupts import Interrupts
-from swift_dist.cluster.notes import RunNotes, Stopwatch, driver_log, newest_step
+from swift_dist.cluster.notes import RunNotes, Stopwatch, driver_log
 from swift_dist.cluster.placement import Demand, Placement, crossing_warning, rank_places
 from swift_dist.cluster.plan import GangPlan
 from swift_dist.cluster.runtime import Cluster
+from swift_dist.cluster.versions import check_versions
 from swift_dist.config import JobConfig
+from swift_dist.doctor.preflight import bad_nodes, preflight
+from swift_dist.errors import JobError
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 
@@ -45,6 +49,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     """
     began, stopwatch = time.monotonic(), Stopwatch()
     check_environment(job.cluster)
+    check_versions(os.environ)
     with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
         folder = RunFolder.for_job(job)
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
@@ -59,9 +64,37 @@ def run(job: JobConfig) -> dict[str, Any]:
         stopwatch.lap("cluster")
         interrupts.install()  # Ray has set handlers of its own
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
-        with Placement(demand, job.cluster.placement_timeout) as placement:
+        avoid = bad_nodes(resolved.job, demand) if job.cluster.exclude_bad_nodes else set()
+        with Placement(demand, job.cluster.placement_timeout, avoid) as placement:
+            if job.cluster.nnodes > 1 and job.cluster.preflight and not job.cluster.exclude_bad_nodes:
+                preflight(resolved.job, placement.node_ids, simulated=cluster.is_own)
+            stopwatch.lap("placement and preflight")
             result = _train(folder, resolved, placement, demand, interrupts, stopwatch)
     return {**result, "seconds": round(time.monotonic() - began, 3)}
+
+
+def prepare(job: JobConfig) -> JobConfig:
+    """The job as a launcher sends it elsewhere: checked, every path absolute, its run folder named.
+
+    Raises:
+        JobError: as `run` does, and where `cluster.nproc_per_node` is left to the nodes that will run it.
+    """
+    check_environment(job.cluster)
+    asked = job.cluster.nproc_per_node or nproc_from_environment()
+    if asked is None:
+        raise JobError(
+            "cluster.nproc_per_node",
+            "how many ranks a node takes cannot be seen from here",
+            "--nproc_per_node N, usually the GPUs of a node",
+        )
+    folder = RunFolder.for_job(job)
+    folder.require_free()
+    return _resolve_elsewhere(job, folder, asked).job
+
+
+def _resolve_elsewhere(job: JobConfig, folder: RunFolder, nproc_per_node: int) -> ResolvedJob:
+    """For nodes that cannot be seen from here: what GPUs would allow is allowed, unless the job says cpu."""
+    return _resolve(job, folder, Devices(job.cluster.accelerator != "cpu", nproc_per_node))
 
 
 def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
@@ -84,7 +117,7 @@ def _train(
     places = rank_places(resolved.layout, demand)
     plan = GangPlan(ENTRY, resolved.payload(), places, folder.path, job.cluster, use_gpu=demand.gpus > 0)
     folder.begin(job, layout=asdict(resolved.layout))
-    stopwatch.lap("placement and run folder")
+    stopwatch.lap("run folder")
     with driver_log(folder):
         warning = crossing_warning(resolved.layout, places)
         if warning:
@@ -111,32 +144,41 @@ def _train(
     }
 
 
-def describe(job: JobConfig) -> dict[str, Any]:
+def describe(job: JobConfig, here: bool = True) -> dict[str, Any]:
     """What `run` would do, as plain values: the resolved job, its layout, where each rank would go. Starts nothing.
+
+    Args:
+        job: as loaded, or as `prepare` returned it.
+        here: whether this process would run it; else nothing is asked of this machine or its cluster.
 
     Raises:
         JobError: as `run` does.
     """
     check_environment(job.cluster)
     with Cluster(job.cluster) as cluster:
-        devices: Devices = cluster.devices(planning=True)
+        elsewhere = Devices(job.cluster.accelerator == "gpu", job.cluster.nproc_per_node or 1)
+        devices: Devices = cluster.devices(planning=True) if here else elsewhere
         folder = RunFolder.for_job(job)
-        resolved = _resolve(job, folder, devices)
+        resolved = _resolve(job, folder, devices) if here else _resolve_elsewhere(job, folder, devices.nproc_per_node)
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         places = rank_places(resolved.layout, demand)
         tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
-        num_cpus = os.cpu_count() if cluster.is_own and not devices.use_gpu else None
+        num_cpus = os.cpu_count() if here and cluster.is_own and not devices.use_gpu else None
         warning = crossing_warning(resolved.layout, places)
         return {
             "job": resolved.job.model_dump(mode="json"),
             "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
             "parameters": resolved.shape.num_parameters(),
-            "cluster": "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address",
+            "cluster": _whose(cluster) if here else "the cluster it is sent to",
             "needs": str(demand),
             "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
             "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
             "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
         }
+
+
+def _whose(cluster: Cluster) -> str:
+    return "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address"
 
 
 def render_plan(plan: dict[str, Any]) -> Iterator[str]:
@@ -152,7 +194,10 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def render_result(result: dict[str, Any]) -> str:
-    """The result of `run` for people."""
+    """The result of `run` for people; of a job that was handed over, where it is."""
+    if submission := result.get("submission"):
+        where = f" at {submission['address']}" if submission["address"] else ""
+        return f"{result['state']} as {submission['id']}{where}\noutput: {result['output']}"
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""

@@ -43,10 +43,16 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config", "parallel", "runs"},
     "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
-    "job": {"config", "parallel", "cluster", "runs", "resolve", "advice"},
+    "torchrun": {"config", "advice", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
+    "job": {"config", "parallel", "cluster", "runs", "resolve", "advice", "doctor.preflight"},
     "serving": {"config", "models", "converters", "checkpoint"},
-    "launchers": {"config"},
-    "doctor": {"config", "parallel", "cluster"},
+    # A launcher asks in the gang's own words whether a job can be placed, and what a node must have installed; what it
+    # submitted it notes beside the run, and reads there how that ended.
+    "launchers": {
+        *("config", "runs.submission", "runs.outcome"),
+        *("cluster.placement", "cluster.devices", "cluster.environment", "cluster.versions"),
+    },
+    "doctor": {"config", "parallel", "cluster", "models", "runs.manifest"},  # models: how large a checkpoint is
     "bench": {"config", "parallel", "cluster"},
     "api": EVERYTHING,
     "cli": EVERYTHING,
@@ -56,10 +62,10 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"torch", "ray", "transformers", "megatron", "deepspeed", "vllm", "datasets", "accelerate", "peft", "trl"}
 # Imported by the driver or the command line, whose start must not pay for what it does not use.
 LIGHT_ROOMS = ("errors", "plugins", "config", "parallel", "models", "recipes", "launchers", "cli", "api", "resolve", "")
-LIGHT_MODULES = ("runs.worker", "converters.mapping")
+LIGHT_MODULES = ("runs.worker", "converters.mapping", "doctor.verb")
 # A backend is imported by the room that is that backend.
 BACKENDS = {
-    "ray": {"cluster", "data", "serving", "cli", "doctor"},
+    "ray": {"cluster", "data", "serving", "cli", "doctor", "launchers"},
     "megatron": {"engines", "checkpoint", "optim"},
     "vllm": {"serving"},
     "deepspeed": {"engines"},
@@ -178,7 +184,17 @@ def test_backends_are_imported_by_their_rooms_only():
     assert wrong == []
 
 
-LIGHT_TO_START = ["cli", "config", "config.load", "parallel", "models", "recipes", "resolve", "runs.worker"]
+LIGHT_TO_START = [
+    "cli",
+    "config",
+    "config.load",
+    "parallel",
+    "models",
+    "recipes",
+    "resolve",
+    "runs.worker",
+    "doctor.verb",
+]
 
 
 @pytest.mark.parametrize("module", LIGHT_TO_START)

@@ -29,6 +29,18 @@ class Rule(Enum):
     DATA = "may be written differently if the data are the same"
 
 
+def job_keys(section: type[Section] = JobConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a job, in the order in which they are declared."""
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += job_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
 RULES: dict[str, Rule] = {
     "task": Rule.FIXED,
     "engine": Rule.FIXED,  # its own parameter names and optimizer state
@@ -103,6 +115,7 @@ RULES: dict[str, Rule] = {
     "report.trackers": Rule.FREE,
     "report.project": Rule.FREE,
     "report.name": Rule.FREE,
+    **{key: Rule.FREE for key in job_keys() if key.startswith("launch.")},  # settings of a site
 }
 
 
@@ -162,18 +175,6 @@ def require_same_training(differences: list[Difference], folder: Any) -> None:
             "a resume cannot change it:\n  " + "\n  ".join(lines),
             f"put the old value back, or start another run with another --output (and {go_on})",
         )
-
-
-def job_keys(section: type[Section] = JobConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of a job, in the order in which they are declared."""
-    keys = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += job_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
 
 
 def _plain(job: JobConfig | Mapping[str, Any]) -> dict[str, Any]:

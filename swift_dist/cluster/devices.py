@@ -31,7 +31,7 @@ def choose_devices(settings: ClusterSection, gpus: int, where: str, planning: bo
     Raises:
         JobError: GPUs are asked for and there are none or too few.
     """
-    asked = settings.nproc_per_node or _from_environment()
+    asked = settings.nproc_per_node or nproc_from_environment()
     use_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and gpus > 0)
     if not use_gpu:
         return Devices(False, asked or 1)
@@ -64,7 +64,8 @@ def gpus_per_node(nodes: Sequence[Mapping[str, float]], nnodes: int) -> int:
     return counts[nnodes - 1] if len(counts) >= nnodes else (counts[-1] if counts else 0)
 
 
-def _from_environment() -> int | None:
+def nproc_from_environment() -> int | None:
+    """NPROC_PER_NODE, as torchrun and ms-swift know it."""
     value = os.environ.get("NPROC_PER_NODE")
     if not value:
         return None

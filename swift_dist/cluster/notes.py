@@ -13,6 +13,7 @@ from pathlib import Path
 from swift_dist.cluster.failures import Failure
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.logs import LOG_FORMAT
+from swift_dist.runs.outcome import newest_step
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,6 @@ class RunNotes:
 
     def stop_requested(self) -> bool:
         return self._folder.stop_requested()
-
-
-def newest_step(folder: RunFolder) -> int | None:
-    """The step that checkpoints/latest names."""
-    try:
-        return int((folder.checkpoints / "latest").read_text().strip().removeprefix("step_"))
-    except (OSError, ValueError):
-        return None
 
 
 @contextlib.contextmanager

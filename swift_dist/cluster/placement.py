@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,11 @@ class Placement:
         addresses: and its address.
     """
 
-    def __init__(self, demand: Demand, timeout: float) -> None:
+    def __init__(self, demand: Demand, timeout: float, avoid: Collection[str] = ()) -> None:
         """Reserve, waiting at most `timeout` seconds for resources that are in use.
+
+        Args:
+            avoid: Ray's ids of nodes that get none of the bundles.
 
         Raises:
             JobError: the cluster can never place the job.
@@ -102,10 +105,11 @@ class Placement:
         import ray
         from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoid]
         require_placeable(demand, [node["Resources"] for node in alive])
         strategy = "STRICT_SPREAD" if demand.nnodes > 1 else "STRICT_PACK"
-        self.group = placement_group([demand.bundle] * demand.nnodes, strategy=strategy)
+        selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * demand.nnodes if avoid else None
+        self.group = placement_group([demand.bundle] * demand.nnodes, strategy=strategy, bundle_label_selector=selector)
         began = time.monotonic()
         try:
             if not self.group.wait(timeout):

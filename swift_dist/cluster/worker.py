@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import faulthandler
 import gc
 import importlib
 import logging
@@ -30,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 from swift_dist.cluster.environment import NodeFacts, environment, without_dropped
 from swift_dist.cluster.failures import Failure, Kind, describe_exception, is_communication_error, is_device_error
 from swift_dist.cluster.heartbeat import Pulse
+from swift_dist.cluster.versions import check_versions
 from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
-from swift_dist.runs.logs import LOG_FORMAT
+from swift_dist.runs.logs import write_into
 
 if TYPE_CHECKING:
     import torch.distributed
@@ -139,9 +139,7 @@ class RankProcess:
         self._setup = setup
         self._assignment: Assignment | None = None
         self._server: StoreServer | None = None
-        facts = NodeFacts(
-            setup.ranks_on_node, len(os.sched_getaffinity(0)), _interface_of(setup.address), setup.has_gpu
-        )
+        facts = NodeFacts(setup.ranks_on_node, len(os.sched_getaffinity(0)), interface_of(setup.address), setup.has_gpu)
         variables = environment(parent, setup.settings, facts)
         for name in set(os.environ) - set(without_dropped(os.environ)):
             del os.environ[name]
@@ -166,6 +164,7 @@ class RankProcess:
         if visible_devices is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
         try:
+            check_versions(os.environ)
             import torch.distributed  # noqa: F401 - for the store
 
             module = importlib.import_module(self._setup.entry.partition(":")[0])
@@ -180,7 +179,7 @@ class RankProcess:
         self._pulse.start_attempt()
         self._pulse.beat("import", 0)
         os.environ["LOCAL_RANK"] = str(assignment.local_rank)
-        _write_into(Path(self._setup.run_dir) / "logs" / f"rank_{assignment.rank}.log")
+        write_into(Path(self._setup.run_dir) / "logs" / f"rank_{assignment.rank}.log")
         host, pid = socket.gethostname(), os.getpid()
         log.info(
             "attempt %d: rank %d of %d on %s, device %s, process %d",
@@ -327,22 +326,7 @@ def _join_store(assignment: Assignment, setup: Setup, address: str, aborted: Cal
             return store
 
 
-def _write_into(path: Path) -> None:
-    """Everything that this process prints or logs goes to the end of `path` from now on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr, force=True)
-    logging.captureWarnings(True)
-    faulthandler.enable(sys.stderr)
-    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)
-
-
-def _interface_of(address: str) -> str | None:
+def interface_of(address: str) -> str | None:
     """The network interface that has this address."""
     if address.startswith("127."):
         return "lo"

@@ -17,6 +17,7 @@ JOB_ALIASES: dict[str, str] = {
     "report_to": "report.trackers",
     "nnodes": "cluster.nnodes",
     "nproc_per_node": "cluster.nproc_per_node",
+    "exclude_bad_nodes": "cluster.exclude_bad_nodes",
     # Megatron-LM
     "tp": "parallel.tensor_model_parallel_size",
     "pp": "parallel.pipeline_model_parallel_size",

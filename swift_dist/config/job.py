@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from swift_dist.config.launch import LaunchSection
 from swift_dist.config.section import Section
 
 
@@ -151,9 +152,21 @@ class ClusterSection(Section):
     placement_timeout: float = Field(60.0, gt=0, description="seconds to wait for the machines a job asks for")
     rendezvous_timeout: float = Field(120.0, gt=0, description="seconds for all ranks to meet")
     dashboard: bool = Field(False, description="serve Ray's dashboard on 127.0.0.1 where the cluster is the job's own")
+    preflight: bool = Field(
+        True, description="look over the nodes before a job of several begins (the short form of swift-dist doctor)"
+    )
+    exclude_bad_nodes: bool = Field(
+        False, description="look over all nodes of the cluster first, and place the ranks on good ones only"
+    )
     env: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
         {}, description="environment variables set for every rank"
     )
+
+    @model_validator(mode="after")
+    def _excluded_by_preflight(self) -> ClusterSection:
+        if self.exclude_bad_nodes and not self.preflight:
+            raise ValueError("exclude_bad_nodes needs the preflight, which finds them: leave out preflight: false")
+        return self
 
 
 class ReportSection(Section):
@@ -181,3 +194,4 @@ class JobConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
     report: ReportSection = ReportSection()
+    launch: LaunchSection = LaunchSection()

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -49,8 +49,10 @@ class Key:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Annotated:
+        return _union_members(get_args(annotation)[0])
     if get_origin(annotation) in (typing.Union, types.UnionType):
-        return get_args(annotation)
+        return tuple(member for part in get_args(annotation) for member in _union_members(part))
     return (annotation,)
 
 

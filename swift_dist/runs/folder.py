@@ -200,11 +200,15 @@ class RunFolder:
             self._is_new = False
             with self._guard():
                 self._take(job.train.steps)
-            (self.path / "stop").unlink(missing_ok=True)
-            write_atomically(self.job_path, dump_job(job))
-            for folder in (self.logs, self.checkpoints):
-                folder.mkdir(exist_ok=True)
-            self._begin_manifest(job, layout, list(sys.argv if command is None else command))
+            try:
+                (self.path / "stop").unlink(missing_ok=True)
+                write_atomically(self.job_path, dump_job(job))
+                for folder in (self.logs, self.checkpoints):
+                    folder.mkdir(exist_ok=True)
+                self._begin_manifest(job, layout, list(sys.argv if command is None else command))
+            except BaseException as error:  # Ctrl-C too: nobody must wait for a driver that never began
+                self.update(state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 

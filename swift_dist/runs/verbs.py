@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from swift_dist.runs.folder import RunFolder, Status
 from swift_dist.runs.logs import follow_logs, read_logs
 from swift_dist.runs.metrics import Row, last_rows
 from swift_dist.runs.progress import describe, human_seconds
+from swift_dist.runs.submission import read_submission
+from swift_dist.runs.submitted import ACTIVE, SubmittedJob
 
 MAX_DEPTH = 3
 
@@ -132,6 +134,10 @@ def show_run(options: ShowOptions) -> dict[str, Any]:
     Raises:
         JobError: if it is no run.
     """
+    waiting = SubmittedJob.not_begun(RunFolder(options.run))
+    if waiting:
+        state, message = waiting.state()
+        return {"run": options.run, "status": state, "message": message, "submission": waiting.noted}
     folder = RunFolder.open(options.run)
     status = folder.status()
     rows = last_rows(folder.metrics_path)
@@ -147,6 +153,7 @@ def show_run(options: ShowOptions) -> dict[str, Any]:
         "attempts": manifest.get("attempts", []),
         "versions": manifest.get("versions", {}),
         "git": manifest.get("git"),
+        "submission": read_submission(folder.path),
         "job": folder.job(),
     }
 
@@ -157,6 +164,14 @@ def _checkpoint_steps(folder: Path) -> Iterable[int]:
 
 
 def render_show(result: dict[str, Any]) -> str:
+    if "job" not in result:
+        return "\n".join(
+            [
+                f"run          {result['run']}",
+                f"state        {result['status']}" + (f": {result['message']}" if result["message"] else ""),
+                f"submitted    {_where(result['submission'])}; its run has not begun",
+            ]
+        )
     job, attempts = result["job"], result["attempts"]
     lines = [
         f"run          {result['run']}",
@@ -167,6 +182,8 @@ def render_show(result: dict[str, Any]) -> str:
     ]
     if result["driver"]:
         lines.append(f"driver       process {result['driver']['pid']} on {result['driver']['host']}")
+    if result["submission"]:
+        lines.append(f"submitted    {_where(result['submission'])}")
     if attempts and attempts[-1].get("layout"):
         layout = ", ".join(f"{k} {v}" for k, v in attempts[-1]["layout"].items() if v not in (None, 1, False))
         lines.append(f"layout       {layout or 'one rank'}")
@@ -179,6 +196,11 @@ def render_show(result: dict[str, Any]) -> str:
         lines.append(f"evaluation   {describe(result['evaluation'], None, None)}")
     lines.append("checkpoints  " + (", ".join(map(str, result["checkpoints"])) or "none"))
     return "\n".join(lines)
+
+
+def _where(submission: dict[str, Any]) -> str:
+    address = f" at {submission['address']}" if submission.get("address") else ""
+    return f"{submission.get('submitted')} to {submission.get('launcher')} as {submission.get('id')}{address}"
 
 
 def plot_run(options: PlotOptions) -> dict[str, Any]:
@@ -210,7 +232,8 @@ def run_logs(options: LogsOptions) -> dict[str, Any]:
     Raises:
         JobError: if it is no run, or `grep` is no regular expression.
     """
-    folder = RunFolder.open(options.run)
+    waiting = SubmittedJob.not_begun(RunFolder(options.run))
+    folder = RunFolder(options.run) if waiting else RunFolder.open(options.run)
     if options.grep is not None:
         try:
             re.compile(options.grep)
@@ -221,6 +244,8 @@ def run_logs(options: LogsOptions) -> dict[str, Any]:
                 "put a backslash before what is meant literally",
             ) from None
 
+    if waiting:
+        return {"run": str(folder.path), "lines": _job_lines(waiting, options)}
     missing = [rank for rank in options.rank if not (folder.logs / f"rank_{rank}.log").exists()]
     if missing and not options.follow:
         raise JobError(
@@ -238,6 +263,15 @@ def run_logs(options: LogsOptions) -> dict[str, Any]:
     return {"run": str(folder.path), "lines": lines if options.follow else list(lines)}
 
 
+def _job_lines(job: SubmittedJob, options: LogsOptions) -> Iterable[dict[str, str]]:
+    """Of a job whose run has not begun: what the system that holds it has from it."""
+    if options.rank:
+        raise JobError("rank", f"the run has not begun: its job is {job.state()[0]}", "leave it out")
+    pattern = re.compile(options.grep or "")
+    lines = ({"source": "job", "text": x} for x in job.handle.logs(follow=options.follow) if pattern.search(x))
+    return lines if options.follow else list(lines)[-options.lines :]
+
+
 def render_logs(result: dict[str, Any]) -> Iterator[str]:
     """Line by line, so that a followed log shows at once."""
     for line in result["lines"]:
@@ -251,8 +285,13 @@ def stop_run(options: StopOptions) -> dict[str, Any]:
         JobError: if it is no run, or does not run.
         RunError: if it did not end within `wait` seconds.
     """
+    folder = RunFolder(options.run)
+    if job := SubmittedJob.not_begun(folder):
+        return _stop_job(job, options)
     folder = RunFolder.open(options.run)
     status = folder.status()
+    if _state(status) == "dead" and (job := SubmittedJob.of(folder)) and job.state()[0] in ACTIVE:
+        return _stop_job(job, options)
     if status is None or _state(status) != "running":
         raise JobError("run", f"{folder.path} does not run: it is {_state(status)}", "swift-dist runs list shows them")
     by_signal = status.driver.is_visible
@@ -265,13 +304,29 @@ def stop_run(options: StopOptions) -> dict[str, Any]:
             by_signal = False
     if not by_signal:
         folder.request_stop()
-    result = {"run": str(folder.path), "asked_by": "signal" if by_signal else "stop file", "ended": False}
+    asked_by = "signal" if by_signal else "stop file"
+    return _wait_for_end(options, asked_by, lambda: _state(folder.status()), ("running",))
+
+
+def _stop_job(job: SubmittedJob, options: StopOptions) -> dict[str, Any]:
+    """Through the system that holds the job: its run has not begun, or its driver is gone."""
+    state = job.handle.status()
+    if state not in ACTIVE:
+        raise JobError("run", f"{options.run} does not run: its job ({job.where}) is {state}", "swift-dist runs show")
+    job.handle.stop()
+    return _wait_for_end(options, job.noted["launcher"], job.handle.status, ACTIVE)
+
+
+def _wait_for_end(
+    options: StopOptions, asked_by: str, state: Callable[[], str], active: tuple[str, ...]
+) -> dict[str, Any]:
+    result = {"run": options.run, "asked_by": asked_by, "ended": False}
     deadline = time.monotonic() + options.wait
     while options.wait:
-        if _state(folder.status()) != "running":
-            return {**result, "ended": True, "status": _state(folder.status())}
+        if (now := state()) not in active:
+            return {**result, "ended": True, "status": now}
         if time.monotonic() > deadline:
-            raise RunError(f"{folder.path} still runs {options.wait:g} s after it was asked to end", "wait longer")
+            raise RunError(f"{options.run} still runs {options.wait:g} s after it was asked to end", "wait longer")
         time.sleep(0.2)
     return result
 

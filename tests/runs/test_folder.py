@@ -200,6 +200,19 @@ def test_end_states_are_kept_and_the_stop_file_goes(tmp_path):
     assert attempt["restarts"][0]["reason"] == "rank 1 died" and attempt["restarts"][0]["from_step"] == 3
 
 
+def test_an_interrupt_while_it_begins_lets_go(tmp_path, monkeypatch):
+    """Else other machines would wait for its silence before they let the next driver in."""
+
+    def interrupted(values):
+        raise KeyboardInterrupt
+
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(folder, "dump_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.begin(job())
+    assert run.status().state == "interrupted"
+
+
 def test_a_leftover_stop_file_does_not_stop_the_next_attempt(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.begin(job())

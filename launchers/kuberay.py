@@ -1,0 +1,234 @@
+"""The KubeRay launcher: the job as a RayJob, which the KubeRay operator turns into a Ray cluster of pods of its own.
+
+Fields after KubeRay's API reference, ray.io/v1. Applied and watched through `kubectl` with the user's own rights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field
+
+from swift_dist.config.section import Section
+from swift_dist.errors import JobError, RunError
+from swift_dist.launchers._base import State, Submission, command_line
+
+if TYPE_CHECKING:
+    from swift_dist.config import JobConfig
+
+STATES: dict[str, State] = {
+    "": "waiting",
+    "PENDING": "waiting",
+    "RUNNING": "running",
+    "SUCCEEDED": "done",
+    "STOPPED": "interrupted",
+    "FAILED": "failed",
+}
+"""RayJob's status.jobStatus in our words."""
+_POLL_SECONDS = 5.0
+
+
+class Options(Section):
+    image: str | None = Field(None, description="container image with swift_dist in it (docs/clusters.md)")
+    namespace: str = Field("default", description="Kubernetes namespace")
+    volume_claim: str | None = Field(None, description="PersistentVolumeClaim that holds data and runs, on all pods")
+    mount_path: str | None = Field(None, description="where it is mounted; must be the path that it has here")
+    cpus: int = Field(8, gt=0, description="CPUs of a worker pod")
+    memory: str = Field("64Gi", description="memory of a worker pod")
+    shm: str = Field("16Gi", description="size of /dev/shm, in memory")
+    gpu_resource: str = Field("nvidia.com/gpu", description="resource name of a GPU")
+    node_selector: dict[str, str] = Field({}, description="labels of the machines that worker pods may use")
+    tolerations: tuple[dict[str, Any], ...] = Field((), description="Kubernetes tolerations of worker pods")
+    service_account: str | None = Field(None, description="service account of all pods")
+    token_auth: bool = Field(True, description="Ray token authentication (KubeRay 1.5 and later)")
+    keep_seconds: int = Field(300, ge=0, description="seconds that the finished cluster stays, for its logs")
+
+
+class KubeRayHandle:
+    """A RayJob, by its name.
+
+    Args:
+        run: the run folder, for `wait`.
+    """
+
+    def __init__(self, submission: Submission, run: Path | None = None) -> None:
+        self._name, self._namespace, self._run = submission.id, submission.address, run
+
+    def status(self) -> State:
+        return STATES.get(self._state().get("jobStatus", ""), "waiting")
+
+    def logs(self, follow: bool = False) -> Iterator[str]:
+        """Of the submitter's pod, which follows the driver."""
+        words = _kubectl(self._namespace, "logs", f"job/{self._name}", *(["-f"] if follow else []))
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            yield from (line.rstrip("\n") for line in process.stdout)
+
+    def stop(self) -> None:
+        """Takes the pods away; they get SIGTERM, at which the driver checkpoints, and a minute to end."""
+        _run(_kubectl(self._namespace, "delete", "rayjob", self._name, "--wait=false"))
+
+    def wait(self) -> dict[str, Any]:
+        from swift_dist.runs.outcome import read_outcome
+        from swift_dist.runs.submission import read_submission
+
+        assert self._run is not None
+        began = time.monotonic()
+        while (details := self._state()).get("jobDeploymentStatus") != "Failed":
+            if STATES.get(details.get("jobStatus", ""), "waiting") not in ("waiting", "running"):
+                break
+            time.sleep(_POLL_SECONDS)
+        state = STATES.get(details.get("jobStatus", ""), "waiting")
+        if state not in ("done", "interrupted"):
+            message = details.get("message") or details.get("reason") or "no message"
+            raise RunError(
+                f"RayJob {self._name} ended as {state}: {message}",
+                f"kubectl -n {self._namespace} describe rayjob {self._name}",
+            )
+        noted = read_submission(self._run) or {}
+        unknown = dict.fromkeys(("step", "loss", "checkpoint", "restarts"))  # where the folder cannot be seen from here
+        outcome = read_outcome(self._run, after=noted.get("attempts", 0)) or {"output": str(self._run), **unknown}
+        return {**outcome, "state": state, "seconds": round(time.monotonic() - began, 3)}
+
+    def _state(self) -> dict[str, Any]:
+        answer = _run(_kubectl(self._namespace, "get", "rayjob", self._name, "-o", "json"))
+        return json.loads(answer).get("status") or {}
+
+
+class KubeRayLauncher:
+    here = False
+
+    def render(self, job: JobConfig) -> str:
+        return yaml.safe_dump(manifest(job), sort_keys=False, width=10**6)
+
+    def submit(self, job: JobConfig) -> KubeRayHandle:
+        from swift_dist.runs.submission import write_submission
+
+        if shutil.which("kubectl") is None:
+            raise JobError(
+                "--launcher",
+                "kubectl is not installed here",
+                "save the manifest that --dry-run prints, and `kubectl apply -f` it where it is",
+            )
+        submission = Submission("kuberay", name_of(job), job.launch.kuberay.namespace)
+        assert job.output, "job.prepare() fills it"
+        _run(_kubectl(submission.address, "create", "-f", "-"), self.render(job))
+        write_submission(Path(job.output), asdict(submission))
+        return KubeRayHandle(submission, Path(job.output))
+
+    def attach(self, submission: Submission) -> KubeRayHandle:
+        return KubeRayHandle(submission)
+
+
+def name_of(job: JobConfig) -> str:
+    """A name that Kubernetes takes, the same for the same run folder: a run is never driven twice."""
+    folder = Path(job.output or job.task)
+    plain = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:30].strip("-") or "run"
+    return f"{plain}-{zlib.crc32(str(folder).encode()):08x}"
+
+
+def manifest(job: JobConfig) -> dict[str, Any]:
+    """The RayJob as plain values.
+
+    Raises:
+        JobError: an option that the cluster cannot do without is missing.
+    """
+    options = job.launch.kuberay
+    if not options.image:
+        raise JobError("launch.kuberay.image", "no image given", "build one (docs/clusters.md), then name it")
+    if bool(options.volume_claim) != bool(options.mount_path):
+        raise JobError(
+            "launch.kuberay.mount_path", "volume_claim and mount_path belong together", "give both, or neither"
+        )
+    ranks = job.cluster.nproc_per_node
+    assert ranks, "job.prepare() fills it"
+    gpus = 0 if job.cluster.accelerator == "cpu" else ranks
+    cpus = max(options.cpus, math.ceil(job.cluster.cpus_per_rank * ranks))
+    cluster = {
+        "rayVersion": version("ray"),
+        **({"authOptions": {"mode": "token"}} if options.token_auth else {}),
+        # The driver runs on the head, ranks on workers only.
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": _pod(options, "ray-head", 2, "8Gi", 0)},
+        "workerGroupSpecs": [
+            {
+                "groupName": "ranks",
+                "replicas": job.cluster.nnodes,
+                "minReplicas": job.cluster.nnodes,
+                "maxReplicas": job.cluster.nnodes,
+                "rayStartParams": {},
+                "template": _pod(options, "ray-worker", cpus, options.memory, gpus),
+            }
+        ],
+    }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {
+            "name": name_of(job),
+            "namespace": options.namespace,
+            "labels": {"app.kubernetes.io/managed-by": "swift-dist"},
+        },
+        "spec": {
+            "entrypoint": command_line(job),
+            "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_ADDRESS": "auto"}}),
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": options.keep_seconds,
+            "backoffLimit": 0,  # our own gang restarts ranks; a second driver would start over
+            "rayClusterSpec": cluster,
+        },
+    }
+
+
+def _pod(options: Options, name: str, cpus: int, memory: str, gpus: int) -> dict[str, Any]:
+    resources: dict[str, Any] = {
+        "cpu": str(cpus),
+        "memory": memory,
+        **({options.gpu_resource: str(gpus)} if gpus else {}),
+    }
+    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]
+    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options.shm}}]
+    if options.volume_claim:
+        mounts.append({"name": "shared", "mountPath": options.mount_path})
+        volumes.append({"name": "shared", "persistentVolumeClaim": {"claimName": options.volume_claim}})
+    container = {
+        "name": name,
+        "image": options.image,
+        "resources": {"requests": resources, "limits": resources},
+        "volumeMounts": mounts,
+    }
+    spec: dict[str, Any] = {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": 60}
+    if name == "ray-worker":
+        spec |= {"nodeSelector": options.node_selector} if options.node_selector else {}
+        spec |= {"tolerations": list(options.tolerations)} if options.tolerations else {}
+    if options.service_account:
+        spec["serviceAccountName"] = options.service_account
+    return {"spec": spec}
+
+
+def _kubectl(namespace: str, *words: str) -> list[str]:
+    return ["kubectl", "-n", namespace, *words]
+
+
+def _run(words: list[str], text: str | None = None) -> str:
+    try:
+        done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise JobError("--launcher", "kubectl is not installed here", "install it, or run this where it is") from None
+    if done.returncode:
+        raise RunError(f"{' '.join(words[:5])} failed: {done.stderr.strip()}", "see to the cluster's answer above")
+    return done.stdout
+
+
+LAUNCHER = KubeRayLauncher()

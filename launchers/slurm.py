@@ -1,0 +1,250 @@
+"""The Slurm launcher: the job becomes a batch script with a Ray cluster over its nodes (slurm/ray_cluster.sh)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import logging
+import math
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from swift_dist.config.section import Section
+from swift_dist.errors import JobError, RunError
+from swift_dist.launchers._base import Submission, command_line
+from swift_dist.launchers._slurm_handle import SlurmHandle, slurm
+
+if TYPE_CHECKING:
+    from swift_dist.config import JobConfig
+
+log = logging.getLogger(__name__)
+
+Text = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
+"""One line: it goes into a line of the script."""
+Size = Annotated[str, Field(pattern=r"^\d+[KMGT]?$", coerce_numbers_to_str=True)]
+
+OWN_WORDS = {
+    "--nodes": "cluster.nnodes says it",
+    "-N": "cluster.nnodes says it",
+    "--output": "launch.slurm.log_folder says it",
+    "-o": "launch.slurm.log_folder says it",
+    "--array": "its tasks would share one run folder; slurm/pretrain.sbatch gives each its own",
+    "-a": "its tasks would share one run folder; slurm/pretrain.sbatch gives each its own",
+}
+"""sbatch options that `launch.slurm.sbatch` may not hold, and why."""
+
+
+class Options(Section):
+    partition: Text | None = Field(None, description="partition, or several with commas")
+    account: Text | None = Field(None, description="account that is charged")
+    qos: Text | None = Field(None, description="quality of service")
+    constraint: Text | None = Field(None, description="features that the nodes must have")
+    time: Text | None = Field(None, description="limit as Slurm writes it: minutes, H:M:S or D-H (quote it in YAML)")
+    gres: str | None = Field(
+        None, pattern=r"^[^\r\n]*$", description="GPUs of a node (default: gpu:<ranks>, none on cpu; '' asks for none)"
+    )
+    cpus_per_task: int | None = Field(None, gt=0, description="CPUs of a node (default: cluster.cpus_per_rank x ranks)")
+    mem: Size | None = Field(None, description="memory of a node, e.g. 500G; 0 is all of it")
+    exclusive: bool = Field(False, description="share the nodes with no other job")
+    job_name: Text | None = Field(None, description="(default: swift_dist-<name of the run folder>)")
+    dependency: Text | None = Field(None, description="what to wait for, e.g. afterok:123")
+    requeue: bool = Field(
+        True, description="checkpoint, wait in the queue and resume: near the time limit, preempted, or a node is lost"
+    )
+    max_restarts: int = Field(10, ge=0, description="requeues of the job, whatever their cause")
+    signal_seconds: int = Field(120, ge=10, description="before the time limit, when the checkpoint is asked for")
+    stop_timeout: int = Field(600, gt=0, description="seconds for that checkpoint, before the job is ended without")
+    join_timeout: int = Field(180, gt=0, description="seconds for all nodes to join the job's Ray cluster")
+    ports: str = Field(
+        "24000-31999", pattern=r"^\d+-\d+$", description="band that jobs share; each takes 32 of it, by its id"
+    )
+    interface: Text | None = Field(None, description="network interface, e.g. ib0 (default: of the nodes' addresses)")
+    container_image: Text | None = Field(None, description="image that everything runs in")
+    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="what runs the image")
+    container_mounts: tuple[Text, ...] = Field((), description="FOLDER[:FOLDER_INSIDE] to see inside the container")
+    setup: tuple[Text, ...] = Field((), description="shell lines to run first, such as 'module load cuda'")
+    sbatch: tuple[Text, ...] = Field((), description="more options of sbatch, e.g. --exclude=n7")
+    log_folder: str | None = Field(None, description="(default: the folder slurm in the run folder)")
+    follow: bool = Field(True, description="show what the job prints and wait for its end; else return at once")
+
+
+class SlurmLauncher:
+    """Through sbatch. The job is driven on its first node and goes on without this process."""
+
+    here = False
+
+    def render(self, job: JobConfig) -> str:
+        _check(job)
+        options, folder = job.launch.slurm, _log_folder(job)
+        parts = [
+            "#!/usr/bin/env bash",
+            f"# {job.task} into {job.output}, rendered by swift-dist. By hand:",
+            f"#     mkdir -p {shlex.quote(str(folder))} && sbatch THIS_FILE",
+            *_directives(job),
+            "",
+            *options.setup,
+            *(
+                []
+                if options.container_image
+                else [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
+            ),
+            *_settings(job),
+            "",
+            ray_cluster().rstrip(),
+            "",
+            f'ray_cluster_run {_command(job)} >"$RAY_CLUSTER_LOGS/result.json"',
+        ]
+        return "\n".join(parts) + "\n"
+
+    def submit(self, job: JobConfig) -> SlurmHandle:
+        """
+        Raises:
+            JobError: no Slurm is here, it refuses the job, or the run folder is a waiting job's. Nothing has begun.
+        """
+        from swift_dist.runs.submission import write_submission
+
+        script = self.render(job)
+        assert job.output
+        run, folder = Path(job.output), _log_folder(job)
+        self._require_new(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "job.sbatch"
+        file.write_text(script)
+        try:
+            number = slurm("sbatch", "--parsable", str(file)).split(";")[0].strip()
+        except (JobError, RunError) as error:
+            file.unlink()
+            with contextlib.suppress(OSError):  # not empty: of earlier jobs
+                folder.rmdir()
+                run.rmdir()
+            if isinstance(error, JobError):
+                raise
+            raise JobError("launch.slurm", error.message, "launch.slurm.* are the options that sbatch got") from None
+        submission = Submission("slurm", number, str(folder / f"{number}.log"))
+        write_submission(run, asdict(submission))
+        log.info("submitted as Slurm job %s; its output: %s", number, submission.address)
+        return SlurmHandle(submission, run, follow=job.launch.slurm.follow)
+
+    def attach(self, submission: Submission) -> SlurmHandle:
+        return SlurmHandle(submission)
+
+    def _require_new(self, run: Path) -> None:
+        """Refuse a run folder whose Slurm job has not ended: both would resume it."""
+        from swift_dist.runs.submission import read_submission
+
+        noted = read_submission(run)
+        if not noted or noted.get("launcher") != "slurm":
+            return
+        with contextlib.suppress(RunError):  # Slurm has forgotten it
+            state = self.attach(Submission("slurm", noted["id"], noted["address"])).status()
+            if state in ("waiting", "running"):
+                raise JobError(
+                    "output",
+                    f"{run} is Slurm job {noted['id']}'s, which is {state}",
+                    f"swift-dist runs logs {run} --follow shows it, swift-dist runs stop {run} ends it",
+                )
+
+
+def ray_cluster() -> str:
+    """The text of slurm/ray_cluster.sh."""
+    return importlib.resources.files("swift_dist").joinpath("slurm", "ray_cluster.sh").read_text(encoding="utf-8")
+
+
+def _check(job: JobConfig) -> None:
+    options = job.launch.slurm
+    if job.cluster.address:
+        raise JobError(
+            "cluster.address",
+            "a job in Slurm brings its own Ray cluster",
+            "leave it out, or --launcher ray for that cluster",
+        )
+    least = _cpus(job)
+    if options.cpus_per_task and options.cpus_per_task < least:
+        raise JobError(
+            "launch.slurm.cpus_per_task",
+            f"{options.cpus_per_task}, but {job.cluster.nproc_per_node} ranks with "
+            f"{job.cluster.cpus_per_rank:g} CPUs (cluster.cpus_per_rank) need {least}",
+            f"--launch.slurm.cpus_per_task {least}",
+        )
+    for word in options.sbatch:
+        name = word.partition("=")[0].split()[0]
+        if not name.startswith("-"):
+            raise JobError("launch.slurm.sbatch", f"{word!r} is no option", "one list entry an option: --exclude=n7")
+        if name in OWN_WORDS:
+            raise JobError("launch.slurm.sbatch", f"{name}: {OWN_WORDS[name]}", "leave it out")
+
+
+def _cpus(job: JobConfig) -> int:
+    assert job.cluster.nproc_per_node
+    return math.ceil(job.cluster.cpus_per_rank * job.cluster.nproc_per_node)
+
+
+def _directives(job: JobConfig) -> list[str]:
+    """The #SBATCH lines."""
+    options, folder = job.launch.slurm, _log_folder(job)
+    gres = options.gres
+    if gres is None:
+        gres = "" if job.cluster.accelerator == "cpu" else f"gpu:{job.cluster.nproc_per_node}"
+    given = {
+        "job-name": options.job_name or f"swift_dist-{Path(str(job.output)).name}",
+        "nodes": str(job.cluster.nnodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(options.cpus_per_task or _cpus(job)),
+        "gres": gres,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "time": options.time,
+        "mem": options.mem,
+        "dependency": options.dependency,
+        "signal": f"B:USR1@{options.signal_seconds}",
+        "chdir": str(Path.cwd()),
+        "output": f"{folder}/%j.log",
+        "open-mode": "append",
+    }
+    words = [f"--{name}={shlex.quote(value)}" for name, value in given.items() if value]
+    words.append("--requeue" if options.requeue else "--no-requeue")
+    words += ["--exclusive"] if options.exclusive else []
+    words += ["--kill-on-invalid-dep=yes"] if options.dependency else []  # else it would wait for ever
+    return [f"#SBATCH {word}" for word in [*words, *options.sbatch]]
+
+
+def _settings(job: JobConfig) -> list[str]:
+    """What ray_cluster.sh reads. All of it: nothing of the submitter's environment is to decide."""
+    options = job.launch.slurm
+    mounts = [str(job.output), *options.container_mounts]
+    settings = {
+        "PORTS": options.ports,
+        "WORKER_PORTS": "",
+        "INTERFACE": options.interface or "",
+        "JOIN_SECONDS": options.join_timeout,
+        "MAX_RESTARTS": options.max_restarts if options.requeue else 0,
+        "STOP_SECONDS": options.stop_timeout,
+        "DASHBOARD": str(job.cluster.dashboard).lower(),
+        "GPUS": "0" if job.cluster.accelerator == "cpu" else "",
+        "IMAGE": options.container_image or "",
+        "RUNTIME": options.container_runtime,
+        "MOUNTS": ",".join(mounts) if options.container_image else "",
+    }
+    lines = [f"RAY_CLUSTER_{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    return [f'RAY_CLUSTER_LOGS={shlex.quote(str(_log_folder(job)))}/"$SLURM_JOB_ID".d', *lines]
+
+
+def _log_folder(job: JobConfig) -> Path:
+    folder = job.launch.slurm.log_folder
+    return Path(folder).absolute() if folder else Path(str(job.output)) / "slurm"
+
+
+def _command(job: JobConfig) -> str:
+    """What runs on the first node; ray_cluster.sh says where its Ray cluster is."""
+    plain = job.model_copy(update={"launch": type(job.launch)()})
+    return f"{command_line(plain)} --launcher local --json"
+
+
+LAUNCHER = SlurmLauncher()
