@@ -98,24 +98,8 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_every": Rule.FREE,
     "checkpoint.async_save": Rule.FREE,
     "checkpoint.load": Rule.FIXED,  # it would not be read again: the run has its own checkpoints by now
-    "cluster.nnodes": Rule.FREE,
-    "cluster.nproc_per_node": Rule.FREE,
-    "cluster.address": Rule.FREE,
-    "cluster.accelerator": Rule.FREE,
-    "cluster.cpus_per_rank": Rule.FREE,
-    "cluster.threads_per_rank": Rule.FREE,
-    "cluster.max_failures": Rule.FREE,
-    "cluster.spares": Rule.FREE,
-    "cluster.stall_timeout": Rule.FREE,
-    "cluster.placement_timeout": Rule.FREE,
-    "cluster.rendezvous_timeout": Rule.FREE,
-    "cluster.dashboard": Rule.FREE,
-    "cluster.env": Rule.FREE,
-    "report.tensorboard": Rule.FREE,
-    "report.trackers": Rule.FREE,
-    "report.project": Rule.FREE,
-    "report.name": Rule.FREE,
-    **{key: Rule.FREE for key in job_keys() if key.startswith("launch.")},  # settings of a site
+    # where it runs, how it gets there and what is told of it never reach the weights
+    **{key: Rule.FREE for key in job_keys() if key.startswith(("cluster.", "launch.", "report."))},
 }
 
 
