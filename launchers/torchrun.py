@@ -1,8 +1,14 @@
-"""The torchrun launcher: the same job without Ray, on one machine or on several that each run the same command."""
+"""The torchrun launcher: the same job without Ray, on one machine or on several that each run the same command.
+
+Ports: on several nodes one of the band, for the store at which they meet: the first node binds and keeps it. It tries
+first the one that follows from the run folder's name, then the next ones, and writes into the run folder which it was.
+`launch.torchrun.endpoint` names another. torchrun's agents and the ranks use ports that the kernel finds free.
+"""
 
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -16,13 +22,16 @@ if TYPE_CHECKING:
     from swift_dist.config import JobConfig
 
 PORTS = range(23000, 24000)
-"""Where nodes meet if the endpoint names no port: below the ephemeral range, and derived from the run folder, so that
-all nodes of a job agree on it and two jobs on one node rarely do."""
+"""Where nodes meet if the endpoint names no port: below the ephemeral range. The first choice is derived from the run
+folder; a job that finds it taken takes the next."""
 
 
 class Options(Section):
-    endpoint: str | None = Field(None, description="host[:port] of the first node, where all nodes meet (nnodes > 1)")
-    node_rank: int = Field(0, ge=0, description="which of the nodes this machine is; 0 is at the endpoint")
+    endpoint: str | None = Field(
+        None,
+        description="host[:port] of the first node, where all meet (default: its hostname and a free port)",
+    )
+    node_rank: int = Field(0, ge=0, description="which of the nodes this machine is; 0 is the first")
 
 
 class TorchrunLauncher:
@@ -48,45 +57,45 @@ class TorchrunLauncher:
         return HereHandle(job, "swift_dist.torchrun.driver:run")
 
 
-def endpoint(job: JobConfig) -> str:
-    """``host:port`` at which the nodes meet.
+def endpoint(job: JobConfig) -> tuple[str, int]:
+    """Host and port of the first node, as far as they are given ("" and 0: not).
 
     Raises:
-        JobError: it is not given, or a node would not know which one it is.
+        JobError: they are none, or a node would not know which one it is.
     """
-    given, rank = job.launch.torchrun.endpoint, job.launch.torchrun.node_rank
-    if not given:
-        raise JobError(
-            "launch.torchrun.endpoint",
-            f"{job.cluster.nnodes} nodes have to know where to meet",
-            "--launch.torchrun.endpoint HOST[:PORT] of the first node, the same on all of them",
-        )
+    given, rank = job.launch.torchrun.endpoint or "", job.launch.torchrun.node_rank
     if rank >= job.cluster.nnodes:
         raise JobError(
             "launch.torchrun.node_rank", f"{rank}, but there are {job.cluster.nnodes} nodes", "they count from 0"
         )
     if not job.output:
         raise JobError("output", "nodes that start on their own have to be told the run folder", "--output DIR")
-    host, _, port = given.rpartition(":") if given.count(":") == 1 else (given, "", "")
-    if not port:
-        return f"{given}:{PORTS[zlib.crc32(job.output.encode()) % len(PORTS)]}"
-    if not port.isdigit() or not host:
+    host, colon, port = given.rpartition(":") if given.count(":") == 1 else (given, "", "")
+    if colon and not (host and port.isdigit() and 0 < int(port) < 65536):
         raise JobError("launch.torchrun.endpoint", f"{given!r} is not host:port", "--launch.torchrun.endpoint n1:23456")
-    return given
+    return host, int(port or 0)
 
 
-def torchrun_words(job: JobConfig, nproc_per_node: int) -> list[str]:
-    """torchrun's own arguments for this node, without the program."""
-    several = job.cluster.nnodes > 1
-    meeting = endpoint(job) if several else "localhost:0"
+def first_port(run: Path) -> int:
+    """Index in `PORTS` of the port that a run tries first."""
+    return zlib.crc32(str(run).encode()) % len(PORTS)
+
+
+def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None) -> list[str]:
+    """torchrun's own arguments for this node, without the program.
+
+    Args:
+        job: the job.
+        nproc_per_node: ranks on this node.
+        meeting: ``host:port`` of a store that is served there already; None: this is the only node.
+    """
     words = [
         *("--nnodes", str(job.cluster.nnodes), "--nproc-per-node", str(nproc_per_node)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--rdzv-id", f"swift_dist-{job.task}"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting or "localhost:0", "--rdzv-id", f"swift_dist-{job.task}"),
         *("--max-restarts", str(job.cluster.max_failures), "--monitor-interval", "0.5"),
     ]
-    if several:
-        is_host = job.launch.torchrun.node_rank == 0
-        words += ["--rdzv-conf", f"is_host={is_host},join_timeout={int(job.cluster.rendezvous_timeout)}"]
+    if meeting:
+        words += ["--rdzv-conf", f"is_host=False,join_timeout={int(job.cluster.rendezvous_timeout)}"]
     return words
 
 

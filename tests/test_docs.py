@@ -68,6 +68,8 @@ def test_readme_commands_run_in_order_and_do_what_is_said(walk):
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert [row["resumed_from"] for row in rows if "resumed_from" in row] == [20]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    attempt = json.loads((folder / "runs" / "mine" / "manifest.json").read_text())["attempts"][0]
+    assert len(attempt["hosts"]) == len(attempt["threads_per_rank"]) == 2 and min(attempt["threads_per_rank"]) > 0
     assert (folder / "my-model" / "model.safetensors").exists() and (folder / "my-model" / "tokenizer.json").exists()
     assert "30/30" in outputs["swift-dist runs list"]
 

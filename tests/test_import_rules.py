@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {"config", "parallel", "runs"},
     "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
-    "torchrun": {"config", "advice", "cluster", "runs", "resolve", "train", "launchers.torchrun"},
+    "torchrun": {
+        *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")
+    },
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice", "doctor.preflight"},
     "serving": {"config", "models", "converters", "checkpoint"},
     # A launcher asks in the gang's own words whether a job can be placed, and what a node must have installed; what it

@@ -89,6 +89,11 @@ def without_dropped(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if not matches(name, DROPPED)}
 
 
+def num_threads(variables: Mapping[str, str]) -> int:
+    """With which a rank computes: OMP_NUM_THREADS, of which `4,2` is four, each with two for what it calls in turn."""
+    return int(variables["OMP_NUM_THREADS"].partition(",")[0])
+
+
 def _asked_threads(settings: ClusterSection) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(settings.threads_per_rank)} if settings.threads_per_rank else {}
 

@@ -230,7 +230,8 @@ class Gang:
                 attempt.failures[rank] = answer.failure
         if attempt.failures:
             return attempt
-        self._observer.placed([begun[rank].host for rank in range(self._world_size)])
+        ranks = range(self._world_size)
+        self._observer.placed([begun[rank].host for rank in ranks], [begun[rank].threads for rank in ranks])
         store = begun[0].store
         attempt.results = {}
         calls = {rank: p.actor.run.remote(store) for rank, p in self._ranks.items()}

@@ -38,8 +38,8 @@ class RunNotes:
         self._folder, self._stopwatch = folder, stopwatch
         self._attempts = 0
 
-    def placed(self, hosts: Sequence[str]) -> None:
-        self._folder.set_hosts(hosts)
+    def placed(self, hosts: Sequence[str], threads: Sequence[int]) -> None:
+        self._folder.set_places(hosts, threads)
         if self._attempts == 0:
             self._stopwatch.lap("processes and imports")
             log.debug("start-up: %s", json.dumps(self._stopwatch.seconds))

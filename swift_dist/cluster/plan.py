@@ -15,8 +15,8 @@ from swift_dist.parallel.nodes import Place
 class Observer(Protocol):
     """Who wants to know what happens to the gang."""
 
-    def placed(self, hosts: Sequence[str]) -> None:
-        """All ranks of an attempt have begun; `hosts` by rank."""
+    def placed(self, hosts: Sequence[str], threads: Sequence[int]) -> None:
+        """All ranks of an attempt have begun; by rank their hosts and numbers of threads."""
 
     def restarting(self, cause: Failure, attempt: int) -> None:
         """Attempt number `attempt` follows because of `cause`."""

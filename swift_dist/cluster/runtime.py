@@ -44,6 +44,7 @@ class Cluster:
         self._address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
         self.is_own = self._address == "local"
         self._host: subprocess.Popen[str] | None = None
+        self._connected_to: str | None = None
         self._undo: list[Callable[[], None]] = []
 
     def devices(self, planning: bool = False) -> Devices:
@@ -86,7 +87,7 @@ class Cluster:
         """Connect this process as the driver.
 
         Raises:
-            JobError: nothing answers at the address.
+            JobError: nothing answers at the address, or this process drives another cluster already.
             RunError: the own cluster did not start.
         """
         import ray  # while the cluster starts in its own process
@@ -95,6 +96,7 @@ class Cluster:
         import ray._raylet as raylet
 
         if ray.is_initialized():
+            self._require_connected()
             return
         address = self._own_address() if self._host else self._address
         if not self.is_own:
@@ -123,11 +125,25 @@ class Cluster:
                 "leave it (and RAY_ADDRESS) out for a cluster of the job's own, or start one with `ray start --head`",
             ) from error
         self._undo.append(ray.shutdown)
+        self._connected_to = address
+
+    def _require_connected(self) -> None:
+        """A program that called `ray.init` itself may run a job on that cluster, but only on that one."""
+        import ray
+
+        connected = ray.get_runtime_context().gcs_address
+        if self.is_own and connected != self._connected_to:
+            raise JobError(
+                "cluster.address",
+                f"the job wants a Ray cluster of its own, and this process is connected to the one at {connected}",
+                f"ray.shutdown() before, or --cluster.address {connected} to run there",
+            )
 
     def close(self) -> None:
         """Disconnect; end the cluster if it is our own. Nothing of it runs afterwards."""
         while self._undo:
             self._undo.pop()()
+        self._connected_to = None
         host, self._host = self._host, None
         if host is not None:
             assert host.stdin and host.stdout

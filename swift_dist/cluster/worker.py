@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.cluster.environment import NodeFacts, environment, without_dropped
+from swift_dist.cluster.environment import NodeFacts, environment, num_threads, without_dropped
 from swift_dist.cluster.failures import Failure, Kind, describe_exception, is_communication_error, is_device_error
 from swift_dist.cluster.heartbeat import Pulse
 from swift_dist.cluster.versions import check_versions
@@ -84,10 +84,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Begun:
-    """The answer to `RankProcess.begin`: who took the place, the store's address (rank 0), or why it could not."""
+    """The answer to `RankProcess.begin`.
+
+    Attributes:
+        host, pid: who took the place.
+        threads: with which it computes.
+        store: its address (rank 0).
+        failure: why it could not.
+    """
 
     host: str
     pid: int
+    threads: int
     store: str | None
     failure: Failure | None
 
@@ -188,7 +196,8 @@ class RankProcess:
         failure = self.warm(assignment.visible_devices)
         if failure is None and assignment.rank == 0:
             self._server = StoreServer(assignment, self._setup, self._pulse.aborted)
-        return Begun(host, pid, self._server.address if self._server else None, failure)
+        threads = num_threads(os.environ)
+        return Begun(host, pid, threads, self._server.address if self._server else None, failure)
 
     def run(self, store_address: str) -> dict[str, Any] | Failure:
         """Run the entry to its end: its result, or why there is none."""

@@ -5,14 +5,16 @@ Whatever is bad is fatal: the job ends with exit code 1 before its run folder is
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from swift_dist.cluster.placement import Demand
 from swift_dist.config import JobConfig
 from swift_dist.doctor.examine import Report, all_checks, examine
-from swift_dist.doctor.team import RayTeam, cluster_nodes
+from swift_dist.doctor.team import LocalTeam, RayTeam, cluster_nodes
 from swift_dist.doctor.values import Finding, Node
 from swift_dist.doctor.wanted import exam_of
 from swift_dist.errors import RunError
@@ -31,6 +33,26 @@ def preflight(job: JobConfig, node_ids: Collection[str], *, simulated: bool) -> 
         RunError: something is bad; names it and what to do.
     """
     report = _look_over(job, alive_nodes(node_ids), simulated=simulated)
+    _warn(report)
+    if report.bad:
+        raise _error(report.bad)
+
+
+def preflight_here(job: JobConfig, versions: Mapping[str, str] | None = None) -> None:
+    """Look over this node alone, where no Ray reaches the others. Clocks are not compared.
+
+    Args:
+        job: a part of which will run here.
+        versions: those that it must have (default: its own).
+
+    Raises:
+        RunError: as `preflight` does.
+    """
+    node = Node(socket.gethostname())
+    exam = exam_of(job, [node], nnodes=job.cluster.nnodes, simulated=False)
+    if versions is not None:
+        exam = dataclasses.replace(exam, versions=versions)
+    report = examine(LocalTeam(node, exam, time.monotonic() + CHECK_SECONDS), all_checks(short=True))
     _warn(report)
     if report.bad:
         raise _error(report.bad)

@@ -6,6 +6,7 @@ status.json         state, step and the driver that holds the folder
 metrics.jsonl       a row a step
 logs/  tensorboard/  checkpoints/
 stop                there while the run is asked to checkpoint and end
+meeting.json        there while a run without Ray is on several nodes: where they meet
 """
 
 from __future__ import annotations
@@ -265,9 +266,9 @@ class RunFolder:
             if status is not None:
                 self._write_status(dataclasses.replace(status, updated=now(), **changes))
 
-    def set_hosts(self, hosts: Sequence[str]) -> None:
-        """Note where the ranks of the current attempt live (index = rank)."""
-        self._change_attempt(hosts=list(hosts))
+    def set_places(self, hosts: Sequence[str], threads: Sequence[int]) -> None:
+        """Note where the ranks of the current attempt live, and with how many threads each computes (index = rank)."""
+        self._change_attempt(hosts=list(hosts), threads_per_rank=list(threads))
 
     def add_restart(self, *, reason: str, from_step: int | None) -> None:
         """Note a restart of the gang within the current attempt."""

@@ -1,7 +1,7 @@
 """THE page of the driver without Ray: job -> layout -> torchrun with restarts -> result, once on each node.
 
-The first node's driver takes the run folder, shows the progress and says how the run ended; the others wait for the
-folder, start their ranks and leave with the same result.
+The first node's driver takes the run folder, serves the store at which the nodes meet, shows the progress and says how
+the run ended; the others wait for it, start their ranks and leave with the same result.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from swift_dist.advice import already_done, announce
 from swift_dist.cluster.devices import choose_devices, gpus_of_this_machine
-from swift_dist.cluster.environment import NodeFacts, check_environment, environment, without_dropped
+from swift_dist.cluster.environment import NodeFacts, check_environment, environment, num_threads, without_dropped
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.notes import driver_log
 from swift_dist.config import JobConfig
+from swift_dist.doctor.preflight import preflight_here
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import torchrun_words
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
@@ -34,6 +34,7 @@ from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
+from swift_dist.torchrun.meeting import Meeting, found, served
 from swift_dist.torchrun.rank import REPORTS
 
 log = logging.getLogger(__name__)
@@ -53,13 +54,12 @@ def run(job: JobConfig) -> dict[str, Any]:
         resolved = _resolve(job, folder, devices.nproc_per_node, devices.use_gpu)
         if (result := already_done(folder, resolved)) is not None:
             return {**result, "seconds": round(time.monotonic() - began, 3)}
-        first = job.launch.torchrun.node_rank == 0
-        if first:
+        if job.launch.torchrun.node_rank == 0:
             announce(folder, resolved, num_cpus=None if devices.use_gpu else os.cpu_count())
-        with _drive(folder, resolved) if first else _follow(folder, resolved) as shown:
-            reports = _run_ranks(folder, resolved, devices.use_gpu, interrupts)
-            result = _outcome(reports, interrupts)
-            shown.update(result)
+            _warn_of_what_is_the_gangs(job)
+            result = _lead(folder, resolved, devices.use_gpu, interrupts)
+        else:
+            result = _follow(folder, resolved, devices.use_gpu, interrupts)
     return {
         "state": result["state"],
         "output": str(folder.path),
@@ -79,47 +79,62 @@ def _resolve(job: JobConfig, folder: RunFolder, nproc_per_node: int, on_cuda: bo
     return resolved
 
 
-@contextlib.contextmanager
-def _drive(folder: RunFolder, resolved: ResolvedJob) -> Iterator[dict[str, Any]]:
-    """Hold the run folder while the ranks run; what the body puts into the mapping says how it ended."""
+def _lead(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> dict[str, Any]:
+    """The first node's part: it also holds the run folder, and serves the store at which the nodes meet."""
     job = resolved.job
-    folder.begin(job, layout=asdict(resolved.layout))
-    folder.set_hosts([os.uname().nodename] * resolved.layout.world_size if job.cluster.nnodes == 1 else [])
-    ended: dict[str, Any] = {}
-    with driver_log(folder):
-        try:
-            with Monitor(folder, steps=job.train.steps, log_interval=job.train.log_interval):
-                yield ended
-        except BaseException as error:
-            folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", message=str(error))
-            raise
-        folder.end(ended["state"], step=ended["step"])
+    _look_over(job)
+    with served(job, folder) as meeting:
+        folder.begin(job, layout=asdict(resolved.layout))
+        meeting.publish(folder)
+        with driver_log(folder):
+            try:
+                with Monitor(folder, steps=job.train.steps, log_interval=job.train.log_interval):
+                    result = _outcome(_run_ranks(folder, resolved, use_gpu, interrupts, meeting), interrupts)
+            except BaseException as error:
+                folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", message=str(error))
+                raise
+            folder.end(result["state"], step=result["step"])
+    return result
 
 
-@contextlib.contextmanager
-def _follow(folder: RunFolder, resolved: ResolvedJob) -> Iterator[dict[str, Any]]:
-    """Wait until the first node's driver has taken the folder for this attempt."""
-    deadline = time.monotonic() + resolved.job.cluster.rendezvous_timeout
-    while not ((status := folder.status()) and status.state == "running" and not status.is_dead):
-        if time.monotonic() > deadline:
-            raise JobError(
-                "output",
-                f"nobody has begun a run in {folder.path} within {resolved.job.cluster.rendezvous_timeout:.0f} s "
-                "(cluster.rendezvous_timeout), as seen from this node",
-                "start node 0, and name a folder on a file system that all nodes share",
-            )
-        time.sleep(0.2)
-    yield {}
+def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> dict[str, Any]:
+    """Another node's part."""
+    meeting = found(resolved.job, folder)
+    try:
+        _look_over(resolved.job, folder.manifest().get("versions"))
+    except RunError as error:
+        meeting.refuse(error.message)
+        raise
+    return _outcome(_run_ranks(folder, resolved, use_gpu, interrupts, meeting), interrupts)
 
 
-def _run_ranks(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> list[dict[str, Any]]:
+def _look_over(job: JobConfig, versions: dict[str, str] | None = None) -> None:
+    if job.cluster.nnodes > 1 and job.cluster.preflight:
+        preflight_here(job, versions)
+
+
+def _warn_of_what_is_the_gangs(job: JobConfig) -> None:
+    """Keys of the job that do nothing without Ray."""
+    for name in ("spares", "stall_timeout", "exclude_bad_nodes", "dashboard"):
+        if getattr(job.cluster, name) != type(job.cluster).model_fields[name].default:
+            log.warning("warning: cluster.%s does nothing under torchrun", name)
+
+
+def _run_ranks(
+    folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts, meeting: Meeting
+) -> list[dict[str, Any]]:
     """torchrun with this node's ranks, to its end; what each rank of this node reported last."""
     job = resolved.job
     assert job.cluster.nproc_per_node
     facts = NodeFacts(job.cluster.nproc_per_node, len(os.sched_getaffinity(0)), None, use_gpu)
     with tempfile.TemporaryDirectory(prefix="swift_dist-") as reports:
         variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: reports}
-        words = [*torchrun_words(job, job.cluster.nproc_per_node), "-m", "swift_dist.torchrun.rank", str(folder.path)]
+        if job.launch.torchrun.node_rank == 0:  # of other nodes this one knows nothing
+            ours = facts.num_ranks
+            folder.set_places([os.uname().nodename] * ours, [num_threads(variables)] * ours)
+        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint)
+        words += ["--log-dir", f"{reports}/torchrun"]  # it wants a folder, in which it writes nothing
+        words += ["-m", "swift_dist.torchrun.rank", str(folder.path)]
         log.debug("torchrun %s", " ".join(words))
         with (folder.logs / f"torchrun_{job.launch.torchrun.node_rank}.log").open("ab") as output:
             process = subprocess.Popen(
@@ -132,7 +147,7 @@ def _run_ranks(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrup
                 preexec_fn=_end_with_parent,
             )
             try:
-                _wait(process, folder, interrupts, Path(reports))
+                _wait(process, folder, interrupts, Path(reports), meeting)
             finally:
                 _end(process)
         return [read for path in sorted(Path(reports).glob("rank_*.json")) if (read := read_json(path))]
@@ -143,9 +158,15 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _wait(process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Path) -> None:
+def _wait(
+    process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Path, meeting: Meeting
+) -> None:
     """Until torchrun ends, or a rank says that starting again would change nothing (torchrun would, all the same). An
-    interrupt asks the ranks to checkpoint and end; a second one ends them."""
+    interrupt asks the ranks to checkpoint and end; a second one ends them.
+
+    Raises:
+        RunError: a node does not take part.
+    """
     interrupts.graceful = True
     asked = False
     while process.poll() is None:
@@ -155,6 +176,8 @@ def _wait(process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Inter
             asked = True
             log.info("interrupted: the ranks checkpoint and end")
             folder.request_stop()
+        if refusal := meeting.refusal():
+            raise RunError(refusal, "swift-dist doctor --launcher torchrun on that node looks further")
         if any(_is_final(path) for path in reports.glob("rank_*.json")):
             return
         time.sleep(0.05)

@@ -17,11 +17,13 @@ class Notes:
 
     def __init__(self) -> None:
         self.hosts: list[Sequence[str]] = []
+        self.threads: list[Sequence[int]] = []
         self.restarts: list[Failure] = []
         self.stop = False
 
-    def placed(self, hosts: Sequence[str]) -> None:
+    def placed(self, hosts: Sequence[str], threads: Sequence[int]) -> None:
         self.hosts.append(hosts)
+        self.threads.append(threads)
 
     def restarting(self, cause: Failure, attempt: int) -> None:
         self.restarts.append(cause)

@@ -189,14 +189,15 @@ def test_end_states_are_kept_and_the_stop_file_goes(tmp_path):
     assert not run.stop_requested()
     run.request_stop()
     assert RunFolder(run.path).stop_requested()
-    run.set_hosts(["a", "a"])
+    run.set_places(["a", "a"], [2, 2])
     run.add_restart(reason="rank 1 died", from_step=3)
     run.end("interrupted", message="asked to stop", step=4)
     assert not run.stop_requested()
     status = run.status()
     assert status is not None and (status.state, status.step, status.message) == ("interrupted", 4, "asked to stop")
     (attempt,) = run.manifest()["attempts"]
-    assert attempt["hosts"] == ["a", "a"] and attempt["state"] == "interrupted" and attempt["ended"]
+    assert (attempt["hosts"], attempt["threads_per_rank"]) == (["a", "a"], [2, 2])
+    assert attempt["state"] == "interrupted" and attempt["ended"]
     assert attempt["restarts"][0]["reason"] == "rank 1 died" and attempt["restarts"][0]["from_step"] == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from test_kill import metrics_step, wait_for_step
 from toy_job import STEPS, Run
 
 from swift_dist.checkpoint import open_checkpoint
+from swift_dist.launchers.torchrun import PORTS, first_port
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 Start = Callable[..., Command]
@@ -52,16 +54,19 @@ def test_the_same_run_through_every_disturbance(undisturbed: Run, start: Start, 
 def test_two_nodes_that_start_on_their_own(undisturbed: Run, start: Start, tmp_path: Path) -> None:
     """The tensor-parallel pair on two nodes, each with a command of its own; both say how it ended."""
     output = tmp_path / "run"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        meeting = f"127.0.0.1:{free.getsockname()[1]}"
     words = (*undisturbed.words, *TORCHRUN, "--output", str(output), "--nnodes", "2", "--nproc_per_node", "1")
-    words = (*words, "--launch.torchrun.endpoint", meeting)
-    nodes = [start(*words, "--launch.torchrun.node_rank", str(rank)) for rank in (1, 0)]
-    for node in nodes:
-        assert node.wait() == 0, node.stderr
-        assert (node.result()["state"], node.result()["step"]) == ("done", STEPS)
-        node.assert_nothing_left()
+    words = (*words, "--launch.torchrun.endpoint", "127.0.0.1")
+    taken = PORTS[first_port(output)]  # by another job
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(socket.create_server(("", taken)))
+        nodes = [start(*words, "--launch.torchrun.node_rank", str(rank)) for rank in (1, 0)]
+        for node in nodes:
+            assert node.wait() == 0, node.stderr
+            assert (node.result()["state"], node.result()["step"]) == ("done", STEPS)
+            node.assert_nothing_left()
     assert_same_end(output, undisturbed)
+    assert {path.name for path in output.iterdir()} == {path.name for path in undisturbed.output.iterdir()}
 
 
 def test_a_driver_that_is_killed_leaves_no_rank(undisturbed: Run, start: Start, tmp_path: Path) -> None:
@@ -76,7 +81,6 @@ def test_a_driver_that_is_killed_leaves_no_rank(undisturbed: Run, start: Start, 
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (("--nnodes", "2"), "launch.torchrun.endpoint"),
         (
             ("--nnodes", "2", "--launch.torchrun.endpoint", "n1", "--launch.torchrun.node_rank", "2"),
             "launch.torchrun.node_rank",

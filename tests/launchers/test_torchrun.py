@@ -1,0 +1,127 @@
+"""Where the nodes of a job without Ray meet, and what each looks at before. (Whole runs: tests/system.)"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_dist.config import JobConfig
+from swift_dist.config.load import build
+from swift_dist.errors import JobError, RunError
+from swift_dist.launchers.torchrun import LAUNCHER, PORTS, first_port
+from swift_dist.runs.folder import RunFolder
+from swift_dist.torchrun import driver
+from swift_dist.torchrun.meeting import NAME, found, served
+
+
+def job(output: Path, rank: int = 0, **launch: Any) -> JobConfig:
+    cluster = {"nnodes": 2, "nproc_per_node": 1, "accelerator": "cpu", "rendezvous_timeout": 2}
+    values = {"output": str(output), "cluster": cluster, "launch.torchrun": {"node_rank": rank, **launch}}
+    return build(JobConfig, [values])
+
+
+def begun(job: JobConfig) -> RunFolder:
+    folder = RunFolder.for_job(job)
+    folder.begin(job)
+    return folder
+
+
+def test_two_jobs_that_want_one_port_get_two(tmp_path: Path) -> None:
+    """Bound and kept: the second finds the first's in use and takes the next."""
+    here, host = job(tmp_path / "run"), socket.gethostname()
+    folder = begun(here)
+    with served(here, folder) as one, served(here, folder) as two:
+        ports = [int(str(meeting.endpoint).removeprefix(f"{host}:")) for meeting in (one, two)]
+        assert ports[0] != ports[1] and set(ports) <= set(PORTS)
+        first = PORTS[first_port(folder.path)]
+        for port in {first, *ports}:
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server(("", port))
+        two.publish(folder)
+        assert found(job(tmp_path / "run", 1), folder).endpoint == two.endpoint
+    assert not (folder.path / NAME).exists()
+
+
+def test_a_port_that_was_asked_for_is_taken_or_refused(tmp_path: Path) -> None:
+    with contextlib.closing(socket.create_server(("", 0))) as other:
+        asked = f"127.0.0.1:{other.getsockname()[1]}"
+        here = job(tmp_path / "run", endpoint=asked)
+        with pytest.raises(JobError, match="is in use on this node"), served(here, RunFolder.for_job(here)):
+            pass
+    assert not (tmp_path / "run").exists()
+    with served(here, begun(here)) as meeting:
+        assert meeting.endpoint == asked
+
+
+def test_what_a_killed_driver_left_is_not_believed(tmp_path: Path) -> None:
+    here = job(tmp_path / "run")
+    folder = begun(here)
+    place = {"endpoint": "n1:1", "driver": {**json.loads(folder.status_path.read_text())["driver"], "pid": 1}}
+    (folder.path / NAME).write_text(json.dumps(place))
+    with pytest.raises(JobError, match="nobody has begun a run"):
+        found(job(tmp_path / "run", 1), folder)
+
+
+def test_a_node_that_is_not_fit_ends_the_job_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second node has another version of torch than the first noted in the manifest."""
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+    manifest = folder.manifest()
+    folder.manifest_path.write_text(json.dumps({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
+    with served(here, folder) as meeting:
+        meeting.publish(folder)
+        assert meeting.refusal() is None
+        resolved = type("Resolved", (), {"job": job(tmp_path / "run", 1)})
+        with pytest.raises(RunError, match=r"torch .* \(wanted: 1.0\)"):
+            driver._follow(folder, resolved, False, None)  # type: ignore[arg-type]
+        refusal = meeting.refusal()
+    assert refusal and refusal.startswith(f"{socket.gethostname()}: the nodes are not fit for this job")
+
+
+def test_the_first_node_is_told_while_it_waits(tmp_path: Path) -> None:
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+
+    class Waiting:
+        """torchrun, waiting for the other node."""
+
+        def poll(self) -> None:
+            return None
+
+    interrupts = type("Interrupts", (), {"graceful": False, "requested": False, "insistent": False})
+    with served(here, folder) as meeting:
+        threading.Timer(0.3, meeting.refuse, ["its disk is full"]).start()
+        with pytest.raises(RunError, match="its disk is full"):
+            driver._wait(Waiting(), folder, interrupts, tmp_path, meeting)  # type: ignore[arg-type]
+
+
+def test_keys_that_do_nothing_here_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    driver._warn_of_what_is_the_gangs(job(tmp_path / "run"))
+    assert caplog.text == ""
+    driver._warn_of_what_is_the_gangs(build(JobConfig, [{"cluster": {"spares": 1, "stall_timeout": 9}}]))
+    assert "cluster.spares does nothing under torchrun" in caplog.text and "cluster.stall_timeout" in caplog.text
+
+
+def test_the_artefact_is_a_line_for_each_node(tmp_path: Path) -> None:
+    lines = LAUNCHER.render(job(tmp_path / "run")).splitlines()
+    assert [line.rpartition("# on node ")[2] for line in lines] == ["0", "1"]
+    assert "node_rank" not in lines[0] and "--launch.torchrun.node_rank=1" in lines[1]
+    assert all("--launcher torchrun" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("rank", "endpoint", "key"),
+    [(2, "n1", "node_rank"), (0, "n1:x", "endpoint"), (0, ":1", "endpoint"), (0, "n1:70000", "endpoint")],
+)
+def test_wrong_words(tmp_path: Path, rank: int, endpoint: str, key: str) -> None:
+    with pytest.raises(JobError) as caught:
+        LAUNCHER.submit(job(tmp_path / "run", rank, endpoint=endpoint))
+    assert caught.value.key == f"launch.torchrun.{key}"
