@@ -17,6 +17,7 @@ from swift_dist.config import JobConfig, Section
 from swift_dist.config.aliases import JOB_ALIASES
 from swift_dist.config.job import ClusterSection
 from swift_dist.config.keys import walk
+from swift_dist.doctor.wanted import port_bands
 from swift_dist.plugins import find, names
 
 HERE = Path(__file__).parent
@@ -76,7 +77,19 @@ def environment_parts() -> dict[str, str]:
     lists.append(f"| passed: copied from where the job is started | {listed(PASSED)} |")
     lists.append(f"| dropped: never reach a rank | {listed(DROPPED)} |")
     lists.append(f"| the gang's own: `cluster.env` may set neither them nor the dropped ones | {listed(own)} |")
-    return {"order": order, "rules": "\n".join(rows), "lists": "\n".join(lists)}
+    return {"order": order, "rules": "\n".join(rows), "lists": "\n".join(lists), "ports": ports()}
+
+
+def ports() -> str:
+    """A table of what each launcher's file says about its ports."""
+    bands = port_bands()
+    rows = ["| launcher | band | which |", "|---|---|---|"]
+    for name in names("swift_dist.launchers"):
+        text = importlib.import_module(f"swift_dist.launchers.{name}").__doc__ or ""
+        (said,) = (part for part in text.split("\n\n") if part.startswith("Ports: "))
+        band = "-".join(map(str, bands[name])) if name in bands else ""
+        rows.append(f"| `{name}` | {band} | {' '.join(said.removeprefix('Ports: ').split())} |")
+    return "\n".join(rows)
 
 
 def doctor_parts() -> dict[str, str]:

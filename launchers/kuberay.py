@@ -1,6 +1,8 @@
 """The KubeRay launcher: the job as a RayJob, which the KubeRay operator turns into a Ray cluster of pods of its own.
 
 Fields after KubeRay's API reference, ray.io/v1. Applied and watched through `kubectl` with the user's own rights.
+
+Ports: every pod has an address of its own, so Ray's defaults are free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The local launcher: the job runs in this process's Ray cluster, from this terminal."""
+"""The local launcher: the job runs in this process's Ray cluster, from this terminal.
+
+Ports: a Ray cluster of the job's own listens on 127.0.0.1 only, where the kernel finds free ports. The ranks' store is
+bound to port 0 by rank 0, which tells the others.
+"""
 
 from __future__ import annotations
 

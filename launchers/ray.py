@@ -1,4 +1,7 @@
-"""The Ray launcher: the job goes to a Ray cluster as a Ray job and runs there without this process."""
+"""The Ray launcher: the job goes to a Ray cluster as a Ray job and runs there without this process.
+
+Ports: Ray's own are the cluster's. The ranks' store is bound to port 0 by rank 0, which tells the others.
+"""
 
 from __future__ import annotations
 

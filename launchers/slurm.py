@@ -1,4 +1,9 @@
-"""The Slurm launcher: the job becomes a batch script with a Ray cluster over its nodes (slurm/ray_cluster.sh)."""
+"""The Slurm launcher: the job becomes a batch script with a Ray cluster over its nodes (slurm/ray_cluster.sh).
+
+Ports: 32 of the band (`launch.slurm.ports`) for Ray, by the job's id: those with ids less than 250 apart never meet.
+Ray's workers use ports that the kernel finds free (RAY_CLUSTER_WORKER_PORTS names a range), and so do the ranks: rank 0
+binds port 0 and tells the others.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,9 @@ log = logging.getLogger(__name__)
 Text = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
 """One line: it goes into a line of the script."""
 Size = Annotated[str, Field(pattern=r"^\d+[KMGT]?$", coerce_numbers_to_str=True)]
+
+PORTS = range(24000, 32000)
+"""The band that jobs share where `launch.slurm.ports` names no other; each takes 32 of it, by its id."""
 
 OWN_WORDS = {
     "--nodes": "cluster.nnodes says it",
@@ -61,7 +69,9 @@ class Options(Section):
     stop_timeout: int = Field(600, gt=0, description="seconds for that checkpoint, before the job is ended without")
     join_timeout: int = Field(180, gt=0, description="seconds for all nodes to join the job's Ray cluster")
     ports: str = Field(
-        "24000-31999", pattern=r"^\d+-\d+$", description="band that jobs share; each takes 32 of it, by its id"
+        f"{PORTS[0]}-{PORTS[-1]}",
+        pattern=r"^\d+-\d+$",
+        description="band that jobs share; a job takes 32 of it by its id",
     )
     interface: Text | None = Field(None, description="network interface, e.g. ib0 (default: of the nodes' addresses)")
     container_image: Text | None = Field(None, description="image that everything runs in")

@@ -214,14 +214,16 @@ def _find_verb(words: list[str]) -> tuple[Verb, list[str]]:
 
 
 def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
-    """`pretrain [job.yaml | recipe] [overrides] [--launcher local] [--dry-run]`."""
+    """`pretrain [job.yaml | recipe] [overrides] [--launcher local] [--dry-run | --render]`."""
     from swift_dist.config.load import load_job
 
-    dry_run, launcher, rest = False, "local", []
+    dry_run, render, launcher, rest = False, False, "local", []
     it = iter(words)
     for word in it:
         if word in ("--dry-run", "--dry_run"):
             dry_run = True
+        elif word == "--render":
+            render = True
         elif word == "--launcher" or word.startswith("--launcher="):
             launcher = word.partition("=")[2] or next(it, "")
         else:
@@ -238,13 +240,13 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
         from swift_dist.job import prepare
 
         job = prepare(job)
-    if dry_run:
+    if dry_run or render:
         from swift_dist.job import describe, render_plan
 
         plan = describe(job, here=backend.here)
         plan["artefact"] = backend.render(job)
         if not as_json:
-            _print(render_plan(plan))
+            _print(plan["artefact"].rstrip("\n") if render else render_plan(plan))
         return plan
     result = backend.submit(job).wait()
     if not as_json:
@@ -313,6 +315,7 @@ def _help(verb: Verb) -> str:
         lines += [
             "  --launcher text (default local)  where the job runs",
             "  --dry-run  print the resolved job, its layout and what would be started; start nothing",
+            "  --render  print only what would be started (a batch script, a manifest, a command line); start nothing",
         ]
     lines += ["  --json  make stdout one JSON object", ""]
     for key in walk(section):

@@ -190,7 +190,9 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
-    yield f"# would run: {plan['artefact']}"
+    first, *more = plan["artefact"].rstrip("\n").splitlines()
+    yield f"# would run: {first}"
+    yield from (f"#     {line}".rstrip() for line in more)
 
 
 def render_result(result: dict[str, Any]) -> str:
