@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-LONG = ("system", "engines", "cluster", "checkpoint")
-"""Folders that take longest: they begin, so that no process is left with one of them at the end."""
+LONG = (
+    *("checkpoint/test_resume.py", "system/test_kill.py", "engines/test_state.py", "system/test_failing_runs.py"),
+    *("test_docs.py", "engines/test_engine.py", "cluster/test_gang.py", "system/test_torchrun.py"),
+    *("golden/test_parity.py", "cluster/test_driver.py", "data/test_prepare_resume.py", "doctor/test_cluster.py"),
+    *("parallel/test_megatron_verdict.py", "golden/test_router_losses.py", "converters/test_engine_round_trip.py"),
+)
+"""Files that take longest: they begin, so that no process is left with one of them at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All tests of a folder go to one process: they share warm gangs, and runs that others are compared with."""
-    if not config.pluginmanager.hasplugin("dsession") and not hasattr(config, "workerinput"):
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.path.relative_to(TESTS).as_posix()
+        return LONG.index(file) if file in LONG else len(LONG)
 
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(TESTS).parts[0]
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(folder(item)))
-    items.sort(key=lambda item: LONG.index(folder(item)) if folder(item) in LONG else len(LONG))
+    items.sort(key=place)

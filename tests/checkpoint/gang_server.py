@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the first optimizer would import it in every rank: 2 s of computing
 import torch.distributed as dist
 
 from swift_dist.engines.megatron import cpu_shim

@@ -1,4 +1,4 @@
-"""One Ray cluster of our own for all gang tests of a session; it ends with it."""
+"""One Ray cluster of our own for all gang tests of a file. This process can be connected to one cluster at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # toy, and for the ranks toy_entry
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
     from swift_dist.cluster.devices import Devices
     from swift_dist.cluster.runtime import Cluster

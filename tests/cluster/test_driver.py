@@ -84,6 +84,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
         driver.process.wait()
 
 
+@pytest.mark.table  # tests/system/test_kill.py does it to whole runs
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_checkpoints_and_leaves_nothing(start: Any, number: signal.Signals) -> None:
     driver = start({"steps": 500, "step_seconds": 0.05})
@@ -125,6 +126,7 @@ def test_an_interrupt_during_the_start_ends_it(start: Any) -> None:
     driver.assert_nothing_left(2.0)
 
 
+@pytest.mark.table  # tests/system/test_kill.py does it to whole runs
 def test_a_killed_driver_leaves_no_orphan(start: Any) -> None:
     driver = start(
         {"steps": 500, "step_seconds": 0.05, "faults": [{"rank": 1, "phase": "step", "step": 8, "do": "stop"}]}
@@ -175,7 +177,7 @@ def test_attached_drivers_leave_the_cluster_and_nothing_else(start: Any, cluster
     assert [node["NodeID"] for node in ray.nodes() if node["Alive"]] == nodes
 
 
-def test_one_process_can_have_clusters_one_after_the_other() -> None:
+def test_one_process_can_have_clusters_one_after_the_other_not_at_once() -> None:
     code = (
         "import ray\n"  # before the cluster's variables are set
         "from swift_dist.cluster.runtime import Cluster\n"
@@ -186,7 +188,12 @@ def test_one_process_can_have_clusters_one_after_the_other() -> None:
         "        cluster.start(Devices(False, 1))\n"
         "        cluster.connect()\n"
         "        print(ray.util.get_node_ip_address(), ray.cluster_resources()['CPU'])\n"
+        "        with Cluster(ClusterSection()) as another:\n"
+        "            try:\n"
+        "                another.connect()\n"
+        "            except Exception as error:\n"
+        "                print(type(error).__name__, error.key, 'ray.shutdown()' in error.remedy)\n"
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "127.0.0.1 1.0\n" * 2, done.stderr
+    assert done.stdout == "127.0.0.1 1.0\nJobError cluster.address True\n" * 2, done.stderr

@@ -61,12 +61,13 @@ def assert_same_end(result: GangResult, digest: str) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        {"rank": 1, "phase": "step", "step": 12, "do": "kill"},
         {"rank": 0, "phase": "step", "step": 12, "do": "kill"},
-        {"rank": 1, "phase": "build", "do": "kill"},
         {"rank": 0, "phase": "build", "do": "kill"},
-        {"rank": 0, "phase": "save", "step": 10, "do": "kill"},
-        {"rank": 0, "phase": "final", "do": "kill"},
+        # tests/system/test_kill.py does these to whole runs
+        pytest.param({"rank": 1, "phase": "step", "step": 12, "do": "kill"}, marks=pytest.mark.table),
+        pytest.param({"rank": 1, "phase": "build", "do": "kill"}, marks=pytest.mark.table),
+        pytest.param({"rank": 0, "phase": "save", "step": 10, "do": "kill"}, marks=pytest.mark.table),
+        pytest.param({"rank": 0, "phase": "final", "do": "kill"}, marks=pytest.mark.table),
     ],
     ids=lambda f: f"rank{f['rank']}-{f['phase']}",
 )

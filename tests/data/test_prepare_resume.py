@@ -142,7 +142,10 @@ def workers_of(parent: int) -> list[psutil.Process]:
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -44,16 +44,16 @@ def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window:
 def test_attention_equals_the_formula(window: int | None) -> None:
     torch.manual_seed(0)
     shapes = [(17, 2, heads, 8) for heads in (4, 2, 2)]
-    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    ours = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     module = core(window_size=None if window is None else (window, 0))
     output, expected = module(*ours, None), formula(*theirs, window)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(output)
     (output * weight).sum().backward()
     (expected * weight).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_only_the_listed_layers_have_the_window() -> None:

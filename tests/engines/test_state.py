@@ -24,16 +24,20 @@ def resume(gang: Any, folder: Path, world: int, made: dict[str, Any]) -> list[tu
     return found[0]
 
 
-SAME = [
+ALSO_IN_CHECKPOINT = [
     (1, {}, {}),
     (2, {}, {}),
     (2, {"use_distributed_optimizer": False}, {}),
-    (2, {"use_distributed_optimizer": False}, {"precision": "bf16"}),
     (2, {}, {"precision": "bf16"}),
-    (2, {}, {"precision": "fp16", "initial_loss_scale": 2.0**18}),
     (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {}),
-    (2, {"use_distributed_optimizer": False}, {"optimizer": "sgd"}),
     (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+]
+"""tests/checkpoint/test_resume.py has these with our own writer and the page of a rank around the engine."""
+SAME = [
+    (2, {"use_distributed_optimizer": False}, {"precision": "bf16"}),
+    (2, {}, {"precision": "fp16", "initial_loss_scale": 2.0**18}),
+    (2, {"use_distributed_optimizer": False}, {"optimizer": "sgd"}),
+    *(pytest.param(*case, marks=pytest.mark.table) for case in ALSO_IN_CHECKPOINT),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Ranks for tests: functions run as gangs of plain processes, forked from one warm process (`fork_server.py`)."""
+"""Ranks for tests: functions run as gangs of plain processes, forked from one warm process (`forked_ranks.py`)."""
 
 from __future__ import annotations
 

@@ -33,12 +33,14 @@ class Killer:
 
     def start_up(self, phase: str) -> None:
         """Somewhere before the attempt's first step."""
-        self._strike(f"start-up ({phase})", lambda rank: rank.phase == phase, self._chance.uniform(0.0, 0.5))
+        self._strike(
+            f"start-up ({phase})", lambda rank: rank.phase == phase, self._chance.uniform(0.0, 0.5), pause=0.02
+        )
 
     def step(self, first: int, last: int) -> None:
         """While the gang is in one of these steps."""
         wanted = self._chance.randint(first, last)
-        self._strike(f"step {wanted}", lambda rank: rank.step >= wanted and rank.phase == "step", self._a_while())
+        self._strike(f"step {wanted}", lambda rank: rank.step >= wanted and rank.phase == "step", self._a_while(), 0.01)
 
     def writing(self) -> None:
         """While some checkpoint is being written."""
@@ -46,7 +48,7 @@ class Killer:
 
     def final_save(self, steps: int) -> None:
         """While the last checkpoint is being written."""
-        self.command.until(lambda: any(r.step >= steps - 1 for r in self.command.ranks()), "the last step", pause=0.002)
+        self.command.until(lambda: any(r.step >= steps - 1 for r in self.command.ranks()), "the last step", pause=0.01)
         self._strike("the final save", lambda rank: bool(self._half_written(f"step_{steps}.")), 0.0)
 
     def any_moment(self, seconds: float) -> None:
@@ -59,18 +61,20 @@ class Killer:
     def _half_written(self, prefix: str = "step_") -> list[Path]:
         return list((self.run_dir / "checkpoints").glob(f"{prefix}*tmp-*"))
 
-    def _strike(self, what: str, suits: Callable[[Rank], bool], delay: float) -> None:
+    def _strike(self, what: str, suits: Callable[[Rank], bool], delay: float, pause: float = 0.002) -> None:
         """SIGKILL one rank at a moment that suits, `delay` seconds after such a moment was first seen.
+
+        To look (every `pause` seconds) takes computing time from the ranks: often only for what is short.
 
         It is stopped, looked at again, and only then killed (or let go): so the moment is what it says.
         """
-        self.command.until(lambda: any(suits(r) for r in self.command.ranks()), what, pause=0.001)
+        self.command.until(lambda: any(suits(r) for r in self.command.ranks()), what, pause=pause)
         time.sleep(delay)
         while True:
             assert self.command.process.poll() is None, f"ended before {what}: {self.hits}\n{self.command.stderr}"
             ranks = [rank for rank in self.command.ranks() if suits(rank)]
             if not ranks:
-                time.sleep(0.001)
+                time.sleep(pause)
                 continue
             pid = self._chance.choice(ranks).pid
             os.kill(pid, signal.SIGSTOP)
