@@ -15,12 +15,13 @@ DEMO ?= .demo
 JOBS ?= 2
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Ranks wait for each other and runs for their start: two processes of tests leave less of the machine idle.
-SHARED_OUT := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# Ranks wait for each other and runs for their start: some processes of tests leave less of the machine idle. A file
+# goes to one of them: its tests share warm gangs, and runs that others are compared with.
+SHARED_OUT := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 export VENV PYTHON TORCH_ARGS
 
-TESTBED_PROGRAMS := slurmctld slurmd sbatch munged shellcheck ip
-TESTBED_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge shellcheck iproute2
+TESTBED_PROGRAMS := slurmctld slurmd sbatch munged ip
+TESTBED_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge iproute2
 
 .PHONY: demo install test test-fast test-cluster lint bench tables clean distclean
 
@@ -41,7 +42,7 @@ test-cluster: install
 	if [ -n "$$absent" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends $(TESTBED_PACKAGES); \
 	fi
-	$(PYTEST) -m testbed $(ARGS)
+	$(PYTEST) -m "testbed and not table" $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[2] / "system"))
-
 from commands import Command
 from same_end import assert_same_end
 from toy_job import INTERVAL, STEPS, Run, job, write_dataset, write_job
@@ -30,27 +24,6 @@ pytestmark = [
     pytest.mark.skipif(what_is_missing() is not None, reason=str(what_is_missing())),
 ]
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    """The cluster. Its clients, those of the launcher included, find it through the environment."""
-    mine = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        for name, value in mine.items():
-            patch.setenv(name, value)
-        with Slurm() as cluster:
-            for name, value in cluster.variables.items():
-                patch.setenv(name, value)
-            yield cluster
-    assert not cluster.root.exists()
 
 
 @pytest.fixture(autouse=True)
