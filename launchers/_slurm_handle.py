@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING", "SUSPENDED", "STOPPED"}
+_PASSING = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
+"""Seen of a job that may be requeued while its nodes clean up; PENDING follows."""
+_PASSING_SECONDS = 180.0
 _COMMAND_SECONDS = 60.0
 _LOST_SECONDS = 600.0
 """How long a controller may be away (it is restarted now and then) before a follower gives up."""
@@ -41,16 +45,21 @@ class NoController(RunError):
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says: its word for the state, exit code and signal of the batch script, why it waits."""
+    """What Slurm says: its word for the state, exit code and signal of the batch script, why it waits.
+
+    Attributes:
+        goes_back: whether the job may go back into the queue, and ended only a moment ago.
+    """
 
     word: str
     code: int = 0
     signal: int = 0
     reason: str = ""
+    goes_back: bool = False
 
     @property
     def state(self) -> State:
-        if self.word in _WAITING:
+        if self.word in _WAITING or (self.word in _PASSING and self.goes_back):
             return "waiting"
         if self.word in _RUNNING:
             return "running"
@@ -100,7 +109,16 @@ def job_state(number: str) -> JobState:
         return _accounted(number, unknown)
     facts = dict(re.findall(r"(\w+)=(\S*)", text))
     code, _, signal = facts.get("ExitCode", "0:0").partition(":")
-    return JobState(facts["JobState"], int(code), int(signal), facts.get("Reason", ""))
+    goes_back = facts.get("Requeue") == "1" and _seconds_since(facts.get("EndTime", "")) < _PASSING_SECONDS
+    return JobState(facts["JobState"], int(code), int(signal), facts.get("Reason", ""), goes_back)
+
+
+def _seconds_since(stamp: str) -> float:
+    """Since a time as Slurm writes it (local, without a zone); 0 where it is none, or in the future."""
+    try:
+        return max(0.0, (datetime.now() - datetime.fromisoformat(stamp)).total_seconds())
+    except ValueError:
+        return 0.0
 
 
 def _accounted(number: str, unknown: RunError) -> JobState:

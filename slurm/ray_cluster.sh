@@ -284,7 +284,7 @@ ray_cluster_run() {
             _rc_requeue "the driver has ended on request" $code
             code=$?
         fi
-    elif [ $code != 72 ] && [ $code != 2 ] && _rc_node_is_lost; then
+    elif [ $code != 72 ] && [ $code != 2 ] && [ "$(_rc_fact JobState)" = RUNNING ] && _rc_node_is_lost; then
         _rc_requeue "a node is lost" $code
         code=$?
     fi

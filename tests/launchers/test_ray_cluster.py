@@ -31,7 +31,7 @@ case "$*" in
     *requeue*) echo requeued >>"$BED/log"; kill -KILL "$PPID" ;;
     *hostnames*) echo n1 ;;
     *"show node"*) echo "NodeName=n1 x NodeAddr=127.0.0.1" ;;
-    *) echo "JobId=7 PreemptTime=${PREEMPTED:-None}" ;;
+    *) echo "JobId=7 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None}" ;;
 esac
 """,
     "python3": 'touch "$BED/joined"',
@@ -106,6 +106,12 @@ def test_stopped_by_the_run_folder(run, tmp_path):
 def test_a_lost_node_is_told_from_a_failed_run(run, tmp_path):
     end_of(run("exit 1", PROBE="1"), tmp_path)
     assert requeued(tmp_path)
+
+
+def test_a_job_that_slurm_takes_away_itself_is_left_to_it(run, tmp_path):
+    """scontrol requeue from outside, or a lost node that Slurm saw first: its steps end, and it is pending again."""
+    code, said = end_of(run("exit 1", PROBE="1", STATE="PENDING"), tmp_path)
+    assert code == 1 and not requeued(tmp_path) and "lost" not in said
 
 
 def test_ray_that_ends_on_a_healthy_node(run, tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -210,10 +211,10 @@ def test_states(word, code, state):
 def ended(tmp_path, monkeypatch):
     """The handle of a job that ended: what Slurm says, and the result that its driver left."""
 
-    def make(word: str, codes: str, result: object = None) -> SlurmHandle:
+    def make(word: str, codes: str, result: object = None, more: str = "") -> SlurmHandle:
         scontrol = tmp_path / "bin/scontrol"
         scontrol.parent.mkdir()
-        answer = f"JobId=7 JobState={word} Reason=None ExitCode={codes}"
+        answer = f"JobId=7 JobState={word} Reason=None ExitCode={codes} {more}"
         scontrol.write_text(f"#!/bin/sh\necho '{answer}'\n" if word else "#!/bin/sh\necho Invalid job id >&2; exit 1\n")
         scontrol.chmod(0o755)
         (tmp_path / "bin/sacct").write_text("#!/bin/sh\nexit 1\n")
@@ -226,6 +227,14 @@ def ended(tmp_path, monkeypatch):
         return SlurmHandle(Submission("slurm", "7", str(tmp_path / "7.log")), tmp_path)
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("requeue", "seconds", "state"), [(1, 5, "waiting"), (1, 600, "failed"), (0, 5, "failed"), (1, None, "waiting")]
+)
+def test_a_lost_node_s_job_is_not_ended_while_it_goes_back_into_the_queue(ended, requeue, seconds, state):
+    end = "Unknown" if seconds is None else f"{datetime.now() - timedelta(seconds=seconds):%Y-%m-%dT%H:%M:%S}"
+    assert ended("NODE_FAIL", "0:0", more=f"Requeue={requeue} EndTime={end}").status() == state
 
 
 def refused(code: int, kind: str, **fields: str) -> dict[str, object]:

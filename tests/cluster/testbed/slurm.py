@@ -187,7 +187,7 @@ class Slurm:
     def wait(self, number: str, seconds: float = 240.0) -> dict[str, str]:
         """The job once it ended."""
         deadline = time.monotonic() + seconds
-        while (job := self.job(number))["JobState"] not in ENDED:
+        while (job := self.job(number))["JobState"] not in ENDED or _goes_back(job):
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']} ({job.get('Reason')})"
             self.let_go()
             time.sleep(0.2)
@@ -261,6 +261,11 @@ class Slurm:
 
     def _log(self, name: str) -> str:
         return (self.root / f"log/{name}.out").read_text()[-2000:]
+
+
+def _goes_back(job: Mapping[str, str]) -> bool:
+    """A job of a lost node is NODE_FAIL for a moment before it is pending again."""
+    return job["JobState"] == "NODE_FAIL" and job["Requeue"] == "1"
 
 
 def _end_with_parent() -> None:
