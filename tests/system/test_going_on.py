@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import Command
 from same_end import assert_same_checkpoint, metrics
 from toy_job import INTERVAL, STEPS, Run
@@ -66,6 +67,21 @@ def test_a_dry_run_says_what_more_steps_do_to_the_rate(undisturbed: Run, start: 
     words = ("--train.steps", "80", "--schedule.decay_steps", str(STEPS), "--dry-run")
     command = start(*undisturbed.words, "--output", str(undisturbed.output), *words)
     assert command.wait() == 0 and command.result()["warnings"] == []
+
+
+def test_what_a_launcher_would_start_can_be_saved(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    """Alone with --render, as a comment below the job with --dry-run; a wrong job is refused by both."""
+    more = ("--output", str(tmp_path / "run"), "--launcher", "slurm", "--cluster.accelerator", "cpu")
+    words = [word for word in undisturbed.words if word != "--json"]
+    rendered, planned = (start(*words, *more, how) for how in ("--render", "--dry-run"))
+    assert rendered.wait() == planned.wait() == 0, rendered.stderr + planned.stderr
+    script, plan = rendered.out.read_text(), planned.out.read_text()
+    assert script.startswith("#!/usr/bin/env bash\n") and "\nray_cluster_run swift-dist pretrain" in script
+    assert yaml.safe_load(plan)["output"] == str(tmp_path / "run")  # still a job file
+    assert "# would run: #!/usr/bin/env bash\n" in plan and "\n#     ray_cluster_run swift-dist pretrain" in plan
+    wrong = start(*words, *more, "--render", "--tp", "3")
+    assert wrong.wait() == 2 and wrong.out.read_text() == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_nan_ends_the_run_and_keeps_the_checkpoint_before_it(undisturbed: Run, start: Start, tmp_path: Path) -> None:
