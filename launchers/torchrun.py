@@ -41,9 +41,9 @@ class TorchrunLauncher:
 
     def render(self, job: JobConfig) -> str:
         options = job.launch.torchrun
+        _check(job)
         if job.cluster.nnodes == 1:
             return f"{command_line(job)} --launcher torchrun"
-        endpoint(job)
         lines = []
         for rank in range(job.cluster.nnodes):
             launch = job.launch.model_copy(update={"torchrun": options.model_copy(update={"node_rank": rank})})
@@ -52,24 +52,30 @@ class TorchrunLauncher:
         return "\n".join(lines)
 
     def submit(self, job: JobConfig) -> HereHandle:
-        if job.cluster.nnodes > 1:
-            endpoint(job)
+        _check(job)
         return HereHandle(job, "swift_dist.torchrun.driver:run")
+
+
+def _check(job: JobConfig) -> None:
+    rank, nnodes = job.launch.torchrun.node_rank, job.cluster.nnodes
+    if rank >= nnodes:
+        raise JobError(
+            "launch.torchrun.node_rank",
+            f"{rank}, but cluster.nnodes is {nnodes}",
+            "nodes count from 0; --nnodes N says how many there are",
+        )
+    if nnodes > 1 and not job.output:
+        raise JobError("output", "nodes that start on their own have to be told the run folder", "--output DIR")
+    endpoint(job)
 
 
 def endpoint(job: JobConfig) -> tuple[str, int]:
     """Host and port of the first node, as far as they are given ("" and 0: not).
 
     Raises:
-        JobError: they are none, or a node would not know which one it is.
+        JobError: they are none.
     """
-    given, rank = job.launch.torchrun.endpoint or "", job.launch.torchrun.node_rank
-    if rank >= job.cluster.nnodes:
-        raise JobError(
-            "launch.torchrun.node_rank", f"{rank}, but there are {job.cluster.nnodes} nodes", "they count from 0"
-        )
-    if not job.output:
-        raise JobError("output", "nodes that start on their own have to be told the run folder", "--output DIR")
+    given = job.launch.torchrun.endpoint or ""
     host, colon, port = given.rpartition(":") if given.count(":") == 1 else (given, "", "")
     if colon and not (host and port.isdigit() and 0 < int(port) < 65536):
         raise JobError("launch.torchrun.endpoint", f"{given!r} is not host:port", "--launch.torchrun.endpoint n1:23456")
@@ -92,10 +98,12 @@ def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None) -> 
     words = [
         *("--nnodes", str(job.cluster.nnodes), "--nproc-per-node", str(nproc_per_node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting or "localhost:0", "--rdzv-id", f"swift_dist-{job.task}"),
-        *("--max-restarts", str(job.cluster.max_failures), "--monitor-interval", "0.5"),
+        # On several nodes torchrun's agents do not count restarts alike, and ranks that count another number than their
+        # peers never meet: there a lost rank ends the run, and the same command goes on.
+        *("--max-restarts", "0" if meeting else str(job.cluster.max_failures), "--monitor-interval", "0.5"),
     ]
     if meeting:
-        words += ["--rdzv-conf", f"is_host=False,join_timeout={int(job.cluster.rendezvous_timeout)}"]
+        words += ["--rdzv-conf", f"is_host=False,join_timeout={max(1, int(job.cluster.rendezvous_timeout))}"]
     return words
 
 

@@ -90,8 +90,12 @@ def without_dropped(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def num_threads(variables: Mapping[str, str]) -> int:
-    """With which a rank computes: OMP_NUM_THREADS, of which `4,2` is four, each with two for what it calls in turn."""
-    return int(variables["OMP_NUM_THREADS"].partition(",")[0])
+    """With which a rank computes: OMP_NUM_THREADS, of which `4,2` is four, each with two for what it calls in turn.
+
+    0 where it is no number, which OpenMP ignores.
+    """
+    first = variables["OMP_NUM_THREADS"].partition(",")[0].strip()
+    return int(first) if first.isdigit() else 0
 
 
 def _asked_threads(settings: ClusterSection) -> dict[str, str]:

@@ -82,6 +82,7 @@ def _resolve(job: JobConfig, folder: RunFolder, nproc_per_node: int, on_cuda: bo
 def _lead(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> dict[str, Any]:
     """The first node's part: it also holds the run folder, and serves the store at which the nodes meet."""
     job = resolved.job
+    folder.require_free()  # `begin` asks again; here it costs no look at the node
     _look_over(job)
     with served(job, folder) as meeting:
         folder.begin(job, layout=asdict(resolved.layout))
@@ -102,7 +103,7 @@ def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts:
     meeting = found(resolved.job, folder)
     try:
         _look_over(resolved.job, folder.manifest().get("versions"))
-    except RunError as error:
+    except (JobError, RunError) as error:
         meeting.refuse(error.message)
         raise
     return _outcome(_run_ranks(folder, resolved, use_gpu, interrupts, meeting), interrupts)
@@ -115,7 +116,9 @@ def _look_over(job: JobConfig, versions: dict[str, str] | None = None) -> None:
 
 def _warn_of_what_is_the_gangs(job: JobConfig) -> None:
     """Keys of the job that do nothing without Ray."""
-    for name in ("spares", "stall_timeout", "exclude_bad_nodes", "dashboard"):
+    names = ["address", "cpus_per_rank", "placement_timeout", "spares", "stall_timeout", "exclude_bad_nodes"]
+    names += ["dashboard", *(["max_failures"] if job.cluster.nnodes > 1 else [])]
+    for name in names:
         if getattr(job.cluster, name) != type(job.cluster).model_fields[name].default:
             log.warning("warning: cluster.%s does nothing under torchrun", name)
 
@@ -129,9 +132,11 @@ def _run_ranks(
     facts = NodeFacts(job.cluster.nproc_per_node, len(os.sched_getaffinity(0)), None, use_gpu)
     with tempfile.TemporaryDirectory(prefix="swift_dist-") as reports:
         variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: reports}
-        if job.launch.torchrun.node_rank == 0:  # of other nodes this one knows nothing
-            ours = facts.num_ranks
-            folder.set_places([os.uname().nodename] * ours, [num_threads(variables)] * ours)
+        alone = job.cluster.nnodes == 1
+        if alone or (job.launch.torchrun.node_rank == 0 and job.cluster.threads_per_rank):
+            world = job.cluster.nnodes * facts.num_ranks
+            # of other nodes this one knows only what the job fixes
+            folder.set_places([os.uname().nodename] * world if alone else [], [num_threads(variables)] * world)
         words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint)
         words += ["--log-dir", f"{reports}/torchrun"]  # it wants a folder, in which it writes nothing
         words += ["-m", "swift_dist.torchrun.rank", str(folder.path)]

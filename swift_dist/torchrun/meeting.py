@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swift_dist.config import JobConfig
@@ -39,13 +40,20 @@ class Meeting:
     def __init__(self, endpoint: str | None, store: TCPStore | None = None) -> None:
         self.endpoint = endpoint
         self._store = store
+        self._published: Path | None = None
 
     def publish(self, folder: RunFolder) -> None:
         """Tell the other nodes, through the run folder, which must be this driver's by now."""
         if self._store is not None:
             status = folder.status()
             assert status
-            write_json(folder.path / NAME, {"endpoint": self.endpoint, "driver": asdict(status.driver)})
+            self._published = folder.path / NAME
+            write_json(self._published, {"endpoint": self.endpoint, "driver": asdict(status.driver)})
+
+    def close(self) -> None:
+        """Take back what was published."""
+        if self._published is not None:
+            self._published.unlink(missing_ok=True)
 
     def refusal(self) -> str | None:
         """Why a node does not take part. Only the first node is told; a look at its own memory."""
@@ -76,10 +84,11 @@ def served(job: JobConfig, folder: RunFolder) -> Iterator[Meeting]:
     host, port = endpoint(job)
     start = first_port(folder.path)
     store, number = _bind([port] if port else [*PORTS[start:], *PORTS[:start]])
+    meeting = Meeting(f"{host or socket.gethostname()}:{number}", store)
     try:
-        yield Meeting(f"{host or socket.gethostname()}:{number}", store)
+        yield meeting
     finally:
-        (folder.path / NAME).unlink(missing_ok=True)
+        meeting.close()
 
 
 def found(job: JobConfig, folder: RunFolder) -> Meeting:

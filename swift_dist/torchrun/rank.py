@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 REPORTS = "SWIFT_DIST_REPORTS"
 """Variable with the folder into which ranks write how they ended."""
 _LOOK_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 class TorchrunWorker:
@@ -72,6 +74,8 @@ class TorchrunWorker:
 
 def main(path: str) -> int:
     """Train as this rank of the run in `path`; returns the exit code. How it ended lies in the reports' folder."""
+    # torchrun puts ranks into sessions of their own: killed, it would leave them behind.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     folder = RunFolder(path)
     on_cuda = os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     worker = TorchrunWorker(folder, on_cuda)
