@@ -75,7 +75,7 @@ class RayLauncher:
             runtime_env["excludes"] = [*options.excludes, *left_out]
         words += ["--runtime-env-json", json.dumps(runtime_env), "--metadata-json", json.dumps(_metadata(job))]
         for name, value in _entrypoint(options).items():
-            given = json.dumps(value) if isinstance(value, dict) else f"{value:g}"
+            given = f"{value:g}" if isinstance(value, float) else json.dumps(value)
             words += [f"--{name.replace('_', '-')}", given]
         return f"{shlex.join(words)} -- {_command(job)}"
 

@@ -117,7 +117,7 @@ _rc_step() {
     shift
     if [ -n "$RAY_CLUSTER_IMAGE" ] && [ "$RAY_CLUSTER_RUNTIME" = apptainer ]; then
         enter=(apptainer exec --bind "$mounts")
-        [ -z "${RAY_CLUSTER_GPUS#0}" ] || enter+=(--nv)
+        [ "$RAY_CLUSTER_GPUS" = 0 ] || enter+=(--nv) # empty: Ray is to find them
         enter+=("$RAY_CLUSTER_IMAGE")
     elif [ -n "$RAY_CLUSTER_IMAGE" ]; then
         # pyxis wants both sides of a mount

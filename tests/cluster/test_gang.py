@@ -84,6 +84,7 @@ def test_a_killed_rank_is_replaced_and_nothing_changes(undisturbed: str, tmp_pat
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.table  # tests/system/test_kill.py does it to whole runs
 def test_both_ranks_killed_twice(undisturbed: str, tmp_path: Path) -> None:
     faults = [
         {"rank": 0, "phase": "step", "step": 7, "do": "kill"},
@@ -93,6 +94,7 @@ def test_both_ranks_killed_twice(undisturbed: str, tmp_path: Path) -> None:
     assert_same_end(run(tmp_path, {"steps": 20, "faults": faults}), undisturbed)
 
 
+@pytest.mark.table  # tests/system/test_kill.py does it to whole runs
 def test_a_stopped_rank_is_named_and_replaced(undisturbed: str, tmp_path: Path) -> None:
     notes = Notes()
     fault = {"rank": 1, "phase": "step", "step": 12, "do": "stop"}
@@ -192,6 +194,7 @@ def test_ranks_see_the_environment_by_rule(cluster: object, tmp_path: Path, monk
     }
 
 
+@pytest.mark.table  # tests/system/test_kill.py does it to whole runs
 def test_a_stop_request_checkpoints_and_ends(undisturbed: str, tmp_path: Path) -> None:
     notes = Notes()
     threading.Timer(0.1, until, [lambda: list((tmp_path / "checkpoints").glob("step_5.pt")), notes]).start()

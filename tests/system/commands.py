@@ -79,7 +79,7 @@ class Command:
         found = []
         with contextlib.suppress(OSError):
             for entry in (Path("/proc") / str(self.process.pid) / "fd").iterdir():
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):  # it has no size yet
                     if "memfd:swift_dist-beat" in str(entry.readlink()):
                         found.append(_read_beat(entry))
         return [rank for rank in found if rank and process_state(rank.pid) not in ("", "Z")]

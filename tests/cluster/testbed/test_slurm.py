@@ -128,7 +128,7 @@ def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tm
     command, run = submit("--launch.slurm.partition", "low"), tmp_path / "run"
     number = number_of(command, run)
     in_attempt(slurm, command, run, 1)
-    other = slurm.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "sleep 1")
+    other = slurm.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
     in_attempt(slurm, command, run, 2)
     slurm.run("scancel", "--batch", "--signal=USR1", number)  # as slurmctld does for --signal=B:USR1@120
     in_attempt(slurm, command, run, 3)
