@@ -21,6 +21,9 @@ class Agents:
 
     Args:
         actors: for every node index an actor handle of `NodeAgent`, or None for the node this process is on.
+
+    Attributes:
+        silent: nodes that did not answer when they were last asked to do something.
     """
 
     def __init__(self, actors: Sequence[Any | None]) -> None:
@@ -29,16 +32,26 @@ class Agents:
         self._node_of: dict[str, int] = {}
         self._beats: dict[str, Beat] = {}
         self._asked: dict[int, Any] = {}
+        self.silent: set[int] = set()
+
+    def replace(self, node: int, actor: Any | None) -> None:
+        """Another machine is this node of the job now; all processes of the old one are forgotten."""
+        self._actors[node] = actor
+        self._asked.pop(node, None)
+        self.silent.discard(node)
+        for name in [name for name, where in self._node_of.items() if where == node]:
+            del self._node_of[name]
+            self._beats.pop(name, None)
 
     def offer(self, node: int, names: Sequence[str]) -> dict[str, str]:
         """New records on a node; see `NodeAgent.offer`.
 
         Raises:
-            RunError: the node is gone.
+            RunError: the node does not answer.
         """
         paths = self._call(node, "offer", list(names))
         if not paths:
-            raise RunError(f"node {node} of the job is gone", "run the same command again: it resumes on other nodes")
+            raise RunError(f"node {node} of the job does not answer", "run the same command again: it resumes")
         self._node_of.update(dict.fromkeys(names, node))
         return paths
 
@@ -102,7 +115,14 @@ class Agents:
         import ray
 
         try:
-            return ray.get(getattr(actor, method).remote(*arguments), timeout=_CALL_SECONDS)
+            # One that was silent may have been lost: it is not waited for again.
+            answer = ray.get(
+                getattr(actor, method).remote(*arguments), timeout=1.0 if node in self.silent else _CALL_SECONDS
+            )
         except ray.exceptions.RayError as error:  # the node is gone: its ranks' calls say so
-            log.warning("node %d does not answer %s: %s", node, method, type(error).__name__)
+            if node not in self.silent:
+                log.warning("node %d does not answer %s: %s", node, method, type(error).__name__)
+            self.silent.add(node)
             return {}
+        self.silent.discard(node)
+        return answer

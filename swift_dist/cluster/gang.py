@@ -6,11 +6,12 @@ beat records and through Ray's news of a finished call or a dead actor.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Placement
 from swift_dist.cluster.plan import GangPlan, GangResult, Observer
 from swift_dist.cluster.policy import Finish, GiveUp, StallLimits, decide, find_stall, name_laggards
+from swift_dist.cluster.spares import Process, Spares
 from swift_dist.cluster.worker import Assignment, Begun, RankProcess, Setup
 from swift_dist.errors import JobError, RunError
 
@@ -32,18 +34,6 @@ _POLL_SECONDS = 0.05
 _BEATS_SECONDS = 0.2
 _GRACE_SECONDS = 10.0
 """How long a rank may take to come back after a peer failed (or two steps, if that is longer)."""
-
-
-@dataclass
-class _Process:
-    """One actor: a rank's, or a spare's (rank None)."""
-
-    name: str
-    node: int
-    actor: Any
-    rank: int | None = None
-    warm: Any = None
-    host: str = ""
 
 
 @dataclass
@@ -70,8 +60,9 @@ class Gang:
         self._interrupts = interrupts
         self._world_size = len(plan.places)
         self._names = (f"process_{n}" for n in itertools.count())
-        self._ranks: dict[int, _Process] = {}
-        self._spares: list[_Process] = []
+        self._ranks: dict[int, Process] = {}
+        self._spares = Spares(plan.settings.spares, plan.settings.nnodes, self._start_spare, self._end)
+        self._failures_left = plan.settings.max_failures
         self._gpus: dict[int, list[str]] = {}
         self._beats: dict[str, Beat] = {}
         self._beats_read = 0.0
@@ -86,7 +77,7 @@ class Gang:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._end([*self._ranks.values(), *self._spares])
+        self._end([*self._ranks.values(), *self._spares.waiting])
         self._agents.close()
 
     def run(self) -> GangResult:
@@ -110,6 +101,7 @@ class Gang:
                     raise _as_error(decision)
                 log.warning("%s", decision.cause.describe())
                 history.append(decision.cause)
+                self._failures_left -= 1
                 if self._stop_wanted():
                     log.warning("the run was asked to end: what the newest checkpoint does not hold is lost")
                     return GangResult("interrupted", {}, tuple(history))
@@ -134,7 +126,7 @@ class Gang:
             return None
         return ray.remote(NodeAgent).options(**self._placement.options(node, 0, 0)).remote()
 
-    def _new_process(self, node: int, rank: int | None) -> _Process:
+    def _new_process(self, node: int, rank: int | None) -> Process:
         import ray
 
         name = next(self._names)
@@ -155,31 +147,42 @@ class Gang:
         )
         path = self._agents.offer(node, [name])[name]
         actor = ray.remote(RankProcess).options(max_restarts=0, **options).remote(path, self._parent, setup)
-        return _Process(name, node, actor, rank)
+        return Process(name, node, actor, rank)
 
     def _address(self, node: int) -> str:
         """How the other ranks reach a node: the loopback where all nodes are on one machine."""
         addresses = self._placement.addresses
         return addresses[node] if len(set(addresses)) > 1 else "127.0.0.1"
 
-    def _replace(self, ranks: Sequence[int]) -> None:
-        """Give lost ranks a warm spare of their node, else a new process (created by `_attempt`)."""
-        import ray
+    def _start_spare(self, node: int) -> Process:
+        spare = self._new_process(node, None)
+        spare.warm = spare.actor.warm.remote(self._visible_devices(node))
+        return spare
 
+    def _replace(self, ranks: Sequence[int]) -> None:
+        """Give lost ranks a spare of their node, else a new process (created by `_attempt`)."""
         lost = [self._ranks.pop(rank) for rank in ranks if rank in self._ranks]
         self._end(lost)
-        self._drop_dead_spares(self._agents.read())
+        self._spares.drop_dead(self._agents.read())
         for process in lost:
             assert process.rank is not None
-            spare = next((s for s in self._spares if s.node == process.node and _is_warm(s, ray)), None)
+            spare = self._spares.take(process.node)
             if spare is not None:
-                self._spares.remove(spare)
-                self.spares_used += 1
+                if spare.is_warm:
+                    self.spares_used += 1
+                    log.warning("rank %d goes on in a warm spare", process.rank)
                 spare.rank = process.rank
                 self._ranks[process.rank] = spare
-                log.warning("rank %d goes on in a warm spare", process.rank)
 
-    def _end(self, processes: Sequence[_Process]) -> None:
+    def _prepare_replacement(self, rank: int, attempt: _Attempt) -> None:
+        """Begin one for a rank that died, unless the run will not go on, or a spare waits there."""
+        node = self._plan.places[rank].node
+        dead = sum(f.kind == "died" and self._plan.places[f.rank].node == node for f in attempt.failures.values())
+        if self._failures_left and self._spares.on(node) < dead and not self._stop_wanted():
+            with contextlib.suppress(RunError):  # the node is gone as well
+                self._spares.begin(node)
+
+    def _end(self, processes: Sequence[Process]) -> None:
         """SIGKILL processes, also stopped ones, and take their actors off Ray's books."""
         import ray
 
@@ -188,38 +191,17 @@ class Gang:
             ray.kill(process.actor, no_restart=True)
         self._agents.forget([p.name for p in processes])
 
-    def _keep_spares(self) -> None:
-        """Start missing spares once the ranks are stepping: before that their imports would only slow the start."""
-        self._drop_dead_spares(self._beats)
-        missing = self._plan.settings.spares - len(self._spares)
-        if missing <= 0:
-            return
-        beats = [self._beats.get(p.name, Beat()) for p in self._ranks.values()]
-        if not all(b.median_step for b in beats):
-            return
-        for _ in range(missing):
-            counts = [sum(s.node == node for s in self._spares) for node in range(self._plan.settings.nnodes)]
-            spare = self._new_process(counts.index(min(counts)), None)
-            spare.warm = spare.actor.warm.remote(self._visible_devices(spare.node))
-            self._spares.append(spare)
-
-    def _drop_dead_spares(self, beats: Mapping[str, Beat]) -> None:
-        """Forget spares that were killed while they waited: nobody waits for them, so nobody else notices."""
-        dead = [s for s in self._spares if (beat := beats.get(s.name, Beat())).pid and beat.state in ("", "Z")]
-        if dead:
-            log.warning("%d warm spare(s) died while they waited", len(dead))
-            self._spares = [s for s in self._spares if s not in dead]
-            self._end(dead)
-
     # One attempt
 
     def _attempt(self, number: int) -> _Attempt:
+        if number and len(self._placement.node_ids) > 1:
+            self._move_lost_nodes()
         attempt = _Attempt(number)
         self._agents.abort(False)
         fresh = [rank for rank in range(self._world_size) if rank not in self._ranks]
         for rank in fresh:
             self._ranks[rank] = self._new_process(self._plan.places[rank].node, rank)
-        if self._plan.use_gpu and not self._gpus:
+        if self._plan.use_gpu:
             self._learn_gpus()
         calls = {rank: p.actor.begin.remote(self._assignment(rank, number)) for rank, p in self._ranks.items()}
         self._collect(attempt, calls, can_stop=False)
@@ -238,13 +220,23 @@ class Gang:
         self._collect(attempt, calls, can_stop=True)
         return attempt
 
+    def _move_lost_nodes(self) -> None:
+        """What was on nodes that are lost begins anew on those that took their place."""
+        for node in self._placement.move_lost(self._agents.silent):
+            log.warning("node %d of the job is now %s", node, self._placement.addresses[node])
+            self._ranks = {rank: process for rank, process in self._ranks.items() if process.node != node}
+            self._spares.leave(node)
+            self._gpus.pop(node, None)
+            self._agents.replace(node, self._agent(node))
+
     def _learn_gpus(self) -> None:
-        """The GPUs of each node by local rank, as Ray set them aside for the first processes."""
+        """The GPUs of each node by local rank, as Ray set them aside for the first processes there."""
         import ray
 
-        found = ray.get([self._ranks[rank].actor.hello.remote() for rank in range(self._world_size)])
-        for place, gpus in zip(self._plan.places, found, strict=True):
-            self._gpus.setdefault(place.node, []).extend(gpus)
+        asked = [(r, place.node) for r, place in enumerate(self._plan.places) if place.node not in self._gpus]
+        found = ray.get([self._ranks[rank].actor.hello.remote() for rank, _ in asked])
+        for (_, node), gpus in zip(asked, found, strict=True):
+            self._gpus.setdefault(node, []).extend(gpus)
 
     def _assignment(self, rank: int, attempt: int) -> Assignment:
         place = self._plan.places[rank]
@@ -286,7 +278,7 @@ class Gang:
         now = time.monotonic()
         if now - self._beats_read >= _BEATS_SECONDS:
             self._beats, self._beats_read = self._agents.read(), now
-            self._keep_spares()
+            self._spares.keep(self._beats, [self._beats.get(p.name, Beat()) for p in self._ranks.values()])
         if self._interrupts.insistent:
             raise KeyboardInterrupt
         if self._stop_wanted() and not self._stop_sent:
@@ -329,6 +321,8 @@ class Gang:
             medians = [b.median_step for b in self._beats.values() if b.median_step]
             attempt.deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(medians, default=0.0))
             self._agents.abort()
+        if failure.kind == "died":
+            self._prepare_replacement(failure.rank, attempt)
 
     def _give_up_on(self, attempt: _Attempt, ranks: set[int]) -> None:
         for rank in sorted(ranks):
@@ -375,15 +369,6 @@ class Gang:
 
     def _stop_wanted(self) -> bool:
         return self._interrupts.requested or self._observer.stop_requested()
-
-
-def _is_warm(spare: _Process, ray: Any) -> bool:
-    """Whether a spare has imported what it needs and still lives."""
-    done, _ = ray.wait([spare.warm], timeout=0)
-    try:
-        return bool(done) and ray.get(spare.warm) is None
-    except ray.exceptions.RayError:
-        return False
 
 
 def _stopped(results: dict[int, Any]) -> bool:

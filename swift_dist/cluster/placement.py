@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 from swift_dist.parallel import ParallelLayout
 from swift_dist.parallel.nodes import Place, crossing_groups, place_ranks
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_VERDICT_SECONDS = 60.0
+"""Ray gives a node up when it has missed five looks in 15 s, by default, and after 10 s of grace."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Placement:
             RunError: it could, but not within `timeout`.
         """
         import ray
-        from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+        from ray.util.placement_group import placement_group, remove_placement_group
 
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoid]
         require_placeable(demand, [node["Resources"] for node in alive])
@@ -122,10 +129,64 @@ class Placement:
         except BaseException:
             remove_placement_group(self.group)
             raise
-        table = placement_group_table(self.group)["bundles_to_node_id"]
-        self.node_ids = [table[index] for index in range(demand.nnodes)]
-        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in alive}
+        self._demand, self._timeout = demand, timeout
+        self.node_ids: list[str] = []
+        self.addresses: list[str] = []
+        self._learn(self._table())
+
+    def _table(self) -> dict[str, Any]:
+        from ray.util.placement_group import placement_group_table
+
+        return dict(placement_group_table(self.group))
+
+    def _learn(self, table: Mapping[str, Any]) -> None:
+        import ray
+
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        self.node_ids = [table["bundles_to_node_id"][index] for index in range(self._demand.nnodes)]
         self.addresses = [addresses[node_id] for node_id in self.node_ids]
+
+    def move_lost(self, silent: Collection[int] = ()) -> list[int]:
+        """See to it that all nodes of the job live: Ray places the bundles of lost ones anew, on other nodes.
+
+        Args:
+            silent: nodes of the job that did not answer: Ray, which needs a while to give a node up, is asked until it
+                has, or they are found to live after all.
+
+        Returns:
+            The indices of nodes that are others now.
+
+        Raises:
+            RunError: no other node was free within the placement's timeout.
+        """
+        import ray
+
+        began, patience = time.monotonic(), _VERDICT_SECONDS if silent else 0.0
+        while True:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            lost = [index for index, node_id in enumerate(self.node_ids) if node_id not in alive]
+            if lost or time.monotonic() - began >= patience:
+                break
+            time.sleep(_LOOK_SECONDS)
+        if not lost:
+            return []
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        names = ", ".join(hosts.get(self.node_ids[index], "?") for index in lost)
+        log.warning("lost: %s; waiting for %d other node(s) with what the job needs", names, len(lost))
+        began = time.monotonic()
+        while (table := self._table())["state"] != "CREATED" or any(
+            node_id not in alive for node_id in table["bundles_to_node_id"].values()
+        ):
+            if time.monotonic() - began > self._timeout:
+                raise RunError(
+                    f"{names} was lost, and no other node was free within {self._timeout:.0f} s "
+                    "(cluster.placement_timeout)",
+                    "the same command goes on from the newest checkpoint once the cluster has enough nodes again",
+                )
+            time.sleep(_LOOK_SECONDS)
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._learn(table)
+        return lost
 
     def options(self, node: int, cpus: float, gpus: int) -> dict[str, Any]:
         """Options that create an actor on a node of the job."""

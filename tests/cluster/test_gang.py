@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from toy import Notes, toy_plan
 
-from swift_dist.cluster.gang import Gang, _is_warm
+from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.heartbeat import process_state
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.placement import Demand, Placement
@@ -122,7 +121,7 @@ def test_a_warm_spare_takes_the_place(undisturbed: str, tmp_path: Path) -> None:
     with gang_of(tmp_path, {"steps": 20, "faults": [fault]}, notes, spares=1) as gang:
 
         def tell_when_warm() -> None:
-            while not (gang._spares and _is_warm(gang._spares[0], ray)):
+            while not (gang._spares.waiting and gang._spares.waiting[0].is_warm):
                 time.sleep(0.02)
             (tmp_path / "warm").touch()
 
@@ -143,12 +142,12 @@ def test_a_spare_that_dies_while_it_waits_is_replaced(undisturbed: str, tmp_path
             while not killed:
                 time.sleep(0.02)
                 beats = gang._beats
-                killed.extend(s.name for s in gang._spares if beats.get(s.name) and beats[s.name].pid)
+                killed.extend(s.name for s in gang._spares.waiting if beats.get(s.name) and beats[s.name].pid)
             os.kill(beats[killed[0]].pid, signal.SIGKILL)
 
         threading.Thread(target=kill_the_first_spare, daemon=True).start()
         result = gang.run()
-        assert [spare.name for spare in gang._spares] not in ([], killed)
+        assert [spare.name for spare in gang._spares.waiting] not in ([], killed)
     assert_same_end(result, undisturbed)
     assert notes.restarts == []
 

@@ -112,6 +112,8 @@ class Node:
 
     def processes(self) -> dict[int, str]:
         """Every process on the node, by its id as seen from outside, with its command line; without process 1."""
+        if self._keeper is None:
+            return {}
         here = Path(f"/proc/{self.pid}/ns/pid").stat().st_ino
         found = {}
         for entry in Path("/proc").iterdir():

@@ -79,8 +79,9 @@ def assert_same(run: Path, local: Path, *more: str) -> None:
     manifests = [json.loads((place / "manifest.json").read_text()) for place in (run, local)]
     for key in ("versions", "model", "data"):
         assert manifests[0].get(key) == manifests[1].get(key)
-    threads = [manifest["attempts"][-1]["threads_per_rank"] for manifest in manifests]
-    assert set(threads[0]) == set(threads[1]) == {1}
+    for manifest in manifests:
+        (attempt,) = manifest["attempts"]
+        assert attempt["threads_per_rank"] == [1] * 4 and len(attempt["hosts"]) == 4
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -43,9 +43,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_dataset(tmp_path_factory.mktemp("data") / "toy")
 
 
-@pytest.fixture
-def folder(tmp_path: Path, dataset: str) -> Path:
-    """A user's working folder with a job of 2 nodes x 2 ranks."""
+def write(path: Path, dataset: str) -> str:
+    """A job of 2 nodes x 2 ranks."""
     values = job(
         dataset,
         train={"steps": STEPS},
@@ -53,10 +52,28 @@ def folder(tmp_path: Path, dataset: str) -> Path:
         parallel={"tensor_model_parallel_size": 2},
         cluster={"nnodes": 2, "nproc_per_node": 2, "threads_per_rank": 1},
     )
+    return write_job(path, values)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, dataset: str) -> Path:
+    """A user's working folder with that job."""
     place = tmp_path / "work"
     place.mkdir()
-    write_job(place / "job.yaml", values)
+    write(place / "job.yaml", dataset)
     return place
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> Run:
+    """That job on this machine."""
+    place = tmp_path_factory.mktemp("local")
+    here = Command(["pretrain", write(place / "job.yaml", dataset), "--output", str(place / "run"), "--json"], place)
+    try:
+        assert here.wait() == 0, here.stderr
+    finally:
+        here.kill_everything()
+    return Run((), place / "run")
 
 
 LONG = ("--train.steps", "20000", "--checkpoint.interval", "1000")
@@ -92,7 +109,9 @@ def ports(node: nodes.Node) -> set[str]:
     return {line.split()[3] for line in lines if not any(f"pid={pid}," in line for pid in inside)}
 
 
-def test_the_same_numbers_as_here_and_the_users_code_goes_along(cluster: RayCluster, folder: Path, tmp_path: Path):
+def test_the_same_numbers_as_here_and_the_users_code_goes_along(
+    cluster: RayCluster, folder: Path, local: Run, tmp_path: Path
+):
     """A room behind a link is imported there; a repository, an environment and a large file stay here."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "hello.py").write_text("import sys\nprint('the linked room is here', file=sys.stderr)\n")
@@ -114,13 +133,8 @@ def test_the_same_numbers_as_here_and_the_users_code_goes_along(cluster: RayClus
     manifest = json.loads((tmp_path / "there" / "manifest.json").read_text())
     assert len(set(manifest["attempts"][-1]["hosts"])) == 2
 
-    here = Command(["pretrain", str(folder / "job.yaml"), "--output", str(tmp_path / "here"), "--json"], tmp_path)
-    try:
-        assert here.wait() == 0, here.stderr
-    finally:
-        here.kill_everything()
-    assert_same_end(tmp_path / "there", Run((), tmp_path / "here"))
-    names = [sorted(p.name for p in (tmp_path / x).iterdir() if not p.name.startswith(".")) for x in ("there", "here")]
+    assert_same_end(tmp_path / "there", local)
+    names = [sorted(p.name for p in x.iterdir() if p.name[0] != ".") for x in (tmp_path / "there", local.output)]
     assert names[0] == sorted([*names[1], "submission.json"])
 
 
@@ -293,3 +307,21 @@ def test_the_page_about_it(cluster, folder):
     assert typed.wait(300) == 0, typed.err + typed.out
     states = {run: show(cluster, folder, folder / "runs" / run)["status"] for run in ("first", "second", "third")}
     assert states == {"first": "done", "second": "interrupted", "third": "done"}
+
+
+def test_a_node_without_power_is_replaced(cluster, folder, local, tmp_path):
+    """The run goes on on the third node and ends the same. (The last test of the file: the node stays off.)"""
+    output = tmp_path / "run"
+    client = pretrain(cluster, folder, output, "--json")
+    client.until(lambda: step_of(output) > INTERVAL, "the first checkpoint")
+    (attempt,) = json.loads((output / "manifest.json").read_text())["attempts"]
+    lost = next(node for node in cluster.nodes[1:] if node.name in attempt["hosts"])
+    lost.end()
+    assert client.wait() == 0, client.err
+    result = json.loads(client.out)
+    assert result["state"] == "done" and result["restarts"] == 1
+    (attempt,) = json.loads((output / "manifest.json").read_text())["attempts"]
+    assert len(set(attempt["hosts"])) == 2 and lost.name not in attempt["hosts"]
+    assert f"lost: {lost.name}; waiting for 1 other node" in client.err
+    assert_same_end(output, local)
+    cluster.assert_nothing_left()
