@@ -8,6 +8,7 @@ Ports: every pod has an address of its own, so Ray's defaults are free.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -25,10 +26,12 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
-from swift_dist.launchers._base import State, Submission, command_line
+from swift_dist.launchers._base import State, Submission, Where, command_line
 
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
+
+log = logging.getLogger(__name__)
 
 STATES: dict[str, State] = {
     "": "waiting",
@@ -40,6 +43,8 @@ STATES: dict[str, State] = {
 }
 """RayJob's status.jobStatus in our words."""
 _POLL_SECONDS = 5.0
+_PATIENCE_SECONDS = 180.0
+"""How long `wait` bears an API server that does not answer."""
 
 
 class Options(Section):
@@ -88,10 +93,7 @@ class KubeRayHandle:
 
         assert self._run is not None
         began = time.monotonic()
-        while (details := self._state()).get("jobDeploymentStatus") != "Failed":
-            if STATES.get(details.get("jobStatus", ""), "waiting") not in ("waiting", "running"):
-                break
-            time.sleep(_POLL_SECONDS)
+        details = self._end()
         state = STATES.get(details.get("jobStatus", ""), "waiting")
         if state not in ("done", "interrupted"):
             message = details.get("message") or details.get("reason") or "no message"
@@ -104,13 +106,31 @@ class KubeRayHandle:
         outcome = read_outcome(self._run, after=noted.get("attempts", 0)) or {"output": str(self._run), **unknown}
         return {**outcome, "state": state, "seconds": round(time.monotonic() - began, 3)}
 
+    def _end(self) -> dict[str, Any]:
+        """Its status once it has ended."""
+        answered = time.monotonic()
+        while True:
+            try:
+                if _has_ended(details := self._state()):
+                    return details
+                answered = time.monotonic()
+            except RunError as error:
+                if time.monotonic() - answered > _PATIENCE_SECONDS:
+                    raise
+                log.warning("%s; asking again", error.message)
+            time.sleep(_POLL_SECONDS)
+
     def _state(self) -> dict[str, Any]:
-        answer = _run(_kubectl(self._namespace, "get", "rayjob", self._name, "-o", "json"))
-        return json.loads(answer).get("status") or {}
+        details = _status_of(self._namespace, self._name)
+        if details is None:
+            raise JobError(
+                "run", f"RayJob {self._name} is not in namespace {self._namespace}", "it was deleted; submit it again"
+            )
+        return details
 
 
 class KubeRayLauncher:
-    here = False
+    where: Where = "elsewhere"
 
     def render(self, job: JobConfig) -> str:
         return yaml.safe_dump(manifest(job), sort_keys=False, width=10**6)
@@ -126,12 +146,42 @@ class KubeRayLauncher:
             )
         submission = Submission("kuberay", name_of(job), job.launch.kuberay.namespace)
         assert job.output, "job.prepare() fills it"
+        _make_room(submission, job.output)
         _run(_kubectl(submission.address, "create", "-f", "-"), self.render(job))
         write_submission(Path(job.output), asdict(submission))
         return KubeRayHandle(submission, Path(job.output))
 
     def attach(self, submission: Submission) -> KubeRayHandle:
         return KubeRayHandle(submission)
+
+
+def _status_of(namespace: str, name: str) -> dict[str, Any] | None:
+    """`status` of a RayJob as it stands; None if there is none of that name."""
+    answer = _run(_kubectl(namespace, "get", "rayjob", name, "--ignore-not-found", "-o", "json"))
+    return {"jobStatus": "", **(json.loads(answer).get("status") or {})} if answer.strip() else None
+
+
+def _has_ended(details: dict[str, Any]) -> bool:
+    state = STATES.get(details.get("jobStatus", ""), "waiting")
+    return details.get("jobDeploymentStatus") == "Failed" or state not in ("waiting", "running")
+
+
+def _make_room(submission: Submission, run: str) -> None:
+    """Take away the RayJob of an earlier attempt at the same run, which stays after its end.
+
+    Raises:
+        JobError: it has not ended: both would drive the run.
+    """
+    details = _status_of(submission.address, submission.id)
+    if details is None:
+        return
+    if not _has_ended(details):
+        raise JobError(
+            "output",
+            f"{run} is RayJob {submission.id}'s, which has not ended",
+            f"swift-dist runs logs {run} --follow shows it, swift-dist runs stop {run} ends it",
+        )
+    _run(_kubectl(submission.address, "delete", "rayjob", submission.id))  # waits until it is gone
 
 
 def name_of(job: JobConfig) -> str:

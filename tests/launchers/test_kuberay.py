@@ -18,6 +18,7 @@ import yaml
 from swift_dist.config import JobConfig
 from swift_dist.config.load import load_job, parse_words
 from swift_dist.errors import JobError, RunError
+from swift_dist.launchers import kuberay
 from swift_dist.launchers._base import Submission
 from swift_dist.launchers.kuberay import LAUNCHER, name_of
 from swift_dist.runs.submission import read_submission
@@ -107,7 +108,10 @@ KUBECTL = """#!/usr/bin/env bash
 printf '%s\n' "$*" >> "$0.calls"
 case "$*" in
   *"create -f -"*) cat > "$0.manifest";;
-  *"get rayjob"*) cat "$0.status";;
+  *"get rayjob"*)
+    if [ -e "$0.silent" ]; then rm "$0.silent"; echo no route to host >&2; exit 1; fi
+    if [ -e "$0.status" ]; then cat "$0.status"; fi;;
+  *"delete rayjob"*) rm -f "$0.status";;
   *logs*) echo line one; echo line two;;
 esac
 """
@@ -149,8 +153,41 @@ def test_submitting_creates_what_was_rendered_and_follows_its_status(kubectl: Pa
     answer(kubectl, jobStatus="FAILED", message="exit code 2")
     with pytest.raises(RunError, match="ended as failed: exit code 2"):
         handle.wait()
+    Path(f"{kubectl}.status").unlink()
+    with pytest.raises(JobError, match="was deleted"):
+        handle.wait()
     handle.stop()
     assert f"-n default delete rayjob {name_of(sent)} --wait=false" in Path(f"{kubectl}.calls").read_text()
+
+
+def test_a_cluster_that_does_not_answer_once_is_asked_again(
+    kubectl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kuberay, "_POLL_SECONDS", 0.1)
+    handle = LAUNCHER.submit(job("--output", str(tmp_path / "run")))
+    answer(kubectl, jobStatus="SUCCEEDED")
+    silent = Path(f"{kubectl}.silent")
+    silent.touch()
+    assert handle.wait()["state"] == "done" and "no route to host; asking again" in caplog.text
+    monkeypatch.setattr(kuberay, "_PATIENCE_SECONDS", -1)
+    silent.touch()
+    with pytest.raises(RunError, match="no route to host"):
+        handle.wait()
+
+
+def test_an_earlier_attempt_makes_room_only_after_its_end(kubectl: Path, tmp_path: Path) -> None:
+    sent = job("--output", str(tmp_path / "run"))
+    answer(kubectl, jobStatus="RUNNING")
+    with pytest.raises(JobError, match="has not ended"):
+        LAUNCHER.submit(sent)
+    answer(kubectl, jobStatus="", jobDeploymentStatus="Initializing")
+    with pytest.raises(JobError, match="has not ended"):
+        LAUNCHER.submit(sent)
+    assert not Path(f"{kubectl}.manifest").exists()
+    answer(kubectl, jobStatus="FAILED")
+    LAUNCHER.submit(sent)
+    calls = Path(f"{kubectl}.calls").read_text().splitlines()
+    assert calls[-2:] == [f"-n default delete rayjob {name_of(sent)}", "-n default create -f -"]
 
 
 def test_without_kubectl_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
