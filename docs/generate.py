@@ -82,7 +82,7 @@ def environment_parts() -> dict[str, str]:
 
 def ports() -> str:
     """A table of what each launcher's file says about its ports."""
-    bands = port_bands()
+    bands = port_bands(JobConfig())
     rows = ["| launcher | band | which |", "|---|---|---|"]
     for name in names("swift_dist.launchers"):
         text = importlib.import_module(f"swift_dist.launchers.{name}").__doc__ or ""

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
-from swift_dist.launchers._base import Submission, command_line
+from swift_dist.launchers._base import Submission, Where, command_line
 from swift_dist.launchers._slurm_handle import SlurmHandle, slurm
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ Size = Annotated[str, Field(pattern=r"^\d+[KMGT]?$", coerce_numbers_to_str=True)
 
 PORTS = range(24000, 32000)
 """The band that jobs share where `launch.slurm.ports` names no other; each takes 32 of it, by its id."""
+PORTS_OF_A_JOB = 32
 
 OWN_WORDS = {
     "--nodes": "cluster.nnodes says it",
@@ -86,7 +87,7 @@ class Options(Section):
 class SlurmLauncher:
     """Through sbatch. The job is driven on its first node and goes on without this process."""
 
-    here = False
+    where: Where = "elsewhere"
 
     def render(self, job: JobConfig) -> str:
         _check(job)
@@ -173,6 +174,7 @@ def _check(job: JobConfig) -> None:
             "a job in Slurm brings its own Ray cluster",
             "leave it out, or --launcher ray for that cluster",
         )
+    band(job)
     least = _cpus(job)
     if options.cpus_per_task and options.cpus_per_task < least:
         raise JobError(
@@ -187,6 +189,22 @@ def _check(job: JobConfig) -> None:
             raise JobError("launch.slurm.sbatch", f"{word!r} is no option", "one list entry an option: --exclude=n7")
         if name in OWN_WORDS:
             raise JobError("launch.slurm.sbatch", f"{name}: {OWN_WORDS[name]}", "leave it out")
+
+
+def band(job: JobConfig) -> range:
+    """Ports that jobs of this site share.
+
+    Raises:
+        JobError: they are too few, or none.
+    """
+    first, last = map(int, job.launch.slurm.ports.split("-"))
+    if not 0 < first <= last - PORTS_OF_A_JOB + 1 <= 65535 - PORTS_OF_A_JOB + 1:
+        raise JobError(
+            "launch.slurm.ports",
+            f"{job.launch.slurm.ports} is no band of {PORTS_OF_A_JOB} ports or more, up to 65535",
+            f"--launch.slurm.ports {PORTS[0]}-{PORTS[-1]}",
+        )
+    return range(first, last + 1)
 
 
 def _cpus(job: JobConfig) -> int:

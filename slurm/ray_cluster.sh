@@ -133,6 +133,10 @@ _rc_step() {
 # 32 ports of the band by the job id: jobs that run at once on one node have ids near each other, and so other ports.
 _rc_ports() {
     local first=${RAY_CLUSTER_PORTS%-*} last=${RAY_CLUSTER_PORTS#*-}
+    if ! [[ $RAY_CLUSTER_PORTS =~ ^[0-9]+-[0-9]+$ && $last -lt 65536 && $((last - first)) -ge 31 ]]; then
+        _rc_say "RAY_CLUSTER_PORTS is $RAY_CLUSTER_PORTS; it must be FIRST-LAST with 32 ports at least, below 65536"
+        return 2
+    fi
     export _RC_BASE=$((first + SLURM_JOB_ID % ((last - first + 1) / 32) * 32))
 }
 

@@ -54,7 +54,7 @@ def exam_of(job: JobConfig, nodes: Sequence[Node], *, nnodes: int, simulated: bo
         checkpoint_bytes=size,
         num_checkpoints=num_checkpoints(job) if size else 0,
         held_bytes=_bytes_below(folder / "checkpoints") if size else 0,
-        bands=port_bands(),
+        bands=port_bands(job),
         variables=_shown({**_passed(os.environ), **settings.env}),
         hub_ids=_hub_ids(job),
         trackers=tuple(job.report.trackers),
@@ -94,12 +94,13 @@ def num_checkpoints(job: JobConfig) -> int:
     return min(most, made) if made else most
 
 
-def port_bands() -> dict[str, tuple[int, int]]:
-    """First and last port of every launcher that has a band (`PORTS` in its file), by the launcher's name."""
+def port_bands(job: JobConfig) -> dict[str, tuple[int, int]]:
+    """First and last port of every launcher that has a band, by the launcher's name: what its file's function `band`
+    makes of the job, or else `PORTS`."""
     bands = {}
     for name in names("swift_dist.launchers"):
         module = importlib.import_module(f"swift_dist.launchers.{name}")
-        ports = getattr(module, "PORTS", None)
+        ports = module.band(job) if hasattr(module, "band") else getattr(module, "PORTS", None)
         if isinstance(ports, range) and len(ports):
             bands[name] = (ports[0], ports[-1])
     return bands

@@ -89,6 +89,9 @@ def test_options_change_the_script():
         ("launch.slurm.partition", {"partition": "a\nrm -rf /"}),
         ("launch.slurm.time", {"time": 86400}),  # YAML's reading of 24:00:00, which Slurm would take as minutes
         ("launch.slurm.ports", {"ports": "many"}),
+        ("launch.slurm.ports", {"ports": "24000-24030"}),
+        ("launch.slurm.ports", {"ports": "31999-24000"}),
+        ("launch.slurm.ports", {"ports": "65000-70000"}),
     ],
 )
 def test_wrong_options_are_refused(key, options):
@@ -112,6 +115,14 @@ def test_jobs_near_each_other_have_other_ports(tmp_path):
     code = "for id in $(seq 1000 1249); do SLURM_JOB_ID=$id; _rc_ports; echo $_RC_BASE; done"
     bases = [int(line) for line in bash(code, tmp_path).split()]
     assert len(set(bases)) == 250 and all(base >= 24000 and base + 31 <= 31999 for base in bases)
+
+
+@pytest.mark.parametrize("band", ["24000-24030", "31999-24000", "65000-70000", "24000"])
+def test_a_band_that_is_none_is_named(band, tmp_path):
+    code = "_rc_ports 2>&1; echo $?"
+    *said, code = bash(code, tmp_path, RAY_CLUSTER_PORTS=band).splitlines()
+    assert code == "2" and "RAY_CLUSTER_PORTS" in said[0] and band in said[0]
+    assert bash("_rc_ports; echo $_RC_BASE", tmp_path, RAY_CLUSTER_PORTS="24000-24031") == "24000\n"
 
 
 def stand_in(folder: Path, name: str, code: str) -> dict[str, str]:
