@@ -16,6 +16,8 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
 
+Where = Literal["ray", "machine", "elsewhere"]
+"""Who drives a job: this process through a Ray cluster, this process on its own machine, or another one."""
 State = Literal["waiting", "running", "done", "interrupted", "failed"]
 """Of a submitted job, whatever the system that runs it calls it."""
 
@@ -62,11 +64,11 @@ class Launcher(Protocol):
     """One way to run a job. Neither `render` nor importing the file needs what it launches with.
 
     Attributes:
-        here: whether this process drives the job. Else it is handed over: checked and with absolute paths
-            (``swift_dist.job.prepare``), and it goes on when this process ends.
+        where: who drives the job. One that goes elsewhere is handed over checked and with absolute paths
+            (``swift_dist.job.prepare``), and goes on when this process ends.
     """
 
-    here: bool
+    where: Where
 
     def render(self, job: JobConfig) -> str:
         """What `submit` would start, complete enough to be saved and run by hand."""
@@ -75,7 +77,7 @@ class Launcher(Protocol):
     def submit(self, job: JobConfig) -> Handle: ...
 
     def attach(self, submission: Submission) -> Handle:
-        """The handle of a job that was submitted earlier, by another process perhaps. (Only where not `here`.)"""
+        """The handle of a job that was submitted earlier, perhaps by another process. (Where it went elsewhere.)"""
         ...
 
 

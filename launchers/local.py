@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.launchers._base import Handle, State, command_line
+from swift_dist.launchers._base import Handle, State, Where, command_line
 
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
@@ -57,7 +57,7 @@ class HereHandle(Handle):
 class LocalLauncher:
     """On this machine, or on the Ray cluster that the job names."""
 
-    here = True
+    where: Where = "ray"
 
     def render(self, job: JobConfig) -> str:
         return command_line(job)

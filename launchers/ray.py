@@ -23,7 +23,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.launchers._base import Submission, command_line
+from swift_dist.launchers._base import Submission, Where, command_line
 from swift_dist.launchers._ray_client import RayJobs, UnknownJob, Unreachable, resolve_address
 from swift_dist.launchers._ray_handle import RayHandle
 from swift_dist.launchers._ray_room import require_room
@@ -62,7 +62,7 @@ class Options(Section):
 class RayLauncher:
     """Through the job server of a cluster's dashboard."""
 
-    here = False
+    where: Where = "elsewhere"
 
     def render(self, job: JobConfig) -> str:
         options = job.launch.ray

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.launchers._base import command_line
+from swift_dist.launchers._base import Where, command_line
 from swift_dist.launchers.local import HereHandle
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Options(Section):
 class TorchrunLauncher:
     """Run by hand, or by what the site has (srun, pdsh, mpirun), once on each node."""
 
-    here = True
+    where: Where = "machine"
 
     def render(self, job: JobConfig) -> str:
         options = job.launch.torchrun
@@ -87,13 +87,14 @@ def first_port(run: Path) -> int:
     return zlib.crc32(str(run).encode()) % len(PORTS)
 
 
-def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None) -> list[str]:
+def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None, address: str | None = None) -> list[str]:
     """torchrun's own arguments for this node, without the program.
 
     Args:
         job: the job.
         nproc_per_node: ranks on this node.
         meeting: ``host:port`` of a store that is served there already; None: this is the only node.
+        address: of this node, as the others reach it (default: what torchrun makes of its host name).
     """
     words = [
         *("--nnodes", str(job.cluster.nnodes), "--nproc-per-node", str(nproc_per_node)),
@@ -104,6 +105,8 @@ def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None) -> 
     ]
     if meeting:
         words += ["--rdzv-conf", f"is_host=False,join_timeout={max(1, int(job.cluster.rendezvous_timeout))}"]
+    if address:
+        words += ["--local-addr", address]
     return words
 
 

@@ -236,14 +236,14 @@ def _train(task: str, words: list[str], as_json: bool) -> dict[str, Any] | None:
         backend = find("swift_dist.launchers", launcher, "LAUNCHER")
     except UnknownPlugin as error:
         raise JobError("--launcher", str(error), f"--launcher {(error.suggestions or error.known)[0]}") from None
-    if not backend.here:
+    if backend.where == "elsewhere":
         from swift_dist.job import prepare
 
         job = prepare(job)
     if dry_run or render:
         from swift_dist.job import describe, render_plan
 
-        plan = describe(job, here=backend.here)
+        plan = describe(job, backend.where)
         plan["artefact"] = backend.render(job)
         if not as_json:
             _print(plan["artefact"].rstrip("\n") if render else render_plan(plan))

@@ -7,12 +7,12 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from swift_dist.advice import advice, already_done, announce
-from swift_dist.cluster.devices import Devices, nproc_from_environment
+from swift_dist.cluster.devices import Devices, choose_devices, gpus_of_this_machine, nproc_from_environment
 from swift_dist.cluster.environment import check_environment
 from swift_dist.cluster.gang import Gang
 from swift_dist.cluster.interrupts import Interrupts
@@ -29,6 +29,9 @@ from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
+
+if TYPE_CHECKING:
+    from swift_dist.launchers._base import Where
 
 log = logging.getLogger(__name__)
 
@@ -144,41 +147,52 @@ def _train(
     }
 
 
-def describe(job: JobConfig, here: bool = True) -> dict[str, Any]:
+def describe(job: JobConfig, where: Where = "ray") -> dict[str, Any]:
     """What `run` would do, as plain values: the resolved job, its layout, where each rank would go. Starts nothing.
 
     Args:
         job: as loaded, or as `prepare` returned it.
-        here: whether this process would run it; else nothing is asked of this machine or its cluster.
+        where: who would run it; only what it needs is asked.
 
     Raises:
         JobError: as `run` does.
     """
     check_environment(job.cluster)
+    devices, machine, runs_on = _planned_devices(job, where)
+    folder = RunFolder.for_job(job)
+    if where == "elsewhere":
+        resolved = _resolve_elsewhere(job, folder, devices.nproc_per_node)
+    else:
+        resolved = _resolve(job, folder, devices)
+    demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
+    places = rank_places(resolved.layout, demand)
+    tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
+    num_cpus = os.cpu_count() if machine and not devices.use_gpu else None
+    warning = crossing_warning(resolved.layout, places)
+    return {
+        "job": resolved.job.model_dump(mode="json"),
+        "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
+        "parameters": resolved.shape.num_parameters(),
+        "cluster": runs_on,
+        "needs": str(demand),
+        "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
+        "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
+        "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
+    }
+
+
+def _planned_devices(job: JobConfig, where: Where) -> tuple[Devices, bool, str]:
+    """What a job would compute on, whether that is this machine, and in words where it would run."""
+    if where == "elsewhere":
+        devices = Devices(job.cluster.accelerator == "gpu", job.cluster.nproc_per_node or 1)
+        return devices, False, "the cluster it is sent to"
+    if where == "machine":
+        devices = choose_devices(job.cluster, gpus_of_this_machine(), "this machine", planning=True)
+        return devices, True, "machines that each start a part of it, without Ray"
     with Cluster(job.cluster) as cluster:
-        elsewhere = Devices(job.cluster.accelerator == "gpu", job.cluster.nproc_per_node or 1)
-        devices: Devices = cluster.devices(planning=True) if here else elsewhere
-        folder = RunFolder.for_job(job)
-        resolved = _resolve(job, folder, devices) if here else _resolve_elsewhere(job, folder, devices.nproc_per_node)
-        demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
-        places = rank_places(resolved.layout, demand)
-        tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
-        num_cpus = os.cpu_count() if here and cluster.is_own and not devices.use_gpu else None
-        warning = crossing_warning(resolved.layout, places)
-        return {
-            "job": resolved.job.model_dump(mode="json"),
-            "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
-            "parameters": resolved.shape.num_parameters(),
-            "cluster": _whose(cluster) if here else "the cluster it is sent to",
-            "needs": str(demand),
-            "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
-            "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
-            "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
-        }
-
-
-def _whose(cluster: Cluster) -> str:
-    return "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address"
+        devices = cluster.devices(planning=True)
+        whose = "a Ray cluster of its own" if cluster.is_own else "the Ray cluster at its address"
+        return devices, cluster.is_own, whose
 
 
 def render_plan(plan: dict[str, Any]) -> Iterator[str]:

@@ -51,7 +51,7 @@ def preflight_here(job: JobConfig, versions: Mapping[str, str] | None = None) ->
     node = Node(socket.gethostname())
     exam = exam_of(job, [node], nnodes=job.cluster.nnodes, simulated=False)
     if versions is not None:
-        exam = dataclasses.replace(exam, versions=versions)
+        exam = dataclasses.replace(exam, versions=versions, driver_computes=True)
     report = examine(LocalTeam(node, exam, time.monotonic() + CHECK_SECONDS), all_checks(short=True))
     _warn(report)
     if report.bad:

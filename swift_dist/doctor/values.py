@@ -72,6 +72,7 @@ class Exam:
         hub_ids: models and tokenizers that come from the Hugging Face hub.
         trackers: experiment trackers that the job reports to.
         versions: the driver's.
+        driver_computes: whether nodes must have the driver's builds too, and nothing that it does not have.
     """
 
     token: str
@@ -89,6 +90,7 @@ class Exam:
     hub_ids: tuple[str, ...] = ()
     trackers: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    driver_computes: bool = False
 
 
 @dataclass(frozen=True)

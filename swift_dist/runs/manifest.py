@@ -38,7 +38,17 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | _nccl()
+
+
+def _nccl() -> dict[str, str]:
+    """Of the wheel that torch's CUDA builds bring; what NCCL itself says would need torch to be imported."""
+    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        try:
+            return {"nccl": importlib.metadata.version(name)}
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {}
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:

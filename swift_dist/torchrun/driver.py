@@ -21,7 +21,7 @@ from typing import Any
 
 from swift_dist.advice import already_done, announce
 from swift_dist.cluster.devices import choose_devices, gpus_of_this_machine
-from swift_dist.cluster.environment import NodeFacts, check_environment, environment, num_threads, without_dropped
+from swift_dist.cluster.environment import NodeFacts, check_environment, environment, without_dropped
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.notes import driver_log
 from swift_dist.config import JobConfig
@@ -29,19 +29,22 @@ from swift_dist.doctor.preflight import preflight_here
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import torchrun_words
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
-from swift_dist.runs.files import read_json
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 from swift_dist.torchrun.meeting import Meeting, found, served
 from swift_dist.torchrun.rank import REPORTS
+from swift_dist.torchrun.reports import FINAL, Reports
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SEE_LOGS = "see logs/torchrun_*.log and logs/rank_*.log in the run folder"
 _KILL_SECONDS = 40.0  # torchrun gives its ranks 30 s to end after a signal
+_WORD_SECONDS = 3.0  # for the node that knows why ranks ended to tell the first
+_VERDICT_SECONDS = 10.0  # for the first node to say so in the run folder
+_LOOK_SECONDS = 0.5  # between looks into the run folder
 
 
 def run(job: JobConfig) -> dict[str, Any]:
@@ -82,13 +85,12 @@ def _resolve(job: JobConfig, folder: RunFolder, nproc_per_node: int, on_cuda: bo
 def _lead(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> dict[str, Any]:
     """The first node's part: it also holds the run folder, and serves the store at which the nodes meet."""
     job = resolved.job
-    folder.require_free()  # `begin` asks again; here it costs no look at the node
-    _look_over(job)
     with served(job, folder) as meeting:
         folder.begin(job, layout=asdict(resolved.layout))
         meeting.publish(folder)
         with driver_log(folder):
             try:
+                _look_over(job)  # in the folder's sight: if this node is not fit, the others are to know
                 with Monitor(folder, steps=job.train.steps, log_interval=job.train.log_interval):
                     result = _outcome(_run_ranks(folder, resolved, use_gpu, interrupts, meeting), interrupts)
             except BaseException as error:
@@ -104,9 +106,26 @@ def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts:
     try:
         _look_over(resolved.job, folder.manifest().get("versions"))
     except (JobError, RunError) as error:
-        meeting.refuse(error.message)
+        message = f"{os.uname().nodename}: {error.message}"
+        remedy = "swift-dist doctor --launcher torchrun on that node looks further"
+        meeting.tell({"kind": "run", "message": message, "remedy": remedy, "attempt": 0, "time": time.time()})
         raise
-    return _outcome(_run_ranks(folder, resolved, use_gpu, interrupts, meeting), interrupts)
+    ends = _run_ranks(folder, resolved, use_gpu, interrupts, meeting)
+    if not any(end["kind"] in ("result", *FINAL) for end in ends):
+        _raise_what_the_first_node_says(folder)
+    return _outcome(ends, interrupts)
+
+
+def _raise_what_the_first_node_says(folder: RunFolder) -> None:
+    """Ranks here ended because of others: how the run ended stands in its folder, soon."""
+    deadline = time.monotonic() + _VERDICT_SECONDS
+    while time.monotonic() < deadline:
+        status = folder.status()
+        if status is not None and status.state == "failed":
+            raise RunError(f"the run has failed: {status.message}", _SEE_LOGS)
+        if status is not None and status.state == "interrupted":
+            raise KeyboardInterrupt
+        time.sleep(_LOOK_SECONDS)
 
 
 def _look_over(job: JobConfig, versions: dict[str, str] | None = None) -> None:
@@ -126,19 +145,16 @@ def _warn_of_what_is_the_gangs(job: JobConfig) -> None:
 def _run_ranks(
     folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts, meeting: Meeting
 ) -> list[dict[str, Any]]:
-    """torchrun with this node's ranks, to its end; what each rank of this node reported last."""
+    """torchrun with this node's ranks, to its end; what each rank of this node reported last (on the first: of all)."""
     job = resolved.job
     assert job.cluster.nproc_per_node
     facts = NodeFacts(job.cluster.nproc_per_node, len(os.sched_getaffinity(0)), None, use_gpu)
-    with tempfile.TemporaryDirectory(prefix="swift_dist-") as reports:
-        variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: reports}
-        alone = job.cluster.nnodes == 1
-        if alone or (job.launch.torchrun.node_rank == 0 and job.cluster.threads_per_rank):
-            world = job.cluster.nnodes * facts.num_ranks
-            # of other nodes this one knows only what the job fixes
-            folder.set_places([os.uname().nodename] * world if alone else [], [num_threads(variables)] * world)
-        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint)
-        words += ["--log-dir", f"{reports}/torchrun"]  # it wants a folder, in which it writes nothing
+    with tempfile.TemporaryDirectory(prefix="swift_dist-") as scratch:
+        variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: scratch}
+        reports = Reports(Path(scratch), meeting)
+        address = meeting.address if meeting.endpoint else None
+        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint, address)
+        words += ["--log-dir", f"{scratch}/torchrun"]  # it wants a folder, in which it writes nothing
         words += ["-m", "swift_dist.torchrun.rank", str(folder.path)]
         log.debug("torchrun %s", " ".join(words))
         with (folder.logs / f"torchrun_{job.launch.torchrun.node_rank}.log").open("ab") as output:
@@ -152,10 +168,13 @@ def _run_ranks(
                 preexec_fn=_end_with_parent,
             )
             try:
-                _wait(process, folder, interrupts, Path(reports), meeting)
+                _wait(process, folder, interrupts, reports, job.cluster.nnodes * facts.num_ranks)
             finally:
                 _end(process)
-        return [read for path in sorted(Path(reports).glob("rank_*.json")) if (read := read_json(path))]
+        reports.read()
+        if reports.of_all and meeting.endpoint:
+            _wait_for_the_cause(reports)
+        return reports.ends
 
 
 def _end_with_parent() -> None:
@@ -164,16 +183,13 @@ def _end_with_parent() -> None:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Path, meeting: Meeting
+    process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Reports, world_size: int
 ) -> None:
-    """Until torchrun ends, or a rank says that starting again would change nothing (torchrun would, all the same). An
-    interrupt asks the ranks to checkpoint and end; a second one ends them.
-
-    Raises:
-        RunError: a node does not take part.
-    """
+    """Until torchrun ends, or starting again (which it would, all the same) would change nothing: a rank or another
+    node says so, or the first node's driver has ended. An interrupt asks the ranks to checkpoint and end; a second one
+    ends them."""
     interrupts.graceful = True
-    asked = False
+    asked, noted, looked = False, False, 0.0
     while process.poll() is None:
         if interrupts.insistent:
             raise KeyboardInterrupt
@@ -181,16 +197,26 @@ def _wait(
             asked = True
             log.info("interrupted: the ranks checkpoint and end")
             folder.request_stop()
-        if refusal := meeting.refusal():
-            raise RunError(refusal, "swift-dist doctor --launcher torchrun on that node looks further")
-        if any(_is_final(path) for path in reports.glob("rank_*.json")):
+        reports.read()
+        if reports.is_final:
             return
+        if not reports.of_all and time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
+            status = folder.status()
+            if status is not None and status.state in ("failed", "interrupted"):
+                return
+        if reports.of_all and not noted and len(places := reports.places) == world_size:
+            noted = True
+            folder.set_places([place["host"] for place in places], [place["threads"] for place in places])
         time.sleep(0.05)
 
 
-def _is_final(report: Path) -> bool:
-    """A wrong job, or an error that the run itself raised."""
-    return (read_json(report) or {}).get("kind") in ("job", "run")
+def _wait_for_the_cause(reports: Reports) -> None:
+    """Where ranks of the first node ended because of others, what those say may still be on its way."""
+    deadline = time.monotonic() + _WORD_SECONDS
+    while not reports.is_final and all(end["kind"] == "error" for end in reports.ends) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        reports.read()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -204,16 +230,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _outcome(reports: list[dict[str, Any]], interrupts: Interrupts) -> dict[str, Any]:
-    """How the newest attempt ended, from what this node's ranks said.
+def _outcome(ends: list[dict[str, Any]], interrupts: Interrupts) -> dict[str, Any]:
+    """How the newest attempt ended, from what ranks said.
 
     Raises:
         JobError, RunError: what the first of them failed of.
     """
-    newest = max((report["attempt"] for report in reports), default=0)
-    reports = [report for report in reports if report["attempt"] == newest]
-    results = [report["result"] for report in reports if report["kind"] == "result"]
-    failures = sorted((r for r in reports if r["kind"] != "result"), key=lambda r: (r["kind"] == "error", r["time"]))
+    results = [end for end in ends if end["kind"] == "result"]
+    failures = sorted((e for e in ends if e["kind"] != "result"), key=lambda e: (e["kind"] not in FINAL, e["time"]))
     if failures:
         first = failures[0]
         if first["kind"] == "job":
@@ -223,5 +247,6 @@ def _outcome(reports: list[dict[str, Any]], interrupts: Interrupts) -> dict[str,
         if interrupts.requested:
             raise KeyboardInterrupt
         raise RunError("the ranks ended without a word", _SEE_LOGS)
-    result = results[0]
-    return {**result, "state": "interrupted" if result["stopped"] else "done", "restarts": newest}
+    result = results[0]["result"]
+    state = "interrupted" if result["stopped"] else "done"
+    return {**result, "state": state, "restarts": results[0]["attempt"]}

@@ -1,19 +1,20 @@
 """Where the nodes of a job without Ray meet: a store that the first node's driver serves, named in the run folder.
 
 The port is bound and kept, not looked for and released: where the first choice is taken by another job, the next one
-of the band is tried. A node that cannot take part says so here, so that nobody waits for it.
+of the band is tried. The other nodes tell the first what befell them there, so that nobody waits for them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swift_dist.config import JobConfig
 from swift_dist.errors import JobError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 NAME = "meeting.json"
-_REFUSED = "refused"
+_COUNT, _WORD = "words", "word"
 _CONNECT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
@@ -35,12 +36,25 @@ class Meeting:
 
     Attributes:
         endpoint: ``host:port``, or None where this is the only node.
+        is_first: whether this is the first node, which serves.
     """
 
     def __init__(self, endpoint: str | None, store: TCPStore | None = None) -> None:
         self.endpoint = endpoint
+        self.is_first = store is not None or endpoint is None
         self._store = store
         self._published: Path | None = None
+        self._heard: list[dict[str, Any]] = []
+
+    @property
+    def address(self) -> str:
+        """As the others reach this node: its address on the way to the first; of the first, that of the endpoint."""
+        assert self.endpoint
+        host, _, port = self.endpoint.rpartition(":")
+        if self.is_first:
+            return host
+        with socket.create_connection((host, int(port)), _CONNECT_SECONDS) as way:
+            return str(way.getsockname()[0])
 
     def publish(self, folder: RunFolder) -> None:
         """Tell the other nodes, through the run folder, which must be this driver's by now."""
@@ -55,20 +69,26 @@ class Meeting:
         if self._published is not None:
             self._published.unlink(missing_ok=True)
 
-    def refusal(self) -> str | None:
-        """Why a node does not take part. Only the first node is told; a look at its own memory."""
-        if self._store is None or not self._store.check([_REFUSED]):
-            return None
-        return self._store.get(_REFUSED).decode()
+    def heard(self) -> list[dict[str, Any]]:
+        """What the other nodes told the first so far; a look at its own memory. Elsewhere nothing."""
+        if self.is_first and self._store is not None:
+            while self._store.check([word := f"{_WORD}{len(self._heard) + 1}"]):
+                self._heard.append(json.loads(self._store.get(word)))
+        return self._heard
 
-    def refuse(self, reason: str) -> None:
-        """Tell the first node that this one does not take part."""
-        from torch.distributed import TCPStore
+    def tell(self, word: dict[str, Any]) -> None:
+        """Tell the first node, if this is another one. Nothing where it has gone: then it knows how the run ended."""
+        if self.is_first:
+            return
+        from torch.distributed import DistError, TCPStore
 
         assert self.endpoint
         host, _, port = self.endpoint.rpartition(":")
-        store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_CONNECT_SECONDS))
-        store.set(_REFUSED, f"{socket.gethostname()}: {reason}")
+        with contextlib.suppress(DistError):
+            if self._store is None:
+                timeout = timedelta(seconds=_CONNECT_SECONDS)
+                self._store = TCPStore(host, int(port), is_master=False, timeout=timeout)
+            self._store.set(f"{_WORD}{self._store.add(_COUNT, 1)}", json.dumps(word))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.cluster.environment import num_threads
 from swift_dist.config.load import load_job
 from swift_dist.errors import EXIT_FAILED, JobError, RunError
 from swift_dist.resolve import resolve
@@ -84,7 +85,10 @@ def main(path: str) -> int:
     write_into(folder.logs / f"rank_{worker.rank}.log")
     log.info("attempt %d: rank %d of %d, device %s, process %d", worker.attempt, worker.rank, worker.world_size,
              worker.device, os.getpid())  # fmt: skip
-    report = Path(os.environ[REPORTS]) / f"rank_{worker.rank}.json"
+    reports = Path(os.environ[REPORTS])
+    place = {"kind": "place", "rank": worker.rank, "host": os.uname().nodename, "threads": num_threads(os.environ)}
+    write_json(reports / f"place_{worker.rank}.json", place)
+    report = reports / f"rank_{worker.rank}.json"
     try:
         job = load_job(folder.job_path)
         resolved = resolve(job, nproc_per_node=worker.local_world_size, on_cuda=on_cuda, output=str(folder.path))

@@ -56,6 +56,14 @@ def test_a_driver_without_gpu_may_have_another_build_of_torch() -> None:
     assert without.node == "n3" and "torch 2.13.0+cpu (wanted: 2.13.0+cu130)" in without.found
 
 
+def test_a_driver_that_computes_too_fixes_every_build() -> None:
+    here = exam(versions={**DRIVER, "nccl": "2.28.9"}, driver_computes=True)
+    assert [f.level for f in versions.judge({"n2": {**DRIVER, "nccl": "2.28.9"}}, here)] == ["ok"]
+    for other in ({}, {"nccl": "2.28.3"}, {"nccl": "2.28.9", "transformer-engine": "2.20.0"}):
+        (found,) = versions.judge({"n2": {**DRIVER, **other}}, here)
+        assert found.level == "bad" and ("nccl" in found.found or "transformer-engine" in found.found)
+
+
 def test_another_python_is_not_something_to_install() -> None:
     (found,) = versions.judge({"n1": {**DRIVER, "python": "3.12.1"}}, exam())
     assert found.level == "bad" and found.advice == "use the driver's Python there"
@@ -280,4 +288,6 @@ def test_secrets_do_not_travel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "hidden" not in repr(wanted)
     assert (wanted.variables["HF_TOKEN"], wanted.variables["HF_HOME"]) == ("set", "/somewhere")
     assert wanted.variables["WANDB_MODE"] == "offline" and wanted.folder == str(tmp_path)
-    assert wanted.bands["torchrun"] == (23000, 23999)
+    assert wanted.bands["torchrun"] == (23000, 23999) and wanted.bands["slurm"] == (24000, 31999)
+    wanted = exam_of(job(launch__slurm={"ports": "40000-40063"}), [], nnodes=1, simulated=False)
+    assert wanted.bands["slurm"] == (40000, 40063)

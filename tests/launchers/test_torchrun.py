@@ -7,6 +7,8 @@ import json
 import logging
 import socket
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from swift_dist.config import JobConfig
 from swift_dist.config.load import build
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import LAUNCHER, PORTS, first_port
+from swift_dist.runs.files import write_json
 from swift_dist.runs.folder import RunFolder
 from swift_dist.torchrun import driver
-from swift_dist.torchrun.meeting import NAME, found, served
+from swift_dist.torchrun.meeting import NAME, Meeting, found, served
+from swift_dist.torchrun.reports import Reports
 
 
 def job(output: Path, rank: int = 0, **launch: Any) -> JobConfig:
@@ -77,29 +81,87 @@ def test_a_node_that_is_not_fit_ends_the_job_on_all(tmp_path: Path, monkeypatch:
     folder.manifest_path.write_text(json.dumps({**manifest, "versions": {**manifest["versions"], "torch": "1.0"}}))
     with served(here, folder) as meeting:
         meeting.publish(folder)
-        assert meeting.refusal() is None
+        assert not meeting.heard()
         resolved = type("Resolved", (), {"job": job(tmp_path / "run", 1)})
         with pytest.raises(RunError, match=r"torch .* \(wanted: 1.0\)"):
             driver._follow(folder, resolved, False, None)  # type: ignore[arg-type]
-        refusal = meeting.refusal()
-    assert refusal and refusal.startswith(f"{socket.gethostname()}: the nodes are not fit for this job")
+        (refusal,) = meeting.heard()
+    assert refusal["kind"] == "run"
+    assert refusal["message"].startswith(f"{socket.gethostname()}: the nodes are not fit for this job")
+
+
+@dataclass
+class Layout:
+    tp: int = 1
+
+
+class Waiting:
+    """torchrun, waiting for the other node."""
+
+    def poll(self) -> None:
+        return None
+
+
+INTERRUPTS: Any = type("Interrupts", (), {"graceful": False, "requested": False, "insistent": False})
+
+
+def end(kind: str, message: str) -> dict[str, Any]:
+    return {"kind": kind, "key": "", "message": message, "remedy": "", "attempt": 0, "time": time.time()}
+
+
+def place(rank: int) -> dict[str, Any]:
+    return {"kind": "place", "rank": rank, "host": f"n{rank}", "threads": 2}
 
 
 def test_the_first_node_is_told_while_it_waits(tmp_path: Path) -> None:
+    """Where the other's ranks are, and why one of them failed: the cause, though the first's own ranks fell before."""
     here = job(tmp_path / "run", endpoint="127.0.0.1")
     folder = begun(here)
-
-    class Waiting:
-        """torchrun, waiting for the other node."""
-
-        def poll(self) -> None:
-            return None
-
-    interrupts = type("Interrupts", (), {"graceful": False, "requested": False, "insistent": False})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
     with served(here, folder) as meeting:
-        threading.Timer(0.3, meeting.refuse, ["its disk is full"]).start()
+        ours, theirs = Reports(tmp_path / "one", meeting), Reports(tmp_path / "two", Meeting(meeting.endpoint))
+        assert ours.of_all and not theirs.of_all
+        write_json(tmp_path / "one" / "place_0.json", place(0))
+        write_json(tmp_path / "one" / "rank_0.json", end("error", "connection closed by peer"))
+        write_json(tmp_path / "two" / "place_1.json", place(1))
+        theirs.read()
+        theirs.read()  # nothing new
+        assert len(meeting.heard()) == 1
+        write_json(tmp_path / "two" / "rank_1.json", end("run", "the loss is nan"))
+        threading.Timer(0.5, theirs.read).start()
+        driver._wait(Waiting(), folder, INTERRUPTS, ours, 2)  # type: ignore[arg-type]
+        with pytest.raises(RunError, match="the loss is nan"):
+            driver._outcome(ours.ends, INTERRUPTS)
+    (attempt,) = folder.manifest()["attempts"]
+    assert (attempt["hosts"], attempt["threads_per_rank"]) == (["n0", "n1"], [2, 2])
+
+
+def test_the_other_nodes_end_when_the_first_has_and_say_why(tmp_path: Path) -> None:
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+    (tmp_path / "two").mkdir()
+    with served(here, folder) as meeting:
+        theirs = Reports(tmp_path / "two", Meeting(meeting.endpoint))
+        threading.Timer(0.5, folder.end, ["failed"], {"message": "its disk is full"}).start()
+        driver._wait(Waiting(), folder, INTERRUPTS, theirs, 2)  # type: ignore[arg-type]
         with pytest.raises(RunError, match="its disk is full"):
-            driver._wait(Waiting(), folder, interrupts, tmp_path, meeting)  # type: ignore[arg-type]
+            driver._raise_what_the_first_node_says(folder)
+
+
+def test_a_first_node_that_is_not_fit_says_so_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(job: JobConfig, versions: object = None) -> None:
+        raise RunError("the nodes are not fit for this job: its disk is full", "")
+
+    monkeypatch.setattr(driver, "preflight_here", unfit)
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = RunFolder.for_job(here)
+    resolved = type("Resolved", (), {"job": here, "layout": Layout()})
+    with pytest.raises(RunError, match="its disk is full"):
+        driver._lead(folder, resolved, False, INTERRUPTS)  # type: ignore[arg-type]
+    status = folder.status()
+    assert status and status.state == "failed" and "its disk is full" in status.message
+    assert not (folder.path / NAME).exists()
 
 
 def test_keys_that_do_nothing_here_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,6 +84,15 @@ def test_what_a_launcher_would_start_can_be_saved(undisturbed: Run, start: Start
     assert not (tmp_path / "run").exists()
 
 
+def test_without_ray_nothing_is_asked_of_a_ray_cluster(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    nowhere = ("--cluster.address", "127.0.0.1:1")
+    words = (*undisturbed.words, "--output", str(tmp_path / "run"), "--dry-run", *nowhere)
+    plans = [start(*words, "--launcher", name) for name in ("torchrun", "local")]
+    assert [plan.wait() for plan in plans] == [0, 2], plans[0].stderr
+    assert plans[0].result()["cluster"] == "machines that each start a part of it, without Ray"
+    assert plans[1].result()["error"]["key"] == "cluster.address"
+
+
 def test_a_nan_ends_the_run_and_keeps_the_checkpoint_before_it(undisturbed: Run, start: Start, tmp_path: Path) -> None:
     """The first update throws the weights out of range; the checkpoint after it is being written by then."""
     output = tmp_path / "run"

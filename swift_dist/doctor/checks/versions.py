@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from swift_dist.doctor.values import Check, Exam, Facts, Finding, Here, everywhere, on_node
 
 DECISIVE = ("python", "swift-dist", "torch", "megatron-core", "ray", "nccl", "transformer-engine")
@@ -12,22 +10,10 @@ DECISIVE = ("python", "swift-dist", "torch", "megatron-core", "ray", "nccl", "tr
 ON_NODES_ONLY = ("nccl", "transformer-engine")
 
 
-def observe(here: Here) -> dict[str, Any]:
+def observe(here: Here) -> dict[str, str]:
     from swift_dist.runs.manifest import versions
 
-    return {**versions(), **_nccl()}
-
-
-def _nccl() -> dict[str, str]:
-    """Of the wheel that torch's CUDA builds bring; what NCCL itself says would need torch to be imported."""
-    import importlib.metadata
-
-    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
-        try:
-            return {"nccl": importlib.metadata.version(name)}
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {}
+    return versions()
 
 
 def judge(facts: Facts, exam: Exam) -> list[Finding]:
@@ -51,9 +37,11 @@ def judge(facts: Facts, exam: Exam) -> list[Finding]:
 
 
 def _wanted(name: str, facts: Facts, exam: Exam) -> str | None:
-    """The driver's version. Of what only computes, another build of it may be right, or one that the driver, which may
-    be without a GPU, does not have: then what most nodes have."""
+    """The driver's version. Where it does not compute, another build of it may be right, or one that it, which may be
+    without a GPU, does not have: then what most nodes have."""
     driver = exam.versions.get(name)
+    if exam.driver_computes:
+        return driver
     found = [versions.get(name) for versions in facts.values()]
     most = max(found, key=lambda version: (found.count(version), version == driver), default=None)
     if name in ON_NODES_ONLY or (most and driver and most.partition("+")[0] == driver.partition("+")[0]):

@@ -1,0 +1,62 @@
+"""What ranks say of themselves: through files to their node's driver, and from other nodes through the meeting to the
+first node's.
+
+A report is a dict with ``kind``: "place" (``rank``, ``host``, ``threads``) at the start; at the end "result", "job" or
+"run" (an error that the run itself raised: starting again would change nothing) or "error" (any other, which may be
+what another rank's end did to this one).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swift_dist.runs.files import read_json
+from swift_dist.torchrun.meeting import Meeting
+
+FINAL = ("job", "run")
+
+
+class Reports:
+    """Of this node's ranks; on the first node, of all.
+
+    Args:
+        folder: into which this node's ranks write (`swift_dist.torchrun.rank`).
+        meeting: with the other nodes.
+
+    Attributes:
+        of_all: whether this is the first node.
+    """
+
+    def __init__(self, folder: Path, meeting: Meeting) -> None:
+        self.folder = folder
+        self.of_all = meeting.is_first
+        self._meeting = meeting
+        self._own: dict[str, dict[str, Any]] = {}
+
+    def read(self) -> None:
+        """Look for news; what is new here is passed on to the first node."""
+        for path in sorted(self.folder.glob("*.json")):
+            report = read_json(path)
+            if report and report != self._own.get(path.name):
+                self._own[path.name] = report
+                self._meeting.tell(report)
+
+    def _all(self) -> list[dict[str, Any]]:
+        return [*self._own.values(), *self._meeting.heard()]
+
+    @property
+    def places(self) -> list[dict[str, Any]]:
+        """By rank."""
+        return sorted((r for r in self._all() if r["kind"] == "place"), key=lambda place: place["rank"])
+
+    @property
+    def ends(self) -> list[dict[str, Any]]:
+        """Of the newest attempt that a rank ended."""
+        ends = [report for report in self._all() if report["kind"] != "place"]
+        newest = max((report["attempt"] for report in ends), default=0)
+        return [report for report in ends if report["attempt"] == newest]
+
+    @property
+    def is_final(self) -> bool:
+        return any(report["kind"] in FINAL for report in self.ends)
