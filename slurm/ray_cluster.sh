@@ -70,22 +70,32 @@ _rc_node() {
     echo "ray_cluster: $(date +%FT%T) $me: ray start ${words[*]}"
     # Asked to end, Ray would drain for up to 30 s for work that nobody waits for. Killed, its reaper ends the rest.
     trap 'stopping=yes; kill -KILL "$child" 2>/dev/null' TERM
-    ray start "${words[@]}" </dev/null &
-    child=$!
-    wait "$child"
-    local code=$?
-    while kill -0 "$child" 2>/dev/null; do # the trap ended that wait
+    local code from log=$RAY_CLUSTER_LOGS/ray_$me.log
+    while :; do
+        from=$(wc -c <"$log")
+        ray start "${words[@]}" </dev/null &
+        child=$!
         wait "$child"
         code=$?
+        while kill -0 "$child" 2>/dev/null; do # the trap ended that wait
+            wait "$child"
+            code=$?
+        done
+        for _ in {1..50}; do
+            grep -qsF "$temp/" /proc/[0-9]*/cmdline || break
+            sleep 0.1
+        done
+        rm -rf "$temp"
+        echo "ray_cluster: $(date +%FT%T) $me: ${stopping:+told to end; }ray ended with $code"
+        [ -z "$stopping" ] || return 0
+        # Ray itself gives a node up that is not there after 30 s, which a busy one, or file system, may take.
+        if [ $code = 0 ] || [ $SECONDS -ge "$RAY_CLUSTER_JOIN_SECONDS" ] ||
+            tail -c +$((from + 1)) "$log" | grep -q 'Ray runtime started'; then
+            return $((code == 0 ? 1 : code))
+        fi
+        echo "ray_cluster: $me: it has not been up yet: once more"
+        sleep 1
     done
-    for _ in {1..50}; do
-        grep -qsF "$temp/" /proc/[0-9]*/cmdline || break
-        sleep 0.1
-    done
-    rm -rf "$temp"
-    echo "ray_cluster: $(date +%FT%T) $me: ${stopping:+told to end; }ray ended with $code"
-    [ -z "$stopping" ] || return 0
-    return $((code == 0 ? 1 : code))
 }
 
 # The driver: the command, once all nodes are there.

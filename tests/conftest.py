@@ -1,7 +1,8 @@
-"""How the suite is shared out over processes (`pytest -n`, see the Makefile)."""
+"""How the suite is shared out over processes (`pytest -n`, see the Makefile), and what its commands inherit."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ LONG = (
     *("parallel/test_megatron_verdict.py", "golden/test_router_losses.py", "converters/test_engine_round_trip.py"),
 )
 """Files that take longest: they begin, so that no process is left with one of them at the end."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: its children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

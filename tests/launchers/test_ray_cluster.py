@@ -119,6 +119,26 @@ def test_ray_that_ends_on_a_healthy_node(run, tmp_path):
     assert code == 73 and "Ray ended on a node" in said and not requeued(tmp_path)
 
 
+SLOW = 'echo try >>"$BED/tries"; [ $(wc -l <"$BED/tries") = 3 ] || exit 1; echo Ray runtime started; exec sleep 60'
+DEAD = 'echo try >>"$BED/tries"; echo Ray runtime started; exit 1'
+
+
+@pytest.mark.parametrize(
+    ("ray", "seconds", "code", "tries"), [(SLOW, "180", 130, 3), (SLOW, "0", 73, 1), (DEAD, "180", 73, 1)]
+)
+def test_ray_that_does_not_come_up_at_once_is_started_again(run, tmp_path, ray, seconds, code, tries):
+    """Until the deadline for joining; not one that had been up."""
+    (tmp_path / "bin/ray").write_text(f"#!/bin/bash\n{ray}\n")
+    driver = "touch $BED/started; sleep 30" if code == 73 else WAITS
+    process = run(driver, RAY_CLUSTER_JOIN_SECONDS=seconds)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "tries").exists() or (tmp_path / "tries").read_text().count("try") < tries:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert end_of(process, tmp_path, signal.SIGTERM if code == 130 else None)[0] == code
+    assert (tmp_path / "tries").read_text().count("try") == tries
+
+
 def test_the_limit_of_restarts(run, tmp_path):
     limit = {"RAY_CLUSTER_MAX_RESTARTS": "1"}
     code, said = end_of(run(WAITS, SLURM_RESTART_COUNT="1", **limit), tmp_path, signal.SIGUSR1)

@@ -244,6 +244,7 @@ def test_a_client_that_is_cut_off_then_leaves_and_comes_back(cluster, folder, tm
     cluster.assert_nothing_left()
 
 
+@pytest.mark.table
 def test_two_jobs_at_once_on_the_same_nodes(cluster, folder, tmp_path):
     """Three nodes have room for 2 x 2 ranks each time; one job ends, the other is stopped while its client looks on."""
     one = pretrain(cluster, folder, tmp_path / "one", "--json")
@@ -263,11 +264,15 @@ def test_two_jobs_at_once_on_the_same_nodes(cluster, folder, tmp_path):
     cluster.assert_nothing_left()
 
 
-def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path):
+TEN = (0.0, 0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
+
+
+@pytest.mark.parametrize("pauses", [(0.0, 1.0, 4.0), pytest.param(TEN, marks=pytest.mark.table)], ids=len)
+def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path, pauses):
     """Stopped at any moment of its start; `runs` knows the job before its run has begun. Ports are the nodes' own."""
     cluster.assert_nothing_left()
     before = [ports(node) for node in cluster.nodes]
-    for cycle, pause in enumerate((0.0, 0.0, 0.5, 1.5, 4.0)):
+    for cycle, pause in enumerate(pauses):
         output = tmp_path / f"run-{cycle}"
         submitted = pretrain(cluster, folder, output, "--launch.ray.follow", "false", "--json", *LONG)
         assert submitted.wait() == 0, submitted.err
@@ -293,6 +298,7 @@ def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path):
         assert "swift" not in listing.stdout
 
 
+@pytest.mark.table
 def test_the_page_about_it(cluster, folder):
     """Every command of docs/clusters.md, section Ray, typed as it stands on the login node, with a short job."""
     values = yaml.safe_load((folder / "job.yaml").read_text())

@@ -152,6 +152,7 @@ def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tm
     assert log.count("a node is lost: back into the queue") <= 1  # or Slurm saw it first
 
 
+@pytest.mark.table
 def test_stop_checkpoints_and_the_same_command_goes_on(slurm, submit, local, tmp_path):
     from swift_dist.launchers._base import Submission
     from swift_dist.launchers.slurm import LAUNCHER
