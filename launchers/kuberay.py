@@ -43,6 +43,7 @@ STATES: dict[str, State] = {
 }
 """RayJob's status.jobStatus in our words."""
 _POLL_SECONDS = 5.0
+_NEW_POD_SECONDS = 600.0
 _PATIENCE_SECONDS = 180.0
 """How long `wait` bears an API server that does not answer."""
 
@@ -74,7 +75,7 @@ class KubeRayHandle:
         self._name, self._namespace, self._run = submission.id, submission.address, run
 
     def status(self) -> State:
-        return STATES.get(self._state().get("jobStatus", ""), "waiting")
+        return _state_of(self._state())
 
     def logs(self, follow: bool = False) -> Iterator[str]:
         """Of the submitter's pod, which follows the driver."""
@@ -94,7 +95,7 @@ class KubeRayHandle:
         assert self._run is not None
         began = time.monotonic()
         details = self._end()
-        state = STATES.get(details.get("jobStatus", ""), "waiting")
+        state = _state_of(details)
         if state not in ("done", "interrupted"):
             message = details.get("message") or details.get("reason") or "no message"
             raise RunError(
@@ -107,13 +108,16 @@ class KubeRayHandle:
         return {**outcome, "state": state, "seconds": round(time.monotonic() - began, 3)}
 
     def _end(self) -> dict[str, Any]:
-        """Its status once it has ended."""
-        answered = time.monotonic()
+        """Its status once it has ended; one that goes away while it is watched was stopped."""
+        answered, seen = time.monotonic(), False
         while True:
             try:
-                if _has_ended(details := self._state()):
+                details = _status_of(self._namespace, self._name) if seen else self._state()
+                if details is None:
+                    return {"jobStatus": "STOPPED"}
+                if _state_of(details) not in ("waiting", "running"):
                     return details
-                answered = time.monotonic()
+                answered, seen = time.monotonic(), True
             except RunError as error:
                 if time.monotonic() - answered > _PATIENCE_SECONDS:
                     raise
@@ -157,13 +161,15 @@ class KubeRayLauncher:
 
 def _status_of(namespace: str, name: str) -> dict[str, Any] | None:
     """`status` of a RayJob as it stands; None if there is none of that name."""
-    answer = _run(_kubectl(namespace, "get", "rayjob", name, "--ignore-not-found", "-o", "json"))
+    words = ("get", "rayjob", name, "--ignore-not-found", "-o", "json", "--request-timeout=30s")
+    answer = _run(_kubectl(namespace, *words))
     return {"jobStatus": "", **(json.loads(answer).get("status") or {})} if answer.strip() else None
 
 
-def _has_ended(details: dict[str, Any]) -> bool:
+def _state_of(details: dict[str, Any]) -> State:
     state = STATES.get(details.get("jobStatus", ""), "waiting")
-    return details.get("jobDeploymentStatus") == "Failed" or state not in ("waiting", "running")
+    failed = details.get("jobDeploymentStatus") == "Failed" and state in ("waiting", "running")
+    return "failed" if failed else state
 
 
 def _make_room(submission: Submission, run: str) -> None:
@@ -175,7 +181,7 @@ def _make_room(submission: Submission, run: str) -> None:
     details = _status_of(submission.address, submission.id)
     if details is None:
         return
-    if not _has_ended(details):
+    if _state_of(details) in ("waiting", "running"):
         raise JobError(
             "output",
             f"{run} is RayJob {submission.id}'s, which has not ended",
@@ -233,7 +239,7 @@ def manifest(job: JobConfig) -> dict[str, Any]:
             "labels": {"app.kubernetes.io/managed-by": "swift-dist"},
         },
         "spec": {
-            "entrypoint": command_line(job),
+            "entrypoint": command_line(_patient(job)),
             "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"RAY_ADDRESS": "auto"}}),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": options.keep_seconds,
@@ -241,6 +247,13 @@ def manifest(job: JobConfig) -> dict[str, Any]:
             "rayClusterSpec": cluster,
         },
     }
+
+
+def _patient(job: JobConfig) -> JobConfig:
+    """The operator makes a new pod for a lost one: the run is to wait for it, unless the job says how long."""
+    if "replacement_timeout" in job.cluster.model_fields_set:
+        return job
+    return job.model_copy(update={"cluster": job.cluster.model_copy(update={"replacement_timeout": _NEW_POD_SECONDS})})
 
 
 def _pod(options: Options, name: str, cpus: int, memory: str, gpus: int) -> dict[str, Any]:

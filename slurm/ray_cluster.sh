@@ -70,8 +70,8 @@ _rc_node() {
     echo "ray_cluster: $(date +%FT%T) $me: ray start ${words[*]}"
     # Asked to end, Ray would drain for up to 30 s for work that nobody waits for. Killed, its reaper ends the rest.
     trap 'stopping=yes; kill -KILL "$child" 2>/dev/null' TERM
-    local code from log=$RAY_CLUSTER_LOGS/ray_$me.log
-    while :; do
+    local code from try log=$RAY_CLUSTER_LOGS/ray_$me.log
+    for try in 1 2 3; do
         from=$(wc -c <"$log")
         ray start "${words[@]}" </dev/null &
         child=$!
@@ -82,19 +82,22 @@ _rc_node() {
             code=$?
         done
         for _ in {1..50}; do
-            grep -qsF "$temp/" /proc/[0-9]*/cmdline || break
+            if ! grep -qsF "$temp/" /proc/[0-9]*/cmdline; then
+                rm -rf "$temp" # of nobody: nodes that are one machine share it
+                break
+            fi
             sleep 0.1
         done
-        rm -rf "$temp"
         echo "ray_cluster: $(date +%FT%T) $me: ${stopping:+told to end; }ray ended with $code"
         [ -z "$stopping" ] || return 0
         # Ray itself gives a node up that is not there after 30 s, which a busy one, or file system, may take.
-        if [ $code = 0 ] || [ $SECONDS -ge "$RAY_CLUSTER_JOIN_SECONDS" ] ||
+        if [ $code = 0 ] || [ $try = 3 ] || [ $SECONDS -ge "$RAY_CLUSTER_JOIN_SECONDS" ] ||
             tail -c +$((from + 1)) "$log" | grep -q 'Ray runtime started'; then
             return $((code == 0 ? 1 : code))
         fi
         echo "ray_cluster: $me: it has not been up yet: once more"
         sleep 1
+        [ -z "$stopping" ] || return 0
     done
 }
 

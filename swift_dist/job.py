@@ -68,7 +68,8 @@ def run(job: JobConfig) -> dict[str, Any]:
         interrupts.install()  # Ray has set handlers of its own
         demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
         avoid = bad_nodes(resolved.job, demand) if job.cluster.exclude_bad_nodes else set()
-        with Placement(demand, job.cluster.placement_timeout, avoid) as placement:
+        timeouts = job.cluster.placement_timeout, avoid, job.cluster.replacement_timeout
+        with Placement(demand, *timeouts) as placement:
             if job.cluster.nnodes > 1 and job.cluster.preflight and not job.cluster.exclude_bad_nodes:
                 preflight(resolved.job, placement.node_ids, simulated=cluster.is_own)
             stopwatch.lap("placement and preflight")

@@ -194,15 +194,15 @@ class Gang:
     # One attempt
 
     def _attempt(self, number: int) -> _Attempt:
-        if number and len(self._placement.node_ids) > 1:
+        if number:
             self._move_lost_nodes()
         attempt = _Attempt(number)
         self._agents.abort(False)
         fresh = [rank for rank in range(self._world_size) if rank not in self._ranks]
         for rank in fresh:
             self._ranks[rank] = self._new_process(self._plan.places[rank].node, rank)
-        if self._plan.use_gpu:
-            self._learn_gpus()
+        if self._plan.use_gpu and not self._learn_gpus(attempt):
+            return attempt
         calls = {rank: p.actor.begin.remote(self._assignment(rank, number)) for rank, p in self._ranks.items()}
         self._collect(attempt, calls, can_stop=False)
         begun: dict[int, Begun] = attempt.results
@@ -221,22 +221,33 @@ class Gang:
         return attempt
 
     def _move_lost_nodes(self) -> None:
-        """What was on nodes that are lost begins anew on those that took their place."""
-        for node in self._placement.move_lost(self._agents.silent):
-            log.warning("node %d of the job is now %s", node, self._placement.addresses[node])
+        """What was on lost nodes begins anew on those in their place; so does all on nodes whose agent is silent."""
+        import ray
+
+        moved = self._placement.move_lost(self._agents.silent, self._raise_if_to_stop)
+        for node in sorted({*moved, *self._agents.silent}):
+            log.warning("node %d of the job begins anew on %s", node, self._placement.addresses[node])
+            for process in (*self._ranks.values(), *self._spares.waiting):
+                if process.node == node:
+                    ray.kill(process.actor, no_restart=True)
             self._ranks = {rank: process for rank, process in self._ranks.items() if process.node != node}
             self._spares.leave(node)
             self._gpus.pop(node, None)
             self._agents.replace(node, self._agent(node))
 
-    def _learn_gpus(self) -> None:
-        """The GPUs of each node by local rank, as Ray set them aside for the first processes there."""
-        import ray
+    def _raise_if_to_stop(self) -> None:
+        if self._stop_wanted():
+            raise KeyboardInterrupt
 
-        asked = [(r, place.node) for r, place in enumerate(self._plan.places) if place.node not in self._gpus]
-        found = ray.get([self._ranks[rank].actor.hello.remote() for rank, _ in asked])
-        for (_, node), gpus in zip(asked, found, strict=True):
-            self._gpus.setdefault(node, []).extend(gpus)
+    def _learn_gpus(self, attempt: _Attempt) -> bool:
+        """The GPUs of each node by local rank, as Ray set them aside for the first processes there; False: one died."""
+        asked = {r: place.node for r, place in enumerate(self._plan.places) if place.node not in self._gpus}
+        self._collect(attempt, {rank: self._ranks[rank].actor.hello.remote() for rank in asked}, can_stop=False)
+        if not attempt.failures:
+            for rank, node in asked.items():
+                self._gpus.setdefault(node, []).extend(attempt.results[rank])
+        attempt.results = {}
+        return not attempt.failures
 
     def _assignment(self, rank: int, attempt: int) -> Assignment:
         place = self._plan.places[rank]
@@ -318,9 +329,9 @@ class Gang:
             return  # killed by us after we had given up on it
         attempt.failures[failure.rank] = failure
         if attempt.deadline is None:
+            self._agents.abort()  # waits for nodes that do not answer; the grace begins after it
             medians = [b.median_step for b in self._beats.values() if b.median_step]
             attempt.deadline = time.monotonic() + max(_GRACE_SECONDS, 2 * max(medians, default=0.0))
-            self._agents.abort()
         if failure.kind == "died":
             self._prepare_replacement(failure.rank, attempt)
 
@@ -331,12 +342,12 @@ class Gang:
         self._kill(ranks)
 
     def _kill(self, ranks: Collection[int]) -> None:
-        """SIGKILL ranks; one that has not spoken yet has no known process, and Ray gives it up."""
+        """SIGKILL ranks. Ray gives up one that has not spoken yet (its process is unknown) or whose agent is silent."""
         import ray
 
         self._agents.kill([self._ranks[rank].name for rank in ranks])
         for rank in ranks:
-            if not self._beat(rank).pid:
+            if not self._beat(rank).pid or self._ranks[rank].node in self._agents.silent:
                 ray.kill(self._ranks[rank].actor, no_restart=True)
 
     def _died(self, rank: int, error: Exception) -> Failure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,12 @@ def crossing_warning(layout: ParallelLayout, places: Sequence[Place]) -> str | N
     return None
 
 
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 class Placement:
     """Reserved bundles: bundle i is node i of the job. A context manager that gives them back.
 
@@ -99,11 +105,16 @@ class Placement:
         addresses: and its address.
     """
 
-    def __init__(self, demand: Demand, timeout: float, avoid: Collection[str] = ()) -> None:
+    def __init__(
+        self, demand: Demand, timeout: float, avoid: Collection[str] = (), replacement_timeout: float = 0.0
+    ) -> None:
         """Reserve, waiting at most `timeout` seconds for resources that are in use.
 
         Args:
+            demand: what the job needs.
+            timeout: see above; so long a lost node's bundle may wait for others, too.
             avoid: Ray's ids of nodes that get none of the bundles.
+            replacement_timeout: the same where the nodes that are left could never take it.
 
         Raises:
             JobError: the cluster can never place the job.
@@ -112,7 +123,7 @@ class Placement:
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoid]
+        alive = [node for node in _alive() if node["NodeID"] not in avoid]
         require_placeable(demand, [node["Resources"] for node in alive])
         strategy = "STRICT_SPREAD" if demand.nnodes > 1 else "STRICT_PACK"
         selector = [{"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}] * demand.nnodes if avoid else None
@@ -129,7 +140,8 @@ class Placement:
         except BaseException:
             remove_placement_group(self.group)
             raise
-        self._demand, self._timeout = demand, timeout
+        self._demand, self._avoid = demand, set(avoid)
+        self._timeout, self._replacement_timeout = timeout, replacement_timeout
         self.node_ids: list[str] = []
         self.addresses: list[str] = []
         self._learn(self._table())
@@ -146,47 +158,52 @@ class Placement:
         self.node_ids = [table["bundles_to_node_id"][index] for index in range(self._demand.nnodes)]
         self.addresses = [addresses[node_id] for node_id in self.node_ids]
 
-    def move_lost(self, silent: Collection[int] = ()) -> list[int]:
+    def move_lost(self, silent: Collection[int], check: Callable[[], None]) -> list[int]:
         """See to it that all nodes of the job live: Ray places the bundles of lost ones anew, on other nodes.
 
         Args:
             silent: nodes of the job that did not answer: Ray, which needs a while to give a node up, is asked until it
                 has, or they are found to live after all.
+            check: called at every look; what it raises ends the wait.
 
         Returns:
             The indices of nodes that are others now.
 
         Raises:
-            RunError: no other node was free within the placement's timeout.
+            RunError: no other node was free in time.
         """
-        import ray
-
         began, patience = time.monotonic(), _VERDICT_SECONDS if silent else 0.0
-        while True:
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            lost = [index for index, node_id in enumerate(self.node_ids) if node_id not in alive]
-            if lost or time.monotonic() - began >= patience:
-                break
+        while not (lost := self._lost()) and time.monotonic() - began < patience:
+            check()
             time.sleep(_LOOK_SECONDS)
         if not lost:
             return []
-        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-        names = ", ".join(hosts.get(self.node_ids[index], "?") for index in lost)
-        log.warning("lost: %s; waiting for %d other node(s) with what the job needs", names, len(lost))
+        log.warning("lost: %s; waiting for other nodes with what the job needs", lost)
         began = time.monotonic()
-        while (table := self._table())["state"] != "CREATED" or any(
-            node_id not in alive for node_id in table["bundles_to_node_id"].values()
-        ):
-            if time.monotonic() - began > self._timeout:
+        while (table := self._table())["state"] != "CREATED" or self._lost(table["bundles_to_node_id"].values()):
+            never = what_is_missing(self._demand, [n["Resources"] for n in _alive() if n["NodeID"] not in self._avoid])
+            key = "replacement_timeout" if never else "placement_timeout"
+            timeout = self._replacement_timeout if never else self._timeout
+            if time.monotonic() - began >= timeout:
                 raise RunError(
-                    f"{names} was lost, and no other node was free within {self._timeout:.0f} s "
-                    "(cluster.placement_timeout)",
+                    f"{lost} was lost, and no other node was free within {timeout:.0f} s (cluster.{key})"
+                    + (f": {never}" if never else ""),
                     "the same command goes on from the newest checkpoint once the cluster has enough nodes again",
                 )
+            check()
             time.sleep(_LOOK_SECONDS)
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        self._learn(table)
-        return lost
+        before = self.node_ids
+        self._learn(table)  # more may have been lost meanwhile
+        return [index for index, node_id in enumerate(before) if node_id != self.node_ids[index]]
+
+    def _lost(self, node_ids: Iterable[str] | None = None) -> str:
+        """Names of those of the nodes (default: the job's) that Ray has given up."""
+        import ray
+
+        alive = {node["NodeID"] for node in _alive()}
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        wanted = self.node_ids if node_ids is None else node_ids
+        return ", ".join(hosts.get(node_id, node_id) for node_id in wanted if node_id not in alive)
 
     def options(self, node: int, cpus: float, gpus: int) -> dict[str, Any]:
         """Options that create an actor on a node of the job."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from swift_dist.cluster.heartbeat import Beat
 
@@ -34,14 +34,22 @@ class Process:
 
     @property
     def is_warm(self) -> bool:
-        """Whether a spare has imported what it needs and still lives."""
+        """Whether a spare has imported what it needs."""
+        return self._imports() == "done"
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether a spare's imports have failed, or ended with its process."""
+        return self._imports() == "failed"
+
+    def _imports(self) -> Literal["under way", "done", "failed"]:
         import ray
 
         done, _ = ray.wait([self.warm], timeout=0)
         try:
-            return bool(done) and ray.get(self.warm) is None
+            return "under way" if not done else "done" if ray.get(self.warm) is None else "failed"
         except ray.exceptions.RayError:
-            return False
+            return "failed"
 
 
 class Spares:
@@ -86,7 +94,11 @@ class Spares:
 
     def drop_dead(self, beats: Mapping[str, Beat]) -> None:
         """Forget those that were killed while they waited: nobody waits for them, so nobody else notices."""
-        dead = [s for s in self.waiting if (beat := beats.get(s.name, Beat())).pid and beat.state in ("", "Z")]
+        dead = [
+            spare
+            for spare in self.waiting
+            if ((beat := beats.get(spare.name, Beat())).pid and beat.state in ("", "Z")) or spare.is_dead
+        ]
         if dead:
             log.warning("%d warm spare(s) died while they waited", len(dead))
             self.waiting = [s for s in self.waiting if s not in dead]

@@ -150,6 +150,9 @@ class ClusterSection(Section):
         None, gt=0, description="seconds without a step before the gang restarts (default: 10 x median step, >= 60)"
     )
     placement_timeout: float = Field(60.0, gt=0, description="seconds to wait for the machines a job asks for")
+    replacement_timeout: float = Field(
+        0.0, ge=0, description="seconds to wait for a new node where one is lost and no other could take its place"
+    )
     rendezvous_timeout: float = Field(120.0, gt=0, description="seconds for all ranks to meet")
     dashboard: bool = Field(False, description="serve Ray's dashboard on 127.0.0.1 where the cluster is the job's own")
     preflight: bool = Field(

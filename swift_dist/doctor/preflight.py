@@ -1,6 +1,7 @@
 """The short form, with which every job of several nodes begins: versions, clocks, shared folder, space, GPUs.
 
-Whatever is bad is fatal: the job ends with exit code 1 before its run folder is touched. Warnings are logged.
+Whatever is bad is fatal: the job ends with exit code 1, through Ray before its run folder is touched. Warnings are
+logged.
 """
 
 from __future__ import annotations

@@ -106,14 +106,18 @@ def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts:
     try:
         _look_over(resolved.job, folder.manifest().get("versions"))
     except (JobError, RunError) as error:
-        message = f"{os.uname().nodename}: {error.message}"
-        remedy = "swift-dist doctor --launcher torchrun on that node looks further"
-        meeting.tell({"kind": "run", "message": message, "remedy": remedy, "attempt": 0, "time": time.time()})
+        meeting.tell(_word("run", f"{os.uname().nodename}: {error.message}"))
         raise
     ends = _run_ranks(folder, resolved, use_gpu, interrupts, meeting)
     if not any(end["kind"] in ("result", *FINAL) for end in ends):
         _raise_what_the_first_node_says(folder)
     return _outcome(ends, interrupts)
+
+
+def _word(kind: str, message: str) -> dict[str, Any]:
+    """What a driver, not a rank, reports of its node."""
+    remedy = "swift-dist doctor --launcher torchrun on that node looks further" if kind == "run" else ""
+    return {"kind": kind, "message": message, "remedy": remedy, "attempt": 0, "time": time.time()}
 
 
 def _raise_what_the_first_node_says(folder: RunFolder) -> None:
@@ -135,8 +139,8 @@ def _look_over(job: JobConfig, versions: dict[str, str] | None = None) -> None:
 
 def _warn_of_what_is_the_gangs(job: JobConfig) -> None:
     """Keys of the job that do nothing without Ray."""
-    names = ["address", "cpus_per_rank", "placement_timeout", "spares", "stall_timeout", "exclude_bad_nodes"]
-    names += ["dashboard", *(["max_failures"] if job.cluster.nnodes > 1 else [])]
+    names = ["address", "cpus_per_rank", "placement_timeout", "replacement_timeout", "spares", "stall_timeout"]
+    names += ["exclude_bad_nodes", "dashboard", *(["max_failures"] if job.cluster.nnodes > 1 else [])]
     for name in names:
         if getattr(job.cluster, name) != type(job.cluster).model_fields[name].default:
             log.warning("warning: cluster.%s does nothing under torchrun", name)
@@ -152,8 +156,7 @@ def _run_ranks(
     with tempfile.TemporaryDirectory(prefix="swift_dist-") as scratch:
         variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: scratch}
         reports = Reports(Path(scratch), meeting)
-        address = meeting.address if meeting.endpoint else None
-        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint, address)
+        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint, meeting.address)
         words += ["--log-dir", f"{scratch}/torchrun"]  # it wants a folder, in which it writes nothing
         words += ["-m", "swift_dist.torchrun.rank", str(folder.path)]
         log.debug("torchrun %s", " ".join(words))
@@ -172,7 +175,9 @@ def _run_ranks(
             finally:
                 _end(process)
         reports.read()
-        if reports.of_all and meeting.endpoint:
+        if not meeting.is_first and not reports.ends:
+            meeting.tell(_word("error", f"{os.uname().nodename}: its ranks ended without a word"))
+        elif meeting.is_first and meeting.endpoint:
             _wait_for_the_cause(reports)
         return reports.ends
 
@@ -189,7 +194,7 @@ def _wait(
     node says so, or the first node's driver has ended. An interrupt asks the ranks to checkpoint and end; a second one
     ends them."""
     interrupts.graceful = True
-    asked, noted, looked = False, False, 0.0
+    asked, noted, looked, failed = False, False, 0.0, 0.0
     while process.poll() is None:
         if interrupts.insistent:
             raise KeyboardInterrupt
@@ -200,6 +205,10 @@ def _wait(
         reports.read()
         if reports.is_final:
             return
+        if reports.is_lost:  # where collectives do not notice it, nobody else here would
+            failed = failed or time.monotonic()
+            if time.monotonic() - failed > _WORD_SECONDS:
+                return
         if not reports.of_all and time.monotonic() - looked > _LOOK_SECONDS:
             looked = time.monotonic()
             status = folder.status()

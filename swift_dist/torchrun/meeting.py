@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.config import JobConfig
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import PORTS, endpoint, first_port
 from swift_dist.runs.files import read_json, write_json
 from swift_dist.runs.folder import RunFolder
@@ -36,25 +36,17 @@ class Meeting:
 
     Attributes:
         endpoint: ``host:port``, or None where this is the only node.
+        address: this node's, as the others reach it: that on its way to the first one, or the endpoint's.
         is_first: whether this is the first node, which serves.
     """
 
-    def __init__(self, endpoint: str | None, store: TCPStore | None = None) -> None:
+    def __init__(self, endpoint: str | None, store: TCPStore | None = None, address: str | None = None) -> None:
         self.endpoint = endpoint
+        self.address = address or (endpoint.rpartition(":")[0] if endpoint else None)
         self.is_first = store is not None or endpoint is None
         self._store = store
         self._published: Path | None = None
         self._heard: list[dict[str, Any]] = []
-
-    @property
-    def address(self) -> str:
-        """As the others reach this node: its address on the way to the first; of the first, that of the endpoint."""
-        assert self.endpoint
-        host, _, port = self.endpoint.rpartition(":")
-        if self.is_first:
-            return host
-        with socket.create_connection((host, int(port)), _CONNECT_SECONDS) as way:
-            return str(way.getsockname()[0])
 
     def publish(self, folder: RunFolder) -> None:
         """Tell the other nodes, through the run folder, which must be this driver's by now."""
@@ -116,21 +108,36 @@ def found(job: JobConfig, folder: RunFolder) -> Meeting:
 
     Raises:
         JobError: nobody does, within ``cluster.rendezvous_timeout``.
+        RunError: it has, and the run has failed meanwhile.
     """
     patience = job.cluster.rendezvous_timeout
     deadline = time.monotonic() + patience
+    before = folder.status()
     while time.monotonic() < deadline:
         status, place = folder.status(), read_json(folder.path / NAME)
         held = status is not None and status.state == "running" and not status.is_dead and asdict(status.driver)
         if held and place and place["driver"] == held:  # else it is that of an attempt that was killed
-            return Meeting(str(place["endpoint"]))
+            endpoint = str(place["endpoint"])
+            if address := _address_towards(endpoint):
+                return Meeting(endpoint, address=address)
+        if status is not None and status.state == "failed" and status != before:
+            raise RunError(f"the run has failed on the first node: {status.message}")
         time.sleep(_POLL_SECONDS)
+    last = f"; the last attempt in it has {before.state}: {before.message}" if before and before.message else ""
     raise JobError(
         "output",
         f"nobody has begun a run in {folder.path} within {patience:.0f} s (cluster.rendezvous_timeout), "
-        "as seen from this node",
+        f"as seen from this node{last}",
         "start node 0, and name a folder on a file system that all nodes share",
     )
+
+
+def _address_towards(endpoint: str) -> str | None:
+    """Of this node, on its way there; None: nobody answers (any more, perhaps)."""
+    host, _, port = endpoint.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), _CONNECT_SECONDS) as way:
+        return str(way.getsockname()[0])
+    return None
 
 
 def _bind(ports: Sequence[int]) -> tuple[TCPStore, int]:

@@ -58,5 +58,10 @@ class Reports:
         return [report for report in ends if report["attempt"] == newest]
 
     @property
+    def is_lost(self) -> bool:
+        """On the first of several nodes: whether ranks of another ended in an error. No torchrun starts them again."""
+        return any(report["kind"] == "error" for report in self._meeting.heard())
+
+    @property
     def is_final(self) -> bool:
         return any(report["kind"] in FINAL for report in self.ends)

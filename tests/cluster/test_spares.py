@@ -12,9 +12,15 @@ from swift_dist.cluster.spares import Process, Spares
 class Imported(Process):
     done: bool = False
 
+    dead: bool = False
+
     @property
     def is_warm(self) -> bool:
         return self.done
+
+    @property
+    def is_dead(self) -> bool:
+        return self.dead
 
 
 class House:
@@ -54,3 +60,6 @@ def test_one_that_was_killed_while_it_waited_is_ended_and_forgotten():
     house.spares.begin(1)
     house.spares.drop_dead({"p1": Beat(pid=7, state="Z"), "p2": Beat(pid=8, state="S")})
     assert house.ended == ["p1"] and [p.name for p in house.spares.waiting] == ["p2"]
+    house.spares.waiting[0].dead = True  # type: ignore[attr-defined]  # before it was heard of as a process
+    house.spares.drop_dead({})
+    assert house.ended == ["p1", "p2"] and house.spares.take(1) is None

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shlex
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,13 @@ def test_the_manifest_is_valid_and_asks_for_what_the_job_needs() -> None:
 def test_the_entrypoint_is_the_same_job() -> None:
     words = shlex.split(yaml.safe_load(LAUNCHER.render(job()))["spec"]["entrypoint"])
     assert words[:2] == ["swift-dist", "pretrain"]
-    assert load_job(None, words[2:]) == job()
+    assert load_job(None, words[2:]) == job(
+        "--cluster.replacement_timeout", "600"
+    )  # for the pod that replaces a lost one
+    asked = shlex.split(
+        yaml.safe_load(LAUNCHER.render(job("--cluster.replacement_timeout", "5")))["spec"]["entrypoint"]
+    )
+    assert load_job(None, asked[2:]).cluster.replacement_timeout == 5
 
 
 BREAK: list[Callable[[dict[str, Any]], Any]] = [
@@ -169,6 +176,13 @@ def test_a_cluster_that_does_not_answer_once_is_asked_again(
     silent = Path(f"{kubectl}.silent")
     silent.touch()
     assert handle.wait()["state"] == "done" and "no route to host; asking again" in caplog.text
+    answer(kubectl, jobStatus="RUNNING")
+    threading.Timer(0.5, Path(f"{kubectl}.status").unlink).start()  # runs stop, from elsewhere
+    assert handle.wait()["state"] == "interrupted"
+    answer(kubectl, jobStatus="", jobDeploymentStatus="Failed", reason="no such image")
+    assert handle.status() == "failed"
+    with pytest.raises(RunError, match="ended as failed: no such image"):
+        handle.wait()
     monkeypatch.setattr(kuberay, "_PATIENCE_SECONDS", -1)
     silent.touch()
     with pytest.raises(RunError, match="no route to host"):

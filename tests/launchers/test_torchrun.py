@@ -137,6 +137,32 @@ def test_the_first_node_is_told_while_it_waits(tmp_path: Path) -> None:
     assert (attempt["hosts"], attempt["threads_per_rank"]) == (["n0", "n1"], [2, 2])
 
 
+def test_a_lost_rank_of_another_node_ends_the_first_one_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no collective notices."""
+    monkeypatch.setattr(driver, "_WORD_SECONDS", 0.5)
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+    with served(here, folder) as meeting:
+        ours, other = Reports(tmp_path, meeting), Meeting(meeting.endpoint)
+        assert not other.is_first and (meeting.address, other.address) == ("127.0.0.1", "127.0.0.1")
+        other.tell(driver._word("error", "n1: its ranks ended without a word"))
+        driver._wait(Waiting(), folder, INTERRUPTS, ours, 2)  # type: ignore[arg-type]
+        with pytest.raises(RunError, match="n1: its ranks ended without a word"):
+            driver._outcome(ours.ends, INTERRUPTS)
+
+
+def test_who_waits_for_the_first_node_hears_of_its_failure(tmp_path: Path) -> None:
+    here = job(tmp_path / "run")
+    folder = begun(here)
+    folder.end("failed", message="of yesterday")
+    with pytest.raises(JobError, match=r"nobody has begun .* the last attempt in it has failed: of yesterday"):
+        found(job(tmp_path / "run", 1), folder)
+    folder.begin(here)
+    threading.Timer(0.5, folder.end, ["failed"], {"message": "its disk is full"}).start()
+    with pytest.raises(RunError, match="failed on the first node: its disk is full"):
+        found(job(tmp_path / "run", 1), folder)
+
+
 def test_the_other_nodes_end_when_the_first_has_and_say_why(tmp_path: Path) -> None:
     here = job(tmp_path / "run", endpoint="127.0.0.1")
     folder = begun(here)

@@ -123,17 +123,25 @@ def test_two_nodes_end_as_on_one_machine(slurm, submit, local, tmp_path):
     assert left == {"ray_n1.log", "ray_n2.log", "result.json"}  # no token
 
 
-def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tmp_path):
+ALL = ("preempted", "near its time limit", "requeued from outside")
+
+
+@pytest.mark.parametrize("before", [ALL[:1], pytest.param(ALL, marks=pytest.mark.table)], ids=len)
+def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tmp_path, before):
     """One job is preempted, comes near its time limit, is requeued from outside, and loses a node."""
     command, run = submit("--launch.slurm.partition", "low"), tmp_path / "run"
     number = number_of(command, run)
-    in_attempt(slurm, command, run, 1)
-    other = slurm.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
-    in_attempt(slurm, command, run, 2)
-    slurm.run("scancel", "--batch", "--signal=USR1", number)  # as slurmctld does for --signal=B:USR1@120
-    in_attempt(slurm, command, run, 3)
-    slurm.run("scontrol", "requeue", number)
-    in_attempt(slurm, command, run, 4)
+    preempting = ("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
+    disturb = {
+        "preempted": lambda: slurm.wait(slurm.run(*preempting)),
+        # as slurmctld does for --signal=B:USR1@120
+        "near its time limit": lambda: slurm.run("scancel", "--batch", "--signal=USR1", number),
+        "requeued from outside": lambda: slurm.run("scontrol", "requeue", number),
+    }
+    for attempt, what in enumerate(before, 1):
+        in_attempt(slurm, command, run, attempt)
+        disturb[what]()
+    in_attempt(slurm, command, run, len(before) + 1)
     slurm.lose_node("n2")
     try:
         ended = slurm.wait(number)
@@ -141,14 +149,15 @@ def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tm
         slurm.start_node("n2")
         slurm.until_idle()
     assert command.wait() == 0, command.stderr
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "4")
+    restarts = str(len(before) + 1)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", restarts)
     assert ended["NodeList"] == "n[1,3]"
     assert_same_end(run, local)
-    assert slurm.job(other)["JobState"] == "COMPLETED"
     states = [attempt["state"] for attempt in attempts(run)]
-    assert states[:2] == ["interrupted"] * 2 and states[4:] == ["done"]  # asked for a checkpoint, they wrote one
+    asked = min(len(before), 2)  # for a checkpoint, and they wrote one
+    assert states[:asked] == ["interrupted"] * asked and states[-1] == "done" and len(states) == len(before) + 2
     log = (run / "slurm" / f"{number}.log").read_text()
-    assert log.count("USR1: asking the driver to checkpoint and end") == 2
+    assert log.count("USR1: asking the driver to checkpoint and end") == asked
     assert log.count("a node is lost: back into the queue") <= 1  # or Slurm saw it first
 
 
