@@ -22,7 +22,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY . /opt/swift_dist/source
 WORKDIR /opt/swift_dist/source
-RUN if [ "$BUILD" = cuda ]; then extras=gpu; else extras=; fi \
+RUN if [ "$BUILD" = cuda ]; then extras=gpu,trackers; else extras=trackers; fi \
     && VENV=/opt/swift_dist/venv EXTRAS=$extras PIP_NO_CACHE_DIR=1 bash .ci/install
 # Ray asks for a token where this says so; without it Ray decides by the files that it finds.
 ENV PATH="/opt/swift_dist/venv/bin:$PATH" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
