@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,10 +18,9 @@ import nodes
 import pytest
 import ray_nodes
 import yaml
-from commands import Command
 from ray_nodes import TOKEN, Call, RayCluster
 from same_end import assert_same_end
-from toy_job import INTERVAL, STEPS, Run, job, write_dataset, write_job
+from toy_job import INTERVAL, STEPS, Run, write_job
 
 HERE = Path(__file__).parent
 _REASON = nodes.missing() or ray_nodes.missing()
@@ -38,42 +38,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         yield up
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_dataset(tmp_path_factory.mktemp("data") / "toy")
-
-
-def write(path: Path, dataset: str) -> str:
-    """A job of 2 nodes x 2 ranks."""
-    values = job(
-        dataset,
-        train={"steps": STEPS},
-        checkpoint={"interval": INTERVAL},
-        parallel={"tensor_model_parallel_size": 2},
-        cluster={"nnodes": 2, "nproc_per_node": 2, "threads_per_rank": 1},
-    )
-    return write_job(path, values)
-
-
 @pytest.fixture
-def folder(tmp_path: Path, dataset: str) -> Path:
-    """A user's working folder with that job."""
+def folder(tmp_path: Path, two_node_job: str) -> Path:
+    """A user's working folder with the job in it."""
     place = tmp_path / "work"
     place.mkdir()
-    write(place / "job.yaml", dataset)
+    shutil.copy(two_node_job, place / "job.yaml")
     return place
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, dataset: str) -> Run:
-    """That job on this machine."""
-    place = tmp_path_factory.mktemp("local")
-    here = Command(["pretrain", write(place / "job.yaml", dataset), "--output", str(place / "run"), "--json"], place)
-    try:
-        assert here.wait() == 0, here.stderr
-    finally:
-        here.kill_everything()
-    return Run((), place / "run")
 
 
 LONG = ("--train.steps", "20000", "--checkpoint.interval", "1000")

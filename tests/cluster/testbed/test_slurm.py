@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import Command
 from same_end import assert_same_end
-from toy_job import INTERVAL, STEPS, Run, job, write_dataset, write_job
+from toy_job import STEPS, job, write_job
 
 from slurm import JOB_PORTS, Slurm, what_is_missing
 
@@ -34,40 +34,14 @@ def _nothing_left(slurm: Slurm) -> Iterator[None]:
     assert list(Path("/tmp").glob("ray-*")) == []
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A job of two nodes with two ranks each: tensor parallel in a node, data parallel between them."""
-    folder = tmp_path_factory.mktemp("job")
-    values = job(
-        write_dataset(folder / "toy"),
-        train={"steps": STEPS, "global_batch_size": 16},  # steps slow enough to be disturbed
-        checkpoint={"interval": INTERVAL},
-        parallel={"tensor_model_parallel_size": 2},
-        cluster={"nnodes": 2, "nproc_per_node": 2, "accelerator": "cpu", "threads_per_rank": 1},
-    )
-    return ("pretrain", write_job(folder / "job.yaml", values), "--json")
-
-
-@pytest.fixture(scope="module")
-def local(slurm: Slurm, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """That job through the local launcher, undisturbed: what all others are compared with."""
-    folder = tmp_path_factory.mktemp("local")
-    command = Command([*words, "--output", str(folder / "run")], folder)
-    try:
-        assert command.wait() == 0, command.stderr
-    finally:
-        command.kill_everything()
-    return Run(words, folder / "run")
-
-
 @pytest.fixture
-def submit(slurm: Slurm, words: tuple[str, ...], tmp_path: Path) -> Iterator[Callable[..., Command]]:
+def submit(slurm: Slurm, two_node_job: str, tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """`swift-dist ... --launcher slurm` as a child that follows its job."""
     commands: list[Command] = []
 
     def begin(*more: str) -> Command:
         given = ["--output", str(tmp_path / "run"), "--launcher", "slurm", "--launch.slurm.ports", JOB_PORTS]
-        commands.append(Command([*words, *given, *more], tmp_path))
+        commands.append(Command(["pretrain", two_node_job, "--json", *given, *more], tmp_path))
         return commands[-1]
 
     yield begin
@@ -108,6 +82,7 @@ def names(run: Path) -> set[str]:
     return {p.name for p in run.iterdir()} | {f"logs/{p.name}" for p in (run / "logs").iterdir()}
 
 
+@pytest.mark.table
 def test_two_nodes_end_as_on_one_machine(slurm, submit, local, tmp_path):
     command = submit()
     assert command.wait() == 0, command.stderr
@@ -126,9 +101,9 @@ def test_two_nodes_end_as_on_one_machine(slurm, submit, local, tmp_path):
 ALL = ("preempted", "near its time limit", "requeued from outside")
 
 
-@pytest.mark.parametrize("before", [ALL[:1], pytest.param(ALL, marks=pytest.mark.table)], ids=len)
+@pytest.mark.parametrize("before", [(), pytest.param(ALL, marks=pytest.mark.table)], ids=len)
 def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tmp_path, before):
-    """One job is preempted, comes near its time limit, is requeued from outside, and loses a node."""
+    """One job loses a node; in the table it is preempted, near its time limit, and requeued from outside before."""
     command, run = submit("--launch.slurm.partition", "low"), tmp_path / "run"
     number = number_of(command, run)
     preempting = ("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o/dev/null", "--wrap", "sleep 1")
@@ -159,6 +134,9 @@ def test_what_is_requeued_again_and_again_ends_the_same(slurm, submit, local, tm
     log = (run / "slurm" / f"{number}.log").read_text()
     assert log.count("USR1: asking the driver to checkpoint and end") == asked
     assert log.count("a node is lost: back into the queue") <= 1  # or Slurm saw it first
+    assert names(run) - names(local.output) == {"submission.json", "slurm"}
+    left = {p.name for p in (run / "slurm" / f"{number}.d").iterdir()}
+    assert left == {"ray_n1.log", "ray_n2.log", "ray_n3.log", "result.json"}  # no token
 
 
 @pytest.mark.table
