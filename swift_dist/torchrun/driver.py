@@ -25,8 +25,10 @@ from swift_dist.cluster.environment import NodeFacts, check_environment, environ
 from swift_dist.cluster.interrupts import Interrupts
 from swift_dist.cluster.notes import driver_log
 from swift_dist.config import JobConfig
+from swift_dist.config.load import load_job
 from swift_dist.doctor.preflight import preflight_here
 from swift_dist.errors import JobError, RunError
+from swift_dist.launchers._base import words
 from swift_dist.launchers.torchrun import torchrun_words
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _SEE_LOGS = "see logs/torchrun_*.log and logs/rank_*.log in the run folder"
+_REMEDY = "\n  remedy: "
 _KILL_SECONDS = 40.0  # torchrun gives its ranks 30 s to end after a signal
 _WORD_SECONDS = 3.0  # for the node that knows why ranks ended to tell the first
 _VERDICT_SECONDS = 10.0  # for the first node to say so in the run folder
@@ -104,9 +107,11 @@ def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts:
     """Another node's part."""
     meeting = found(resolved.job, folder)
     try:
+        _require_same(resolved.job, folder)
         _look_over(resolved.job, folder.manifest().get("versions"))
     except (JobError, RunError) as error:
-        meeting.tell(_word("run", f"{os.uname().nodename}: {error.message}"))
+        key = f"{error.key}: " if isinstance(error, JobError) else ""
+        meeting.tell(_word("run", f"{os.uname().nodename}: {key}{error.message}"))
         raise
     ends = _run_ranks(folder, resolved, use_gpu, interrupts, meeting)
     if not any(end["kind"] in ("result", *FINAL) for end in ends):
@@ -114,10 +119,28 @@ def _follow(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts:
     return _outcome(ends, interrupts)
 
 
-def _word(kind: str, message: str) -> dict[str, Any]:
+def _require_same(job: JobConfig, folder: RunFolder) -> None:
+    """The ranks take the job from the run folder, where the first node has put it.
+
+    Raises:
+        JobError: this node was given another one.
+    """
+    theirs = load_job(folder.job_path)
+    given, there = ({word.partition("=")[0]: word for word in words(job)} for job in (job, theirs))
+    for key in sorted({*given, *there}):
+        name = key.removeprefix("--")
+        if given.get(key) != there.get(key) and name.partition(".")[0] not in ("launch", "output", "resume"):
+            raise JobError(
+                name,
+                f"{given.get(key, 'not given')} on this node, {there.get(key, 'not given')} on the first",
+                "the same command on every node, but for launch.torchrun.node_rank",
+            )
+
+
+def _word(kind: str, message: str, attempt: int = 0) -> dict[str, Any]:
     """What a driver, not a rank, reports of its node."""
     remedy = "swift-dist doctor --launcher torchrun on that node looks further" if kind == "run" else ""
-    return {"kind": kind, "message": message, "remedy": remedy, "attempt": 0, "time": time.time()}
+    return {"kind": kind, "message": message, "remedy": remedy, "attempt": attempt, "time": time.time()}
 
 
 def _raise_what_the_first_node_says(folder: RunFolder) -> None:
@@ -126,7 +149,7 @@ def _raise_what_the_first_node_says(folder: RunFolder) -> None:
     while time.monotonic() < deadline:
         status = folder.status()
         if status is not None and status.state == "failed":
-            raise RunError(f"the run has failed: {status.message}", _SEE_LOGS)
+            raise RunError(f"the run has failed: {status.message.partition(_REMEDY)[0]}", _SEE_LOGS)
         if status is not None and status.state == "interrupted":
             raise KeyboardInterrupt
         time.sleep(_LOOK_SECONDS)
@@ -156,13 +179,13 @@ def _run_ranks(
     with tempfile.TemporaryDirectory(prefix="swift_dist-") as scratch:
         variables = {**without_dropped(os.environ), **environment(os.environ, job.cluster, facts), REPORTS: scratch}
         reports = Reports(Path(scratch), meeting)
-        words = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint, meeting.address)
-        words += ["--log-dir", f"{scratch}/torchrun"]  # it wants a folder, in which it writes nothing
-        words += ["-m", "swift_dist.torchrun.rank", str(folder.path)]
-        log.debug("torchrun %s", " ".join(words))
+        command = torchrun_words(job, job.cluster.nproc_per_node, meeting.endpoint, meeting.address)
+        command += ["--log-dir", f"{scratch}/torchrun"]  # it wants a folder, in which it writes nothing
+        command += ["-m", "swift_dist.torchrun.rank", str(folder.path)]
+        log.debug("torchrun %s", " ".join(command))
         with (folder.logs / f"torchrun_{job.launch.torchrun.node_rank}.log").open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *words],
+                [sys.executable, "-m", "torch.distributed.run", *command],
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -171,15 +194,33 @@ def _run_ranks(
                 preexec_fn=_end_with_parent,
             )
             try:
-                _wait(process, folder, interrupts, reports, job.cluster.nnodes * facts.num_ranks)
+                num_ranks = facts.num_ranks
+                _wait(process, folder, interrupts, reports, num_ranks, job.cluster.nnodes * num_ranks)
             finally:
                 _end(process)
         reports.read()
-        if not meeting.is_first and not reports.ends:
-            meeting.tell(_word("error", f"{os.uname().nodename}: its ranks ended without a word"))
-        elif meeting.is_first and meeting.endpoint:
+        _require_met(job, reports, interrupts)
+        if silent := reports.silent():
+            ranks = ", ".join(str(place["rank"]) for place in silent)
+            text = f"rank {ranks} on {silent[0]['host']} ended without a word (killed, out of memory, or crashed)"
+            reports.add(_word("error", text, silent[0]["attempt"]))
+        if reports.of_all and meeting.endpoint:
             _wait_for_the_cause(reports)
         return reports.ends
+
+
+def _require_met(job: JobConfig, reports: Reports, interrupts: Interrupts) -> None:
+    """
+    Raises:
+        RunError: torchrun has ended, and no rank had begun: a node did not come.
+    """
+    if reports.places or reports.ends or interrupts.requested or not reports.of_all or job.cluster.nnodes == 1:
+        return
+    raise RunError(
+        f"not all of the {job.cluster.nnodes} nodes came within {job.cluster.rendezvous_timeout:.0f} s "
+        "(cluster.rendezvous_timeout)",
+        "what the command printed on each of the others says why; node_rank counts from 0 to the last",
+    )
 
 
 def _end_with_parent() -> None:
@@ -188,13 +229,19 @@ def _end_with_parent() -> None:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], folder: RunFolder, interrupts: Interrupts, reports: Reports, world_size: int
+    process: subprocess.Popen[bytes],
+    folder: RunFolder,
+    interrupts: Interrupts,
+    reports: Reports,
+    num_ranks: int,
+    world_size: int,
 ) -> None:
     """Until torchrun ends, or starting again (which it would, all the same) would change nothing: a rank or another
     node says so, or the first node's driver has ended. An interrupt asks the ranks to checkpoint and end; a second one
     ends them."""
     interrupts.graceful = True
-    asked, noted, looked, failed = False, False, 0.0, 0.0
+    asked, noted, looked, failed, ended = False, False, 0.0, 0.0, 0.0
+    several = world_size > num_ranks
     while process.poll() is None:
         if interrupts.insistent:
             raise KeyboardInterrupt
@@ -205,6 +252,10 @@ def _wait(
         reports.read()
         if reports.is_final:
             return
+        if several and reports.have_all_ended(num_ranks):  # torchrun would wait for other nodes for five minutes
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > _VERDICT_SECONDS:
+                return
         if reports.is_lost:  # where collectives do not notice it, nobody else here would
             failed = failed or time.monotonic()
             if time.monotonic() - failed > _WORD_SECONDS:
@@ -223,7 +274,7 @@ def _wait(
 def _wait_for_the_cause(reports: Reports) -> None:
     """Where ranks of the first node ended because of others, what those say may still be on its way."""
     deadline = time.monotonic() + _WORD_SECONDS
-    while not reports.is_final and all(end["kind"] == "error" for end in reports.ends) and time.monotonic() < deadline:
+    while all(end["kind"] == "communication" for end in reports.ends) and time.monotonic() < deadline:
         time.sleep(0.05)
         reports.read()
 
@@ -246,7 +297,8 @@ def _outcome(ends: list[dict[str, Any]], interrupts: Interrupts) -> dict[str, An
         JobError, RunError: what the first of them failed of.
     """
     results = [end for end in ends if end["kind"] == "result"]
-    failures = sorted((e for e in ends if e["kind"] != "result"), key=lambda e: (e["kind"] not in FINAL, e["time"]))
+    order = (*FINAL, "error", "communication")
+    failures = sorted((e for e in ends if e["kind"] != "result"), key=lambda e: (order.index(e["kind"]), e["time"]))
     if failures:
         first = failures[0]
         if first["kind"] == "job":

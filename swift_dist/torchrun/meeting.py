@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAME = "meeting.json"
 _COUNT, _WORD = "words", "word"
 _CONNECT_SECONDS = 30.0
+_TELL_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 
 
@@ -78,7 +79,7 @@ class Meeting:
         host, _, port = self.endpoint.rpartition(":")
         with contextlib.suppress(DistError):
             if self._store is None:
-                timeout = timedelta(seconds=_CONNECT_SECONDS)
+                timeout = timedelta(seconds=_TELL_SECONDS)
                 self._store = TCPStore(host, int(port), is_master=False, timeout=timeout)
             self._store.set(f"{_WORD}{self._store.add(_COUNT, 1)}", json.dumps(word))
 

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.cluster.environment import num_threads
+from swift_dist.cluster.failures import is_communication_error
 from swift_dist.config.load import load_job
 from swift_dist.errors import EXIT_FAILED, JobError, RunError
 from swift_dist.resolve import resolve
@@ -86,7 +87,8 @@ def main(path: str) -> int:
     log.info("attempt %d: rank %d of %d, device %s, process %d", worker.attempt, worker.rank, worker.world_size,
              worker.device, os.getpid())  # fmt: skip
     reports = Path(os.environ[REPORTS])
-    place = {"kind": "place", "rank": worker.rank, "host": os.uname().nodename, "threads": num_threads(os.environ)}
+    who = {"rank": worker.rank, "attempt": worker.attempt}
+    place = {"kind": "place", **who, "host": os.uname().nodename, "threads": num_threads(os.environ)}
     write_json(reports / f"place_{worker.rank}.json", place)
     report = reports / f"rank_{worker.rank}.json"
     try:
@@ -99,14 +101,16 @@ def main(path: str) -> int:
         result = train.main(payload, worker)
     except Exception as error:
         log.exception("rank %d failed", worker.rank)
-        write_json(report, {**_describe(error, worker), "attempt": worker.attempt})
+        write_json(report, {**_describe(error, worker), **who})
         return EXIT_FAILED
-    write_json(report, {"kind": "result", "result": result, "attempt": worker.attempt})
+    write_json(report, {"kind": "result", "result": result, **who})
     return 0
 
 
 def _describe(error: Exception, worker: TorchrunWorker) -> dict[str, Any]:
     kind = "job" if isinstance(error, JobError) else "run" if isinstance(error, RunError) else "error"
+    if kind == "error" and is_communication_error(error):
+        kind = "communication"
     message = error.message if isinstance(error, (JobError, RunError)) else traceback.format_exception_only(error)[-1]
     return {
         "kind": kind,

@@ -1,9 +1,9 @@
 """What ranks say of themselves: through files to their node's driver, and from other nodes through the meeting to the
 first node's.
 
-A report is a dict with ``kind``: "place" (``rank``, ``host``, ``threads``) at the start; at the end "result", "job" or
-"run" (an error that the run itself raised: starting again would change nothing) or "error" (any other, which may be
-what another rank's end did to this one).
+A report is a dict with ``rank``, ``attempt`` and ``kind``: "place" (``host``, ``threads``) at the start; at the end
+"result", "job" or "run" (an error that the run itself raised: starting again would change nothing), "communication" (a
+peer was gone) or "error" (any other). Drivers report as well, without a rank.
 """
 
 from __future__ import annotations
@@ -60,7 +60,23 @@ class Reports:
     @property
     def is_lost(self) -> bool:
         """On the first of several nodes: whether ranks of another ended in an error. No torchrun starts them again."""
-        return any(report["kind"] == "error" for report in self._meeting.heard())
+        return any(report["kind"] in ("error", "communication") for report in self._meeting.heard())
+
+    def have_all_ended(self, num_ranks: int) -> bool:
+        """Whether that many ranks of this node have said how they ended."""
+        return sum(report["kind"] != "place" for report in self._own.values()) >= num_ranks
+
+    def add(self, report: dict[str, Any]) -> None:
+        """Of this node's driver, to this and the first node."""
+        self._own[""] = report
+        self._meeting.tell(report)
+
+    def silent(self) -> list[dict[str, Any]]:
+        """Places of this node's ranks that have not said how they ended, in the newest attempt."""
+        newest = max((report["attempt"] for report in self._own.values()), default=0)
+        now = [report for report in self._own.values() if report["attempt"] == newest]
+        ended = {report.get("rank") for report in now if report["kind"] != "place"}
+        return [report for report in now if report["kind"] == "place" and report["rank"] not in ended]
 
     @property
     def is_final(self) -> bool:

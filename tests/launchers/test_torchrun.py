@@ -105,12 +105,13 @@ class Waiting:
 INTERRUPTS: Any = type("Interrupts", (), {"graceful": False, "requested": False, "insistent": False})
 
 
-def end(kind: str, message: str) -> dict[str, Any]:
-    return {"kind": kind, "key": "", "message": message, "remedy": "", "attempt": 0, "time": time.time()}
+def end(kind: str, message: str, rank: int = 0) -> dict[str, Any]:
+    who = {"rank": rank, "attempt": 0}
+    return {"kind": kind, **who, "key": "", "message": message, "remedy": "", "time": time.time()}
 
 
 def place(rank: int) -> dict[str, Any]:
-    return {"kind": "place", "rank": rank, "host": f"n{rank}", "threads": 2}
+    return {"kind": "place", "rank": rank, "attempt": 0, "host": f"n{rank}", "threads": 2}
 
 
 def test_the_first_node_is_told_while_it_waits(tmp_path: Path) -> None:
@@ -123,14 +124,14 @@ def test_the_first_node_is_told_while_it_waits(tmp_path: Path) -> None:
         ours, theirs = Reports(tmp_path / "one", meeting), Reports(tmp_path / "two", Meeting(meeting.endpoint))
         assert ours.of_all and not theirs.of_all
         write_json(tmp_path / "one" / "place_0.json", place(0))
-        write_json(tmp_path / "one" / "rank_0.json", end("error", "connection closed by peer"))
+        write_json(tmp_path / "one" / "rank_0.json", end("communication", "connection closed by peer"))
         write_json(tmp_path / "two" / "place_1.json", place(1))
         theirs.read()
         theirs.read()  # nothing new
         assert len(meeting.heard()) == 1
-        write_json(tmp_path / "two" / "rank_1.json", end("run", "the loss is nan"))
+        write_json(tmp_path / "two" / "rank_1.json", end("run", "the loss is nan", 1))
         threading.Timer(0.5, theirs.read).start()
-        driver._wait(Waiting(), folder, INTERRUPTS, ours, 2)  # type: ignore[arg-type]
+        driver._wait(Waiting(), folder, INTERRUPTS, ours, 1, 2)  # type: ignore[arg-type]
         with pytest.raises(RunError, match="the loss is nan"):
             driver._outcome(ours.ends, INTERRUPTS)
     (attempt,) = folder.manifest()["attempts"]
@@ -145,10 +146,46 @@ def test_a_lost_rank_of_another_node_ends_the_first_one_s(tmp_path: Path, monkey
     with served(here, folder) as meeting:
         ours, other = Reports(tmp_path, meeting), Meeting(meeting.endpoint)
         assert not other.is_first and (meeting.address, other.address) == ("127.0.0.1", "127.0.0.1")
-        other.tell(driver._word("error", "n1: its ranks ended without a word"))
-        driver._wait(Waiting(), folder, INTERRUPTS, ours, 2)  # type: ignore[arg-type]
-        with pytest.raises(RunError, match="n1: its ranks ended without a word"):
+        other.tell(driver._word("error", "rank 1 on n1 ended without a word"))
+        driver._wait(Waiting(), folder, INTERRUPTS, ours, 1, 2)  # type: ignore[arg-type]
+        with pytest.raises(RunError, match="rank 1 on n1 ended without a word"):
             driver._outcome(ours.ends, INTERRUPTS)
+
+
+def test_ranks_that_have_ended_are_not_kept_waiting_by_other_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would wait for an agent that was killed for five minutes."""
+    monkeypatch.setattr(driver, "_VERDICT_SECONDS", 0.5)
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+    with served(here, folder) as meeting:
+        ours = Reports(tmp_path, meeting)
+        write_json(tmp_path / "place_0.json", place(0))
+        ours.read()
+        assert [silent["rank"] for silent in ours.silent()] == [0]
+        result = {"step": 3, "loss": 1.0, "stopped": True, "checkpoint": 3}
+        write_json(tmp_path / "rank_0.json", {"kind": "result", "rank": 0, "attempt": 0, "result": result})
+        driver._wait(Waiting(), folder, INTERRUPTS, ours, 1, 2)  # type: ignore[arg-type]
+        assert ours.silent() == [] and driver._outcome(ours.ends, INTERRUPTS)["state"] == "interrupted"
+
+
+def test_a_node_that_did_not_come_is_missed(tmp_path: Path) -> None:
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    with served(here, begun(here)) as meeting, pytest.raises(RunError, match="not all of the 2 nodes came within 2 s"):
+        driver._require_met(here, Reports(tmp_path, meeting), INTERRUPTS)
+
+
+def test_another_job_on_another_node_is_refused_on_both(tmp_path: Path) -> None:
+    here = job(tmp_path / "run", endpoint="127.0.0.1")
+    folder = begun(here)
+    other = build(JobConfig, [{**job(tmp_path / "run", 1).model_dump(exclude_defaults=True), "optimizer.lr": 0.5}])
+    with served(here, folder) as meeting:
+        meeting.publish(folder)
+        with pytest.raises(JobError, match=r"optimizer.lr: --optimizer.lr=0.5 on this node, not given on the first"):
+            driver._follow(folder, type("Resolved", (), {"job": other}), False, INTERRUPTS)  # type: ignore[arg-type]
+        (word,) = meeting.heard()
+    assert word["kind"] == "run" and "optimizer.lr" in word["message"]
 
 
 def test_who_waits_for_the_first_node_hears_of_its_failure(tmp_path: Path) -> None:
@@ -170,7 +207,7 @@ def test_the_other_nodes_end_when_the_first_has_and_say_why(tmp_path: Path) -> N
     with served(here, folder) as meeting:
         theirs = Reports(tmp_path / "two", Meeting(meeting.endpoint))
         threading.Timer(0.5, folder.end, ["failed"], {"message": "its disk is full"}).start()
-        driver._wait(Waiting(), folder, INTERRUPTS, theirs, 2)  # type: ignore[arg-type]
+        driver._wait(Waiting(), folder, INTERRUPTS, theirs, 1, 2)  # type: ignore[arg-type]
         with pytest.raises(RunError, match="its disk is full"):
             driver._raise_what_the_first_node_says(folder)
 

@@ -69,6 +69,29 @@ def test_two_nodes_that_start_on_their_own(undisturbed: Run, start: Start, tmp_p
     assert {path.name for path in output.iterdir()} == {path.name for path in undisturbed.output.iterdir()}
 
 
+def test_a_rank_killed_on_one_of_two_nodes_is_named_on_both(undisturbed: Run, start: Start, tmp_path: Path) -> None:
+    """Then another job for one node is refused, and the same commands go on to the end."""
+    output = tmp_path / "run"
+    words = (*undisturbed.words, *TORCHRUN, "--output", str(output), "--nnodes", "2", "--nproc_per_node", "1")
+    first = (*words, "--launch.torchrun.endpoint", "127.0.0.1")
+    second = (*words, "--launch.torchrun.node_rank", "1")
+    nodes = [start(*first), start(*second)]
+    wait_for_step(nodes[0], output, 6)
+    os.kill(rank_processes(nodes[1])[0], signal.SIGKILL)
+    for node in nodes:
+        assert node.wait(60) == 1, node.stderr
+        assert "ended without a word (killed, out of memory, or crashed)" in node.result()["error"]["message"]
+        assert node.stderr.count("remedy: ") == 1
+        node.assert_nothing_left()
+    nodes = [start(*first), start(*second, "--checkpoint.interval", "9")]
+    assert [node.wait(60) for node in nodes] == [1, 2]
+    assert all("checkpoint.interval" in node.result()["error"]["message"] for node in nodes)
+    nodes = [start(*first), start(*second)]
+    for node in nodes:
+        assert node.wait() == 0, node.stderr
+    assert_same_end(output, undisturbed)
+
+
 def test_a_driver_that_is_killed_leaves_no_rank(undisturbed: Run, start: Start, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = start(*undisturbed.words, *TORCHRUN, "--output", str(output))

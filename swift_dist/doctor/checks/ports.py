@@ -95,7 +95,7 @@ def _blocked(node: str, name: str, ports: list[int], owners: dict[int, str], ban
     shown = ", ".join(f"{p} ({owners[p]})" if p in owners else str(p) for p in ports[:_NAMED])
     more = f" and {len(ports) - _NAMED} more" if len(ports) > _NAMED else ""
     text = f"{len(ports)} of the {size} ports {band[0]}-{band[1]} ({name}) are taken: {shown}{more}"
-    advice = "end what holds them if it is a job's leftover; a job whose port is among them fails, so give it another"
+    advice = "end what holds them if it is a leftover; torchrun takes the next port, a Slurm job that meets one fails"
     return on_node("ports", node, "bad" if len(ports) * 2 >= size else "warn", text, advice)
 
 
