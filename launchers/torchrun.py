@@ -15,7 +15,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.launchers._base import Where, command_line
+from swift_dist.launchers._base import Where, command_line, words
 from swift_dist.launchers.local import HereHandle
 
 if TYPE_CHECKING:
@@ -82,6 +82,17 @@ def endpoint(job: JobConfig) -> tuple[str, int]:
     return host, int(port or 0)
 
 
+def differences(job: JobConfig, other: JobConfig) -> dict[str, tuple[str, str]]:
+    """Keys in which the jobs that two nodes were given differ, with the words for them ("": the default). Not those of
+    launchers, nor how the run folder was named."""
+    one, two = ({word.partition("=")[0]: word for word in words(each)} for each in (job, other))
+    return {
+        key.removeprefix("--"): (one.get(key, ""), two.get(key, ""))
+        for key in sorted({*one, *two})
+        if one.get(key) != two.get(key) and not key.startswith(("--launch.", "--output", "--resume"))
+    }
+
+
 def first_port(run: Path) -> int:
     """Index in `PORTS` of the port that a run tries first."""
     return zlib.crc32(str(run).encode()) % len(PORTS)
@@ -96,7 +107,7 @@ def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None, add
         meeting: ``host:port`` of a store that is served there already; None: this is the only node.
         address: of this node, as the others reach it (default: what torchrun makes of its host name).
     """
-    words = [
+    command = [
         *("--nnodes", str(job.cluster.nnodes), "--nproc-per-node", str(nproc_per_node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", meeting or "localhost:0", "--rdzv-id", f"swift_dist-{job.task}"),
         # On several nodes torchrun's agents do not count restarts alike, and ranks that count another number than their
@@ -104,10 +115,10 @@ def torchrun_words(job: JobConfig, nproc_per_node: int, meeting: str | None, add
         *("--max-restarts", "0" if meeting else str(job.cluster.max_failures), "--monitor-interval", "0.5"),
     ]
     if meeting:
-        words += ["--rdzv-conf", f"is_host=False,join_timeout={max(1, int(job.cluster.rendezvous_timeout))}"]
+        command += ["--rdzv-conf", f"is_host=False,join_timeout={max(1, int(job.cluster.rendezvous_timeout))}"]
     if address:
-        words += ["--local-addr", address]
-    return words
+        command += ["--local-addr", address]
+    return command
 
 
 LAUNCHER = TorchrunLauncher()

@@ -28,8 +28,7 @@ from swift_dist.config import JobConfig
 from swift_dist.config.load import load_job
 from swift_dist.doctor.preflight import preflight_here
 from swift_dist.errors import JobError, RunError
-from swift_dist.launchers._base import words
-from swift_dist.launchers.torchrun import torchrun_words
+from swift_dist.launchers.torchrun import differences, torchrun_words
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import newest_step
@@ -125,16 +124,12 @@ def _require_same(job: JobConfig, folder: RunFolder) -> None:
     Raises:
         JobError: this node was given another one.
     """
-    theirs = load_job(folder.job_path)
-    given, there = ({word.partition("=")[0]: word for word in words(job)} for job in (job, theirs))
-    for key in sorted({*given, *there}):
-        name = key.removeprefix("--")
-        if given.get(key) != there.get(key) and name.partition(".")[0] not in ("launch", "output", "resume"):
-            raise JobError(
-                name,
-                f"{given.get(key, 'not given')} on this node, {there.get(key, 'not given')} on the first",
-                "the same command on every node, but for launch.torchrun.node_rank",
-            )
+    for key, (mine, theirs) in differences(job, load_job(folder.job_path)).items():
+        raise JobError(
+            key,
+            f"{mine or 'not given'} on this node, {theirs or 'not given'} on the first",
+            "the same command on every node, but for launch.torchrun.node_rank",
+        )
 
 
 def _word(kind: str, message: str, attempt: int = 0) -> dict[str, Any]:
