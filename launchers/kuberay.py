@@ -44,6 +44,7 @@ STATES: dict[str, State] = {
 """RayJob's status.jobStatus in our words."""
 _POLL_SECONDS = 5.0
 _NEW_POD_SECONDS = 600.0
+"""`cluster.replacement_timeout` of a job that names none."""
 _PATIENCE_SECONDS = 180.0
 """How long `wait` bears an API server that does not answer."""
 

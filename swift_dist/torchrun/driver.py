@@ -212,9 +212,9 @@ def _require_met(job: JobConfig, reports: Reports, interrupts: Interrupts) -> No
     if reports.places or reports.ends or interrupts.requested or not reports.of_all or job.cluster.nnodes == 1:
         return
     raise RunError(
-        f"not all of the {job.cluster.nnodes} nodes came within {job.cluster.rendezvous_timeout:.0f} s "
-        "(cluster.rendezvous_timeout)",
-        "what the command printed on each of the others says why; node_rank counts from 0 to the last",
+        f"no rank began: not all of the {job.cluster.nnodes} nodes came within {job.cluster.rendezvous_timeout:.0f} s "
+        "(cluster.rendezvous_timeout), or torchrun could not start",
+        "what the command printed on each of the others says why, or logs/torchrun_0.log in the run folder",
     )
 
 
