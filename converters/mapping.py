@@ -1,6 +1,6 @@
 """Weight mappings as index maps: (Hugging Face tensor, box) <-> (Megatron tensor, box). Pure Python, no torch.
 
-A *row* (`Direct`, `QKV`, `GatedMLP`, `Embedding`, `Experts`) describes one kind of tensor for all its layers; a family
+A *row* (`Direct`, `QKV`, `GatedMLP`, `Embedding`, `Experts`, `Duplicate`) describes one kind of tensor for all its layers; a family
 declares its rows once, in swift_dist/models/<family>.py. `expand` turns rows into one `TensorMap` a Megatron tensor:
 its whole shape and the `Piece`s that it consists of. A piece is read in either direction. `TensorMap.shard` clips the
 pieces to what one tensor-parallel rank holds. Loading, exporting and byte plans all derive from these three; nothing
@@ -64,6 +64,8 @@ class TensorMap:
             Hugging Face, and dropped when exported.
         tied_copy: a second holder of weights that another tensor owns: the last pipeline stage's output layer of a
             model with tied embeddings. It exists in live models only, neither in checkpoints nor in Hugging Face.
+        keep_dtype: stays in the dtype that it is stored in whatever dtype is asked for, because the model computes with
+            it in that dtype (a router's correction bias).
     """
 
     name: str
@@ -75,6 +77,7 @@ class TensorMap:
     expert: int | None = None
     padded: bool = False
     tied_copy: bool = False
+    keep_dtype: bool = False
 
     def shard(self, rank: int, size: int, padded_rows: int | None = None) -> TensorMap:
         """What rank `rank` of `size` tensor-parallel ranks holds (expert-tensor-parallel ranks for an expert).
@@ -124,8 +127,22 @@ def _with(box: Box, axis: int, interval: tuple[int, int]) -> Box:
     return (*box[:axis], interval, *box[axis + 1 :])
 
 
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A Hugging Face tensor that repeats another one and that Megatron holds once; the two must be equal.
+
+    Args:
+        hf, of: the repetition and what it repeats.
+        required: every folder has it, and an export writes it. Else it may be there, and is not written.
+    """
+
+    hf: str
+    of: str
+    required: bool = True
+
+
 class Row(Protocol):
-    """One kind of tensor. Names may hold ``{layer}`` and ``{expert}``."""
+    """One kind of Megatron tensor. Names may hold ``{layer}`` and ``{expert}``."""
 
     @property
     def layers(self) -> tuple[int, ...]: ...
@@ -140,7 +157,7 @@ class Direct:
     Args:
         megatron, hf: names.
         shape: whole shape.
-        split_axis: see `TensorMap`.
+        split_axis, keep_dtype: see `TensorMap`.
         layers: the layers that have it; empty: it is not in a layer.
     """
 
@@ -149,6 +166,7 @@ class Direct:
     shape: tuple[int, ...]
     split_axis: int | None = None
     layers: tuple[int, ...] = ()
+    keep_dtype: bool = False
 
     def at(self, layer: int | None, expert: int | None = None) -> TensorMap:
         box = tuple((0, extent) for extent in self.shape)
@@ -159,6 +177,7 @@ class Direct:
             split_axis=self.split_axis,
             layer=layer,
             expert=expert,
+            keep_dtype=self.keep_dtype,
         )
 
 
@@ -283,11 +302,17 @@ def _fill(name: str, layer: int | None, expert: int | None) -> str:
     return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
+Rows = tuple[Row | Duplicate, ...]
+"""The rows of a whole model."""
+
+
 def expand(
-    rows: Iterable[Row], layers: Collection[int] | None = None, experts: Collection[int] | None = None
+    rows: Iterable[Row | Duplicate], layers: Collection[int] | None = None, experts: Collection[int] | None = None
 ) -> Iterator[TensorMap]:
     """Every Megatron tensor that the rows describe, or only those of some layers and experts (None: of all)."""
     for row in rows:
+        if isinstance(row, Duplicate):
+            continue
         for layer in row.layers or (None,):
             if layer is not None and layers is not None and layer not in layers:
                 continue
@@ -298,12 +323,18 @@ def expand(
                 yield row.at(layer)
 
 
-def hf_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor that the rows describe, with its shape.
+def duplicates(rows: Iterable[Row | Duplicate]) -> tuple[Duplicate, ...]:
+    """The repetitions among the rows."""
+    return tuple(row for row in rows if isinstance(row, Duplicate))
+
+
+def hf_shapes(rows: Iterable[Row | Duplicate]) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor that a folder must hold, with its shape.
 
     Raises:
         ValueError: the pieces of a tensor do not add up to it: the rows are wrong.
     """
+    rows = tuple(rows)
     extents: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
     for tensor in expand(rows):
@@ -316,7 +347,8 @@ def hf_shapes(rows: Iterable[Row]) -> dict[str, tuple[int, ...]]:
     for name, extent in extents.items():
         if box_size(tuple((0, stop) for stop in extent)) != sizes[name]:
             raise ValueError(f"the rows do not cover {name} exactly once")
-    return {name: tuple(extent) for name, extent in extents.items()}
+    shapes = {name: tuple(extent) for name, extent in extents.items()}
+    return shapes | {row.hf: shapes[row.of] for row in duplicates(rows) if row.required}
 
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from swift_dist.converters.mapping import QKV, Direct, Embedding, Experts, GatedMLP, Row
+from swift_dist.converters.mapping import QKV, Direct, Duplicate, Embedding, Experts, GatedMLP, Row, Rows
 from swift_dist.errors import JobError
 from swift_dist.models.base import Config, activation_function
 from swift_dist.parallel import ModelShape
@@ -105,22 +105,24 @@ def transformer_config(config: Config, variant: Variant) -> dict[str, Any]:
     return arguments
 
 
-def rows(config: Config, variant: Variant) -> tuple[Row, ...]:
+def rows(config: Config, variant: Variant) -> Rows:
     """Rows of the whole model. Megatron's names are those of Transformer Engine's layers: a norm before a projection
     is that projection's ``layer_norm_weight``."""
     hidden, every = config["hidden_size"], tuple(range(config["num_hidden_layers"]))
     vocab, tied = config["vocab_size"], config["tie_word_embeddings"]
     dense = tuple(layer for layer in every if layer not in variant.moe_layers)
-    output = Embedding("output_layer.weight", "lm_head.weight", vocab, hidden)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    output: Rows = (Embedding("output_layer.weight", head, vocab, hidden),)
     if tied:
-        output = Embedding("output_layer.weight", "model.embed_tokens.weight", vocab, hidden, tied_copy=True)
+        copy = Embedding("output_layer.weight", embedding, vocab, hidden, tied_copy=True)
+        output = (copy, Duplicate(head, embedding, required=False))  # some folders hold both
     return (
-        Embedding("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden),
+        Embedding("embedding.word_embeddings.weight", embedding, vocab, hidden),
         *_attention_rows(config, variant, every),
         *(_mlp_rows(config, variant, dense) if dense else ()),
         *(_expert_rows(config, variant.moe_layers) if variant.moe_layers else ()),
         Direct("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)),
-        output,
+        *output,
     )
 
 

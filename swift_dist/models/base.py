@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift_dist.config.keys import did_you_mean
-from swift_dist.converters.mapping import Row
+from swift_dist.converters.mapping import Rows
 from swift_dist.errors import JobError
 from swift_dist.models._rope import Rope, rope, rope_parameters
 from swift_dist.parallel import ModelShape
@@ -71,7 +71,7 @@ class Family:
     defaults: Mapping[str, Any]
     make_shape: Callable[[Config], ModelShape]
     make_transformer_config: Callable[[Config], dict[str, Any]]
-    make_rows: Callable[[Config], tuple[Row, ...]]
+    make_rows: Callable[[Config], Rows]
 
     def complete(self, hf: Mapping[str, Any]) -> Config:
         """The config with this family's defaults filled in.
@@ -154,7 +154,7 @@ class Family:
         config = self.complete(hf)
         return rope(config, config["head_dim"])
 
-    def rows(self, hf: Mapping[str, Any]) -> tuple[Row, ...]:
+    def rows(self, hf: Mapping[str, Any]) -> Rows:
         """The weights: every Hugging Face tensor and where it goes."""
         return self.make_rows(self.complete(hf))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swift_dist.checkpoint.loading import FP8_SCALES
-from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
+from swift_dist.converters.live import LiveChunk, Shard, load_hf_slices
 from swift_dist.engines.megatron import optimizer_shards, rng
 from swift_dist.engines.megatron.model import unwrap
 from swift_dist.engines.megatron.optimizer import counts_for_each_parameter, parts, set_update_count

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swift_dist.converters.hf_to_megatron import LiveChunk, Shard, load_hf_slices
+from swift_dist.converters.live import LiveChunk, Shard, load_hf_slices
 from swift_dist.converters.mapping import expand
 from swift_dist.errors import JobError
 
