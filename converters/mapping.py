@@ -1,14 +1,15 @@
 """Weight mappings as index maps: (Hugging Face tensor, box) <-> (Megatron tensor, box). Pure Python, no torch.
 
-A *row* (`Direct`, `QKV`, `GatedMLP`, `Embedding`, `Experts`, `Duplicate`) describes one kind of tensor for all its layers; a family
-declares its rows once, in swift_dist/models/<family>.py. `expand` turns rows into one `TensorMap` a Megatron tensor:
-its whole shape and the `Piece`s that it consists of. A piece is read in either direction. `TensorMap.shard` clips the
-pieces to what one tensor-parallel rank holds. Loading, exporting and byte plans all derive from these three; nothing
-else knows a layout.
+A *row* (`Direct`, `QKV`, `GatedMLP`, `Embedding`, `Experts`, `Duplicate`) describes one kind of tensor for all its
+layers; a family declares its rows once, in swift_dist/models/<family>.py. `expand` turns rows into one `TensorMap` a
+Megatron tensor: its whole shape and the `Piece`s that it consists of. A piece is read in either direction.
+`TensorMap.shard` clips the pieces to what one tensor-parallel rank holds. Loading, exporting and byte plans all derive
+from these three; nothing else knows a layout.
 
 Megatron names are *global*: the layer and the expert are numbered over the whole model, experts as SequentialMLP names
 them (``...mlp.experts.local_experts.<e>.linear_fc1.weight``). `global_name` translates a live module's parameter name
-into it, `checkpoint_key` translates it into the key of a torch_dist checkpoint.
+into it, `checkpoint_key` translates it into the key of a torch_dist checkpoint. Multi-token-prediction layers
+(``mtp.layers.<k>.``) are numbered by themselves and belong to no layer of the decoder.
 """
 
 from __future__ import annotations
@@ -351,7 +352,7 @@ def hf_shapes(rows: Iterable[Row | Duplicate]) -> dict[str, tuple[int, ...]]:
     return shapes | {row.hf: shapes[row.of] for row in duplicates(rows) if row.required}
 
 
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")  # not mtp.layers: they are all on the last pipeline stage
 _EXPERT = re.compile(r"(\.mlp\.experts\.)local_experts\.(\d+)\.")
 _GROUPED = re.compile(r"(\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)$")
 

@@ -74,6 +74,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
     job = absolute_paths(job)
     hf_config = read_hf_config(job.model)
     family = find_family(hf_config)
+    family.require_trainable()
     shape = family.shape(hf_config)
     if job.model.config is not None:
         family.require_geometry(hf_config)

@@ -1,4 +1,4 @@
-"""Every shipped recipe resolves to a job whose layout is possible and sensible; those of unknown families refuse."""
+"""Every shipped recipe resolves to a job whose layout is possible and sensible; what is not trained is refused."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from swift_dist.recipes import (
     render_show,
     show_verb,
 )
-from swift_dist.recipes.geometry import shape_of_unsupported
+from swift_dist.resolve import resolve
 
-UNKNOWN_FAMILIES = {"mixtral", "deepseek_v3"}
+NOT_TRAINED = {"mixtral", "deepseek_v3"}
 MEMORY_GIB = 80
 
 # From the model cards and reports: total and active parameters, in billions, to the digits that are published.
@@ -51,7 +51,7 @@ def model_name(recipe: str) -> str:
 
 
 def shape_of(hf: dict) -> ModelShape:
-    return shape_of_unsupported(hf) if hf["model_type"] in UNKNOWN_FAMILIES else find_family(hf).shape(hf)
+    return find_family(hf).shape(hf)
 
 
 def resolved(name: str) -> tuple[JobConfig, ModelShape, ParallelLayout]:
@@ -131,19 +131,19 @@ def test_parameter_counts_are_transformers(model):
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_known_families_go_to_the_engine_and_unknown_ones_are_refused(name):
+def test_families_that_are_trained_go_to_the_engine_and_others_are_refused(name):
     hf = read_recipe(name)["model"]["config"]
-    says_so = "Not runnable yet" in recipe_path(name).read_text()
-    if hf["model_type"] in UNKNOWN_FAMILIES:
-        with pytest.raises(JobError) as refused:
-            find_family(hf)
-        assert hf["model_type"] in str(refused.value) and "llama" in str(refused.value)
-        assert says_so
+    family, says_so = find_family(hf), "Not runnable yet" in recipe_path(name).read_text()
+    assert family.name == hf["model_type"]
+    assert family.complete(hf)["num_hidden_layers"] == hf["num_hidden_layers"]
+    assert len(family.rows(hf)) > 5
+    if family.name in NOT_TRAINED:
+        with pytest.raises(JobError, match="not trained yet") as refused:
+            resolve(load_job(recipe_path(name)), nproc_per_node=8, on_cuda=True, output="unused")
+        assert refused.value.key == "model.config.model_type" and says_so
     else:
-        family = find_family(hf)
-        assert family.name == hf["model_type"] and not says_so
-        assert family.complete(hf)["num_hidden_layers"] == hf["num_hidden_layers"]
-        assert len(family.rows(hf)) > 5
+        family.require_trainable()
+        assert not says_so
 
 
 @pytest.mark.parametrize("name", [n for n in list_recipes() if "-a" in n])
@@ -158,8 +158,8 @@ def test_list_shows_every_recipe_once():
     json.dumps(listed)
     text = render_list(listed).splitlines()
     assert sum(line.startswith("llama-3.1-70b-512gpu ") for line in text) == 1
-    assert "tp4+sp pp4 vpp5 cp2 dp16" in "\n".join(text) and "'mixtral' is not supported yet" in "\n".join(text)
-    assert {r["model_type"] for r in listed["recipes"] if not r["supported"]} == UNKNOWN_FAMILIES
+    assert "tp4+sp pp4 vpp5 cp2 dp16" in "\n".join(text) and "'mixtral' is not trained yet" in "\n".join(text)
+    assert {r["model_type"] for r in listed["recipes"] if not r["supported"]} == NOT_TRAINED
 
 
 def test_smaller_models_and_fewer_gpus_come_first():

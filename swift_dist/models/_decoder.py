@@ -22,6 +22,34 @@ COMMON_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Where layers of one kind are: what their tensors' names begin with on either side, and which layers they are.
+
+    Args:
+        megatron, hf: beginnings of names; may hold ``{layer}``.
+        numbers: the layers; empty: one layer that is not numbered within the decoder.
+    """
+
+    megatron: str
+    hf: str
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def decoder(cls, numbers: tuple[int, ...]) -> Layers:
+        return cls("decoder.layers.{layer}.", "model.layers.{layer}.", numbers)
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a family's folders call the parts of a mixture, within a layer."""
+
+    router: str = "mlp.gate.weight"
+    gate: str = "mlp.experts.{expert}.gate_proj.weight"
+    up: str = "mlp.experts.{expert}.up_proj.weight"
+    down: str = "mlp.experts.{expert}.down_proj.weight"
+
+
+@dataclass(frozen=True)
 class Variant:
     """In what a decoder differs from the plain one.
 
@@ -32,6 +60,7 @@ class Variant:
         window: keys that a token attends to at most, itself included; None: all before it.
         window_layers: the layers to which `window` applies; None: all.
         moe_layers: the layers whose MLP is a mixture of experts.
+        expert_names: what the experts are called in a folder.
     """
 
     qkv_bias: bool = False
@@ -40,6 +69,7 @@ class Variant:
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     moe_layers: tuple[int, ...] = ()
+    expert_names: ExpertNames = ExpertNames()
 
 
 def shape(config: Config, variant: Variant) -> ModelShape:
@@ -108,21 +138,30 @@ def transformer_config(config: Config, variant: Variant) -> dict[str, Any]:
 def rows(config: Config, variant: Variant) -> Rows:
     """Rows of the whole model. Megatron's names are those of Transformer Engine's layers: a norm before a projection
     is that projection's ``layer_norm_weight``."""
-    hidden, every = config["hidden_size"], tuple(range(config["num_hidden_layers"]))
-    vocab, tied = config["vocab_size"], config["tie_word_embeddings"]
+    every = tuple(range(config["num_hidden_layers"]))
     dense = tuple(layer for layer in every if layer not in variant.moe_layers)
+    mixtures = Layers.decoder(variant.moe_layers)
+    embedding, output = outer_rows(config)
+    return (
+        *embedding,
+        *_attention_rows(config, variant, every),
+        *(mlp_rows(config, Layers.decoder(dense), variant.all_bias) if dense else ()),
+        *(expert_rows(config, mixtures, variant.expert_names) if variant.moe_layers else ()),
+        *output,
+    )
+
+
+def outer_rows(config: Config) -> tuple[Rows, Rows]:
+    """What is before the layers, and what is after them."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     output: Rows = (Embedding("output_layer.weight", head, vocab, hidden),)
-    if tied:
+    if config["tie_word_embeddings"]:
         copy = Embedding("output_layer.weight", embedding, vocab, hidden, tied_copy=True)
         output = (copy, Duplicate(head, embedding, required=False))  # some folders hold both
     return (
-        Embedding("embedding.word_embeddings.weight", embedding, vocab, hidden),
-        *_attention_rows(config, variant, every),
-        *(_mlp_rows(config, variant, dense) if dense else ()),
-        *(_expert_rows(config, variant.moe_layers) if variant.moe_layers else ()),
-        Direct("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)),
-        *output,
+        (Embedding("embedding.word_embeddings.weight", embedding, vocab, hidden),),
+        (Direct("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)), *output),
     )
 
 
@@ -150,34 +189,35 @@ def _attention_rows(config: Config, variant: Variant, layers: tuple[int, ...]) -
     return found
 
 
-def _mlp_rows(config: Config, variant: Variant, layers: tuple[int, ...]) -> list[Row]:
-    megatron, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+def mlp_rows(config: Config, where: Layers, biased: bool = False) -> list[Row]:
+    """A dense MLP and the norm before it."""
+    megatron, hf, layers = f"{where.megatron}mlp.", f"{where.hf}mlp.", where.numbers
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    norm = "model.layers.{layer}.post_attention_layernorm.weight"
+    norm = f"{where.hf}post_attention_layernorm.weight"
     gate_up = (f"{hf}gate_proj.weight", f"{hf}up_proj.weight")
     found: list[Row] = [
         Direct(f"{megatron}linear_fc1.layer_norm_weight", norm, (hidden,), layers=layers),
         GatedMLP(f"{megatron}linear_fc1.weight", gate_up, inner, hidden, layers),
         Direct(f"{megatron}linear_fc2.weight", f"{hf}down_proj.weight", (hidden, inner), split_axis=1, layers=layers),
     ]
-    if variant.all_bias:
+    if biased:
         biases = (f"{hf}gate_proj.bias", f"{hf}up_proj.bias")
         found.append(GatedMLP(f"{megatron}linear_fc1.bias", biases, inner, None, layers))
         found.append(Direct(f"{megatron}linear_fc2.bias", f"{hf}down_proj.bias", (hidden,), layers=layers))
     return found
 
 
-def _expert_rows(config: Config, layers: tuple[int, ...]) -> list[Row]:
-    megatron, hf = "decoder.layers.{layer}.mlp.", "model.layers.{layer}.mlp."
+def expert_rows(config: Config, where: Layers, names: ExpertNames) -> list[Row]:
+    """A router, its experts, and the norm before them."""
+    megatron, hf, layers = where.megatron, where.hf, where.numbers
     hidden, inner, num_experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
-    norm, expert = "model.layers.{layer}.post_attention_layernorm.weight", "experts.local_experts.{expert}."
-    gate_up = (f"{hf}experts.{{expert}}.gate_proj.weight", f"{hf}experts.{{expert}}.up_proj.weight")
-    down = f"{hf}experts.{{expert}}.down_proj.weight"
-    fc1 = GatedMLP(f"{megatron}{expert}linear_fc1.weight", gate_up, inner, hidden, layers)
-    fc2 = Direct(f"{megatron}{expert}linear_fc2.weight", down, (hidden, inner), split_axis=1, layers=layers)
+    norm, expert = f"{hf}post_attention_layernorm.weight", f"{megatron}mlp.experts.local_experts.{{expert}}."
+    gate_up, router = (f"{hf}{names.gate}", f"{hf}{names.up}"), f"{hf}{names.router}"
+    fc1 = GatedMLP(f"{expert}linear_fc1.weight", gate_up, inner, hidden, layers)
+    fc2 = Direct(f"{expert}linear_fc2.weight", f"{hf}{names.down}", (hidden, inner), split_axis=1, layers=layers)
     return [
-        Direct("decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, (hidden,), layers=layers),
-        Direct(f"{megatron}router.weight", f"{hf}gate.weight", (num_experts, hidden), layers=layers),
+        Direct(f"{megatron}pre_mlp_layernorm.weight", norm, (hidden,), layers=layers),
+        Direct(f"{megatron}mlp.router.weight", router, (num_experts, hidden), layers=layers),
         Experts(fc1, num_experts),
         Experts(fc2, num_experts),
     ]

@@ -6,7 +6,7 @@ its weights. What a config says and the engine cannot do is refused by name; not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,18 @@ _NEUTRAL = frozenset(
 )
 _GEOMETRY = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size "
-    "num_experts moe_intermediate_size num_experts_per_tok"
+    "num_experts moe_intermediate_size num_experts_per_tok "
+    "n_routed_experts kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
 ).split()
 _ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
 _HARMLESS = {"partial_rotary_factor": 1.0}
+# transformers 5 names some keys twice (a config class's ``attribute_map``) and saves them under either name.
+_ALIASES = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 _COUNTS = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+    n_routed_experts n_shared_experts kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
     """.split()
 )
 _FLAGS = frozenset(
@@ -64,6 +68,8 @@ class Family:
         architectures: the class names that config.json may state.
         defaults: what transformers assumes for keys that config.json does not state, for every key understood.
         make_shape, make_transformer_config, make_rows: from a completed config; see the methods of those names.
+        trainable: whether the engine trains it. Weights of the others are converted only.
+        fit_folder: see `for_folder`; None: a folder always holds what its config says.
     """
 
     name: str
@@ -72,6 +78,30 @@ class Family:
     make_shape: Callable[[Config], ModelShape]
     make_transformer_config: Callable[[Config], dict[str, Any]]
     make_rows: Callable[[Config], Rows]
+    trainable: bool = True
+    fit_folder: Callable[[Config, Collection[str]], Config] | None = None
+
+    def require_trainable(self) -> None:
+        """Refuse a family that is converted only.
+
+        Raises:
+            JobError: the engine does not train it.
+        """
+        if not self.trainable:
+            raise JobError(
+                "model.config.model_type",
+                f"{self.name!r} can be converted but is not trained yet by the megatron engine",
+                "use a model of a family that is trained; swift-dist convert takes this one's weights to and fro",
+            )
+
+    def for_folder(self, hf: Mapping[str, Any], names: Collection[str]) -> Config:
+        """The config to use for weights that are there, of which config.json may state more than there are.
+
+        Args:
+            hf: the config.json.
+            names: the tensors of a Hugging Face folder, or of a Megatron checkpoint.
+        """
+        return dict(hf) if self.fit_folder is None else self.fit_folder(dict(hf), names)
 
     def complete(self, hf: Mapping[str, Any]) -> Config:
         """The config with this family's defaults filled in.
@@ -82,7 +112,8 @@ class Family:
                 through.
         """
         stated = {key: value for key, value in hf.items() if not key.startswith("_")}
-        self._take_alias(stated, "num_local_experts", "num_experts")
+        for alias, key in _ALIASES.items():
+            self._take_alias(stated, alias, key)
         for key, value in stated.items():
             if key in self.defaults or key in _NEUTRAL or key in _ROPE or not value or _HARMLESS.get(key) == value:
                 continue
@@ -97,6 +128,8 @@ class Family:
             config["num_key_value_heads"] = config["num_attention_heads"]
         for key in self.defaults.keys() & _COUNTS - {"head_dim"}:
             _check_count(key, config[key])
+        if "qk_rope_head_dim" in self.defaults:  # latent attention: RoPE turns this part of a head, as in transformers
+            config["head_dim"] = config["qk_rope_head_dim"]
         if config.get("head_dim") is None:
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         self._check_values(config)
@@ -108,9 +141,7 @@ class Family:
         Raises:
             JobError: names the first size that is missing, and all of them.
         """
-        stated = {key for key, value in hf.items() if value is not None}
-        if "num_local_experts" in stated:
-            stated.add("num_experts")
+        stated = {_ALIASES.get(key, key) for key, value in hf.items() if value is not None}
         missing = [key for key in _GEOMETRY if key in self.defaults and key not in stated]
         if missing:
             raise JobError(
@@ -126,6 +157,8 @@ class Family:
 
     def transformer_config(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of megatron-core's TransformerConfig that the model decides; not precision, layout or fusions.
+
+        With ``multi_latent_attention`` they are those of its MLATransformerConfig.
 
         ``hidden_dropout`` is 0 (these models have none), ``init_method_std`` is ``initializer_range``; megatron then
         scales the two output projections of a layer by 1 / sqrt(2 * num_layers), which transformers does not.
@@ -159,7 +192,7 @@ class Family:
         return self.make_rows(self.complete(hf))
 
     def _take_alias(self, stated: Config, alias: str, key: str) -> None:
-        """transformers 5 saves some keys under another name (its ``attribute_map``)."""
+        """Put a value that goes by another name under ours."""
         if alias in stated and key in self.defaults:
             value = stated.pop(alias)
             if stated.setdefault(key, value) != value:

@@ -45,7 +45,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def list_verb(options: ListOptions) -> dict[str, Any]:
-    """`recipes list`: every recipe with its headline, size, ranks, layout, and whether the engine knows its family."""
+    """`recipes list`: every recipe with its headline, size, ranks, layout, and whether the engine trains its family."""
     return {"recipes": [_describe(name) for name in list_recipes()]}
 
 
@@ -59,7 +59,7 @@ def render_list(result: dict[str, Any]) -> str:
             _billions(r["num_active_parameters"]),
             str(r["gpus"]),
             r["layout"],
-            "" if r["supported"] else f"family {r['model_type']!r} is not supported yet",
+            "" if r["supported"] else f"family {r['model_type']!r} is not trained yet",
         )
         for r in result["recipes"]
     ]
@@ -91,24 +91,20 @@ def _require(name: str) -> Path:
 
 def _describe(name: str) -> dict[str, Any]:
     from swift_dist.config import ParallelSection
-    from swift_dist.models import Family, find_family
+    from swift_dist.models import find_family
     from swift_dist.parallel import ParallelLayout
-    from swift_dist.recipes.geometry import shape_of_unsupported
 
     job, path = read_recipe(name), _require(name)
     hf = job["model"]["config"]
-    try:
-        family: Family | None = find_family(hf)
-    except JobError:
-        family = None
-    shape = shape_of_unsupported(hf) if family is None else family.shape(hf)
+    family = find_family(hf)
+    shape = family.shape(hf)
     gpus = job["cluster"]["nnodes"] * job["cluster"]["nproc_per_node"]
     layout = ParallelLayout.resolve(ParallelSection(**(job["parallel"] or {})), gpus, shape.is_moe)
     return {
         "name": path.stem,
         "title": path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "),
         "model_type": hf["model_type"],
-        "supported": family is not None,
+        "supported": family.trainable,
         "num_parameters": shape.num_parameters(),
         "num_active_parameters": shape.num_active_parameters(),
         "gpus": gpus,

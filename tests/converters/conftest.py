@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,30 +25,44 @@ def _load(name: str) -> ModuleType:
 tiny_models = _load("tiny_models")
 
 
-@pytest.fixture(scope="session", params=sorted(tiny_models.CONFIGS))
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A saved tiny model of each family: .name, .folder, .hf (config.json), .family, .rows, .tensors (by HF name)."""
-    from types import SimpleNamespace
-
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """A saved tiny model by name: .name, .folder, .hf (config.json, as it fits the folder), .family, .rows, .tensors
+    (by HF name). Saved once."""
     from safetensors.torch import load_file
 
     from swift_dist.models import find_family
 
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_models.save_tiny_model(request.param, folder)
-    hf = json.loads((folder / "config.json").read_text())
-    family = find_family(hf)
-    tensors = load_file(folder / "model.safetensors")
-    return SimpleNamespace(
-        name=request.param, folder=folder, hf=hf, family=family, rows=family.rows(hf), tensors=tensors
-    )
+    @cache
+    def save(name: str) -> Any:
+        folder = tmp_path_factory.mktemp(name)
+        tiny_models.save_tiny_model(name, folder)
+        hf = json.loads((folder / "config.json").read_text())
+        family, tensors = find_family(hf), load_file(folder / "model.safetensors")
+        hf = family.for_folder(hf, tensors.keys())
+        return SimpleNamespace(name=name, folder=folder, hf=hf, family=family, rows=family.rows(hf), tensors=tensors)
+
+    return save
+
+
+@pytest.fixture(scope="session", params=sorted(tiny_models.CONFIGS))
+def saved(request: pytest.FixtureRequest, save_model: Callable[[str], Any]) -> Any:
+    """A saved tiny model of each family; see `save_model`."""
+    return save_model(request.param)
+
+
+@pytest.fixture(scope="session", params=sorted(tiny_models.TRAINED))
+def trained(request: pytest.FixtureRequest, save_model: Callable[[str], Any]) -> Any:
+    """A saved tiny model of each family that the engine trains."""
+    return save_model(request.param)
 
 
 @pytest.fixture
-def whole(saved: Any) -> dict[str, torch.Tensor]:
-    """The model's weights as whole Megatron tensors, by global name."""
+def whole(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
+    """The weights of the test's `saved` or `trained` model as whole Megatron tensors, by global name."""
     from swift_dist.converters.mapping import expand, slices
 
+    saved = request.getfixturevalue("trained" if "trained" in request.fixturenames else "saved")
     found = {}
     for tensor in expand(saved.rows):
         values = torch.full(tensor.shape, float("nan"))

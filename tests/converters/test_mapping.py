@@ -14,6 +14,7 @@ from swift_dist.converters.mapping import (
     Experts,
     GatedMLP,
     checkpoint_key,
+    duplicates,
     expand,
     global_name,
     hf_shapes,
@@ -32,6 +33,7 @@ def test_there_and_back_is_bit_exact(saved: Any, whole: dict[str, torch.Tensor])
             for piece in tensor.pieces:
                 assert back[piece.hf][slices(piece.hf_box)].isnan().all(), f"{piece.hf} is written twice"
                 back[piece.hf][slices(piece.hf_box)] = whole[tensor.name][slices(piece.megatron_box)]
+    back |= {row.hf: back[row.of] for row in duplicates(saved.rows) if row.required}
     for name, values in saved.tensors.items():
         assert torch.equal(back[name], values), name
 
@@ -47,6 +49,9 @@ def test_pieces_cover_every_megatron_element_once(saved: Any) -> None:
 def test_qkv_is_interleaved_as_megatron_reads_it(saved: Any, whole: dict[str, torch.Tensor]) -> None:
     """Megatron views its rows as [groups, heads per group + 2, head_dim] and splits the middle axis."""
     shape = saved.family.shape(saved.hf)
+    if shape.latent_attention:
+        assert not any(isinstance(row, QKV) for row in saved.rows)
+        return
     heads = shape.num_attention_heads // shape.num_query_groups
     for layer in range(shape.num_layers):
         stored = whole[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"]
@@ -79,7 +84,8 @@ def _megatron_part(name: str, values: torch.Tensor, rank: int, size: int) -> tor
     if re.search(r"linear_fc1\.(weight|bias)$", name):
         gate, up = values.chunk(2)
         return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
-    if re.search(r"linear_qkv\.(weight|bias)$|embedding|output_layer", name):
+    latent = r"linear_q_proj\.weight$|linear_(q|kv)_up_proj\.weight$|eh_proj"
+    if re.search(r"linear_qkv\.(weight|bias)$|embedding|output_layer|" + latent, name):
         return values.chunk(size)[rank]
     if re.search(r"linear_(proj|fc2)\.weight$", name):
         return values.chunk(size, dim=1)[rank]
@@ -125,6 +131,11 @@ def test_expand_yields_only_the_layers_and_experts_asked_for() -> None:
             "decoder.layers.5.mlp.experts.local_experts.11.linear_fc1.weight",
         ),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        ("mtp.layers.0.enorm.weight", "mtp.layers.0.enorm.weight"),
+        (
+            "mtp.layers.0.transformer_layer.mlp.experts.linear_fc2.weight3",
+            "mtp.layers.0.transformer_layer.mlp.experts.local_experts.11.linear_fc2.weight",
+        ),
         ("embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
     ],
 )
@@ -136,7 +147,12 @@ def test_checkpoint_key() -> None:
     name = "decoder.layers.5.mlp.experts.local_experts.10.linear_fc1.weight"
     assert checkpoint_key(name) == ("decoder.layers.5.mlp.experts.experts.linear_fc1.weight", 10)
     assert checkpoint_key("output_layer.weight") == ("output_layer.weight", None)
+    name = "mtp.layers.0.transformer_layer.mlp.experts.local_experts.3.linear_fc1.weight"
+    assert checkpoint_key(name) == ("mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc1.weight", 3)
 
 
 def test_parameter_counts_add_up(saved: Any) -> None:
-    assert sum(map(math.prod, hf_shapes(saved.rows).values())) == saved.family.shape(saved.hf).num_parameters()
+    """Layers after the last one (multi-token prediction) are not counted."""
+    after = f"model.layers.{saved.hf['num_hidden_layers']}."
+    counts = [math.prod(shape) for name, shape in hf_shapes(saved.rows).items() if not name.startswith(after)]
+    assert sum(counts) == saved.family.shape(saved.hf).num_parameters()

@@ -9,6 +9,7 @@ import pytest
 
 from swift_dist.errors import JobError
 from swift_dist.models import Family, families, find_family
+from swift_dist.models._rope import rope_parameters
 
 FAMILIES = {family.name: family for family in families()}
 TINY = {
@@ -18,6 +19,14 @@ TINY = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+NOT_TRAINED = {"mixtral", "deepseek_v2", "deepseek_v3"}
+UNSTATED = {"deepseek_v2": {"num_experts_per_tok": 6}}  # what a config must state: transformers assumes none
+# What published files state and transformers 5 does not read any more.
+UNREAD = {"ep_size", "moe_layer_freq", "aux_loss_alpha", "seq_aux", "scoring_func"}
+NOT_THEIRS = {
+    *("layer_types", "router_z_loss_coef", "mlp_only_layers", "num_experts", "rope_theta", "qk_head_dim"),
+    "num_nextn_predict_layers",  # transformers assumes 1, and saves folders without it
 }
 
 
@@ -35,20 +44,27 @@ def hf_class(family: Family, **keys: Any) -> Any:
 
 def test_defaults_are_those_of_transformers(family: Family) -> None:
     """What config.json does not state is what transformers assumes (derived values: compared after completion)."""
-    theirs = hf_class(family).to_dict()
-    ours = family.complete({})
-    for key in family.defaults.keys() - {"layer_types", "router_z_loss_coef", "mlp_only_layers", "num_experts"}:
+    stated = UNSTATED.get(family.name, {})
+    theirs = hf_class(family, **stated).to_dict()
+    ours = family.complete(stated)
+    unread = UNREAD | ({"topk_method"} if family.name == "deepseek_v3" else set())
+    assert not theirs.keys() & (unread if "v_head_dim" in family.defaults else set())
+    for key in family.defaults.keys() - NOT_THEIRS - unread:
         if key == "sliding_window" and not theirs.get("use_sliding_window", True):
             continue  # transformers forgets the window where it is switched off
-        if key == "head_dim" and key not in theirs:
+        if key == "head_dim" and theirs.get(key) is None:
             assert ours[key] == theirs["hidden_size"] // theirs["num_attention_heads"]
             continue
         assert ours[key] == theirs[key], key
-    assert ours.get("num_experts") == getattr(hf_class(family), "num_experts", None)
+    if "num_experts" in family.defaults:
+        assert ours["num_experts"] == getattr(hf_class(family), "num_experts", None)
+    assert rope_parameters(ours) == theirs["rope_parameters"]
 
 
 def test_what_save_pretrained_writes_is_understood(family: Family) -> None:
-    hf = hf_class(family, **TINY).to_dict() | {"architectures": list(family.architectures)}
+    hf = hf_class(family, **TINY, **UNSTATED.get(family.name, {})).to_dict() | {
+        "architectures": list(family.architectures)
+    }
     assert find_family(hf) is family
     assert family.shape(hf).hidden_size == 32
 
@@ -58,20 +74,48 @@ def test_parameter_count_equals_transformers(family: Family, keys: dict[str, Any
     import torch
     from transformers import AutoModelForCausalLM
 
+    keys = keys | UNSTATED.get(family.name, {})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_class(family, **keys))
-    assert family.shape(keys).num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
+    count += sum(bias.numel() for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    assert family.shape(keys).num_parameters() == count
 
 
 def test_arguments_fit_megatron(family: Family) -> None:
     """Every key is an argument there, and the values pass megatron's own checks."""
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    config = TransformerConfig(**family.transformer_config(TINY))
-    assert config.kv_channels == family.complete(TINY)["head_dim"]
+    keys = TINY | UNSTATED.get(family.name, {})
+    arguments = family.transformer_config(keys)
+    config = (MLATransformerConfig if "multi_latent_attention" in arguments else TransformerConfig)(**arguments)
+    assert config.kv_channels == family.complete(keys)["head_dim"]
     assert config.gated_linear_unit and config.activation_func.__name__ == "silu"
-    assert family.gpt_model(TINY).keys() <= inspect.signature(GPTModel.__init__).parameters.keys()
+    assert family.gpt_model(keys).keys() <= inspect.signature(GPTModel.__init__).parameters.keys()
+
+
+def test_families_that_are_converted_only_are_refused_for_training(family: Family) -> None:
+    assert family.trainable == (family.name not in NOT_TRAINED)
+    if family.trainable:
+        family.require_trainable()
+        return
+    with pytest.raises(JobError, match="can be converted but is not trained yet") as caught:
+        family.require_trainable()
+    assert caught.value.key == "model.config.model_type"
+
+
+def test_a_folder_may_lack_what_its_config_states() -> None:
+    """transformers saves DeepSeek-V3 without the multi-token-prediction layers that its config keeps stating."""
+    family = FAMILIES["deepseek_v3"]
+    hf = {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}
+    assert family.for_folder(hf, {"model.layers.3.mlp.up_proj.weight"}) == hf | {"num_nextn_predict_layers": 0}
+    for name in ("model.layers.4.enorm.weight", "mtp.layers.0.enorm.weight"):
+        assert family.for_folder(hf, {name}) == hf
+    renamed = {"num_hidden_layers": 4, "num_mtp_layers": 1}
+    assert family.complete(renamed)["num_nextn_predict_layers"] == 1
+    assert family.complete(family.for_folder(renamed, ()))["num_nextn_predict_layers"] == 0
+    assert FAMILIES["llama"].for_folder({"vocab_size": 5}, ()) == {"vocab_size": 5}
 
 
 def test_biases_and_norms_of_each_family() -> None:
@@ -174,6 +218,21 @@ def test_layers_with_experts_are_those_of_transformers() -> None:
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers", "no layer with experts"),
         ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "norm_topk_prob", "no gradient"),
         ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts", "num_local_experts is 4"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok", "more than num_local_experts 8"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise", "not understood"),
+        ("deepseek_v2", {}, "num_experts_per_tok", "positive whole number"),
+        ("deepseek_v2", {"num_experts_per_tok": 6, "norm_topk_prob": True}, "norm_topk_prob", "only False"),
+        ("deepseek_v2", {"num_experts_per_tok": 6, "mlp_bias": True}, "mlp_bias", "only False"),
+        ("deepseek_v2", {"num_experts_per_tok": 6, "topk_method": "noaux_tc"}, "topk_method", "only 'greedy' or"),
+        ("deepseek_v3", {"first_k_dense_replace": 4}, "first_k_dense_replace", "no layer with experts"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias", "not supported"),
+        ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank", "null or positive"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq", "only 1"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func", "only 'sigmoid'"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave", "only True"),
+        ("deepseek_v3", {"qk_head_dim": 5}, "qk_head_dim", "192"),
+        ("deepseek_v3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers", "whole number"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config", "not understood"),
     ],
 )
 def test_refusals_name_the_key(name: str, keys: dict[str, Any], key: str, says: str) -> None:
@@ -181,6 +240,22 @@ def test_refusals_name_the_key(name: str, keys: dict[str, Any], key: str, says: 
         FAMILIES[name].shape(TINY | keys)
     assert caught.value.key == f"model.config.{key}"
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"type": "yarn", "factor": 2.0, "attention_factor": 1.5},
+        {"type": "yarn", "factor": 2.0, "mscale_all_dim": 1.0},
+    ],
+)
+def test_rope_that_latent_attention_computes_otherwise_is_refused(stated: dict[str, Any]) -> None:
+    """Where it would be computed: the weights are the same."""
+    hf = TINY | {"rope_scaling": stated}
+    assert FAMILIES["deepseek_v3"].rows(hf)
+    with pytest.raises(JobError, match="is not what megatron-core's latent attention computes"):
+        FAMILIES["deepseek_v3"].transformer_config(hf)
 
 
 def test_switched_off_keys_pass() -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from swift_dist.models import find_family
 from swift_dist.parallel import ModelShape
-from swift_dist.recipes.geometry import shape_of_unsupported
 
 SMALL = {
     "vocab_size": 500,
@@ -63,8 +62,6 @@ CONFIGS = {
 
 
 def shape_of(hf: dict) -> ModelShape:
-    if hf["model_type"] in ("mixtral", "deepseek_v3"):
-        return shape_of_unsupported(hf)
     return find_family(hf).shape(hf)
 
 
