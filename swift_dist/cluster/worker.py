@@ -9,7 +9,6 @@ process is reached through its beat record and by signals only.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import logging
@@ -32,12 +31,12 @@ from swift_dist.cluster.heartbeat import Pulse
 from swift_dist.cluster.versions import check_versions
 from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
+from swift_dist.lifetime import end_with_parent
 from swift_dist.runs.logs import write_into
 
 if TYPE_CHECKING:
     import torch.distributed
 
-_PR_SET_PDEATHSIG = 1
 _CONNECT_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ class RankProcess:
             setup: what is the same for all attempts.
         """
         # The raylet is the parent: if it is gone the job is, and a rank that stands stopped must end as well.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver alone acts on Ctrl-C
         with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, setup.niceness)  # Ray starts its workers at niceness 15

@@ -7,7 +7,6 @@ the run ended; the others wait for it, start their ranks and leave with the same
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -29,6 +28,7 @@ from swift_dist.config.load import load_job
 from swift_dist.doctor.preflight import preflight_here
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers.torchrun import differences, torchrun_words
+from swift_dist.lifetime import end_with_parent
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import newest_step
@@ -40,7 +40,6 @@ from swift_dist.torchrun.reports import FINAL, Reports
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _SEE_LOGS = "see logs/torchrun_*.log and logs/rank_*.log in the run folder"
 _REMEDY = "\n  remedy: "
 _KILL_SECONDS = 40.0  # torchrun gives its ranks 30 s to end after a signal
@@ -220,7 +219,7 @@ def _require_met(job: JobConfig, reports: Reports, interrupts: Interrupts) -> No
 
 def _end_with_parent() -> None:
     """In the child: if the driver is killed, torchrun gets SIGTERM, and its ranks checkpoint and end."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    end_with_parent(signal.SIGTERM)
 
 
 def _wait(

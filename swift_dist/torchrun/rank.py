@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ from swift_dist.cluster.environment import num_threads
 from swift_dist.cluster.failures import is_communication_error
 from swift_dist.config.load import load_job
 from swift_dist.errors import EXIT_FAILED, JobError, RunError
+from swift_dist.lifetime import end_with_parent
 from swift_dist.resolve import resolve
 from swift_dist.runs.files import write_json
 from swift_dist.runs.folder import RunFolder
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 REPORTS = "SWIFT_DIST_REPORTS"
 """Variable with the folder into which ranks write how they ended."""
 _LOOK_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
 
 
 class TorchrunWorker:
@@ -77,7 +76,7 @@ class TorchrunWorker:
 def main(path: str) -> int:
     """Train as this rank of the run in `path`; returns the exit code. How it ended lies in the reports' folder."""
     # torchrun puts ranks into sessions of their own: killed, it would leave them behind.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     folder = RunFolder(path)
     on_cuda = os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     worker = TorchrunWorker(folder, on_cuda)
