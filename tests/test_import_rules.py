@@ -13,24 +13,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LINKED_ROOMS = ("converters", "kernels", "launchers")  # at the top of the repository, linked from swift_dist/
 
-EVERYWHERE = {"errors", "plugins"}  # standard library only, themselves
+EVERYWHERE = {"errors", "lifetime", "plugins"}  # standard library only, themselves
 EVERYTHING = {"*"}
 # room -> rooms (or modules of rooms) that it may import, besides itself and EVERYWHERE
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "lifetime": set(),
     "plugins": set(),
+    "workers": set(),
     "config": set(),
     "parallel": {"config"},
     "kernels": set(),
     "converters": {"config", "parallel", "kernels"},
     "models": {"config", "parallel", "converters.mapping"},
     "recipes": {"config", "parallel", "models"},
-    "data": {"config"},
+    "data": {"config", "workers"},
     "tuners": {"config", "models"},
     "objectives": {"config", "models"},
     "optim": {"config", "models"},
     "checkpoint": {"config", "parallel", "converters"},
     "runs": {"config"},
+    "convert": {"config", "parallel", "models", "converters", "checkpoint", "workers"},
     "sequence_parallel": {"config", "parallel", "kernels"},
     "engines": {
         *("config", "parallel", "kernels", "converters", "models", "data", "tuners", "objectives", "optim"),
@@ -63,11 +66,14 @@ ALLOWED: dict[str, set[str]] = {
 
 HEAVY = {"torch", "ray", "transformers", "megatron", "deepspeed", "vllm", "datasets", "accelerate", "peft", "trl"}
 # Imported by the driver or the command line, whose start must not pay for what it does not use.
-LIGHT_ROOMS = ("errors", "plugins", "config", "parallel", "models", "recipes", "launchers", "cli", "api", "resolve", "")
+LIGHT_ROOMS = (
+    *("errors", "lifetime", "plugins", "workers", "config", "parallel", "models", "recipes", "launchers", "cli", "api"),
+    *("resolve", ""),
+)
 LIGHT_MODULES = ("runs.worker", "converters.mapping", "doctor.verb")
 # A backend is imported by the room that is that backend.
 BACKENDS = {
-    "ray": {"cluster", "data", "serving", "cli", "doctor", "launchers"},
+    "ray": {"cluster", "workers", "serving", "cli", "doctor", "launchers"},
     "megatron": {"engines", "checkpoint", "optim"},
     "vllm": {"serving"},
     "deepspeed": {"engines"},
@@ -196,6 +202,7 @@ LIGHT_TO_START = [
     "resolve",
     "runs.worker",
     "doctor.verb",
+    "workers.pool",
 ]
 
 
@@ -230,6 +237,8 @@ def test_rooms_at_the_top_are_no_packages():
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from swift_dist.models import Family",
             False,
         ),
+        ("swift_dist/workers/x.py", "from swift_dist.config import JobConfig", True),
+        ("swift_dist/workers/x.py", "from swift_dist.lifetime import end_with_parent", False),
         ("swift_dist/train.py", "from swift_dist.cluster import gang", True),
         ("swift_dist/job.py", "from swift_dist.cluster import gang", False),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,6 +45,10 @@ class Recipe:
     shuffle: bool
     seed: int
     parts: str
+
+    def start(self) -> Callable[[Unit], PartFacts]:
+        """The recipe is the task of the workers (`workers.pool.Task`)."""
+        return Encoder(self).encode
 
 
 class Encoder:

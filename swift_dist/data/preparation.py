@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from swift_dist.data.input_hashes import InputHashes
 from swift_dist.data.manifest import manifest_path
 from swift_dist.data.merge import merge
 from swift_dist.data.parts import PartFacts
-from swift_dist.data.pool import LocalWorker, Work, Worker, encode_all
 from swift_dist.data.prepare import SPLIT_NAMES, PrepareOptions
-from swift_dist.data.progress import Progress
 from swift_dist.data.sources import discover
 from swift_dist.data.store import bin_path, idx_path, token_dtype
 from swift_dist.data.tokenizer_files import load_tokenizer
 from swift_dist.data.units import boundary_kind, plan, unit_size
+from swift_dist.data.work import Work
 from swift_dist.data.work_folder import WorkFolder, write_json
 from swift_dist.errors import JobError, RunError
+from swift_dist.workers.pool import run_all, start_local
+from swift_dist.workers.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,8 @@ class Preparation:
         try:
             with progress:
                 if streams or any(unit.id not in done for unit in self.units):
-                    self._run_workers(work, Work(self.units, streams, self.unit_bytes, done), seen)
+                    with closing(Work(self.units, streams, self.unit_bytes, done)) as todo:
+                        self._run_workers(work, todo, seen)
             return len(done), hashes.wait()
         finally:
             hashes.close()
@@ -117,26 +120,18 @@ class Preparation:
     def _run_workers(self, work: WorkFolder, todo: Work, seen: Any) -> None:
         recipe = self._recipe(work)
         if self.options.launcher == "ray":
-            from swift_dist.data.ray_pool import RayPool
+            from swift_dist.workers.ray_pool import RayPool
 
-            pool = RayPool(recipe, self.options.ray_address, self.options.workers)
+            pool = RayPool(recipe, self.options.ray_address, self.options.workers, Path(recipe.parts))
             try:
-                encode_all(todo, pool.workers, seen)
+                run_all(todo.take, pool.workers, seen)
             finally:
                 pool.close()
             return
         count = self.options.workers or len(os.sched_getaffinity(0))
         if not self.streams:
             count = min(count, len(self.units))
-        workers: list[Worker] = []
-        try:
-            for _ in range(count):
-                workers.append(LocalWorker(recipe))
-        except BaseException:
-            for worker in workers:
-                worker.close()
-            raise
-        encode_all(todo, workers, seen)
+        run_all(todo.take, start_local(recipe, count), seen)
 
     def _recipe(self, work: WorkFolder) -> Recipe:
         shares = self.options.split or (1.0,)

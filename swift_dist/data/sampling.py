@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from swift_dist.data.progress import Progress
 from swift_dist.data.readers import BadRow, documents
 from swift_dist.data.sources import ReadOptions, SourceFile, discover
 from swift_dist.data.units import Stream, Unit, boundary_kind, plan, unit_size
+from swift_dist.workers.progress import Progress
 
 
 class Sample:
@@ -46,4 +46,4 @@ class Sample:
             self.documents += 1
             self.text_bytes += len(row.text.encode())
             yield row.text
-        progress.add(input_bytes=unit.input_bytes, text_bytes=0)
+        progress.add(unit.input_bytes)

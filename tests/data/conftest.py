@@ -4,13 +4,12 @@ from collections import deque
 
 import pytest
 
-from swift_dist.data import preparation
 from swift_dist.data.encoder import Encoder, Recipe
 from swift_dist.data.parts import PartFacts
-from swift_dist.data.pool import raise_failure
 from swift_dist.data.tokenizer import TrainTokenizerOptions, train_tokenizer
 from swift_dist.data.units import Unit
-from swift_dist.data.work_process import describe
+from swift_dist.workers import pool
+from swift_dist.workers.process import as_error
 from tests.data.corpora import texts
 
 
@@ -27,8 +26,7 @@ class InlineWorker:
         try:
             return self._encoder.encode(self._units.popleft())
         except Exception as error:
-            raise_failure(describe(error))
-            raise AssertionError from error
+            raise as_error(error) from error
 
     def close(self) -> None:
         self._units.clear()
@@ -36,7 +34,7 @@ class InlineWorker:
 
 @pytest.fixture
 def inline_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "LocalWorker", InlineWorker)
+    monkeypatch.setattr(pool, "LocalWorker", InlineWorker)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`data prepare --launcher ray`: the same bytes from actors of a Ray cluster."""
+"""`data prepare --launcher ray`: the same bytes from actors of a Ray cluster; what becomes of an actor's error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 from swift_dist.data import preparation
 from swift_dist.data.prepare import PrepareOptions, prepare
 from swift_dist.errors import JobError, RunError
+from swift_dist.workers.pool import from_queue, run_all
+from swift_dist.workers.ray_pool import RayPool
 from tests.data.corpora import compress, files, jsonl, megatron, texts
+from tests.workers.toy import Toy
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,20 @@ def test_ray_actors_make_the_same(
     result = prepare(PrepareOptions(**{**given, "launcher": "local"}, output=str(tmp_path / "bad"), on_error="skip"))
     assert result["resumed_units"] > 0 and result["skipped"] == 1
     assert files(tmp_path / "bad") == files(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_errors_of_actors(tmp_path: Path, cluster: str) -> None:
+    """A command's error comes back as itself; a node must see the folder."""
+    with pytest.raises(JobError, match="is wrong") as caught:
+        pool = RayPool(Toy(), cluster, 2, tmp_path)
+        try:
+            run_all(from_queue([("square", 1), ("job_error", "a.key")]), pool.workers, lambda result: None)
+        finally:
+            pool.close()
+    assert (caught.value.key, caught.value.remedy) == ("a.key", "correct it")
+    with pytest.raises(RunError, match=r"does not see .*absent"):
+        RayPool(Toy(), cluster, 1, tmp_path / "absent")
 
 
 def test_no_cluster(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

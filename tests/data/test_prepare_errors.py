@@ -17,6 +17,8 @@ import pytest
 from swift_dist.data import merge, parts, preparation
 from swift_dist.data.prepare import PrepareOptions, prepare
 from swift_dist.errors import JobError, RunError
+from swift_dist.workers import pool
+from swift_dist.workers.pool import LocalWorker
 from tests.data.corpora import compress, files, jsonl, megatron, texts
 
 pytestmark = pytest.mark.usefixtures("inline_workers")
@@ -212,14 +214,14 @@ def test_existing_output(tmp_path: Path, tokenizer: str) -> None:
 def test_input_that_changes_while_it_is_read(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "c.jsonl"
     source.write_bytes(jsonl(texts(20)))
-    plain = preparation.encode_all
+    plain = preparation.run_all
 
     def change(*args: object) -> None:
         plain(*args)  # type: ignore[arg-type]
         with source.open("ab") as stream:
             stream.write(b'{"text": "late"}\n')
 
-    monkeypatch.setattr(preparation, "encode_all", change)
+    monkeypatch.setattr(preparation, "run_all", change)
     with pytest.raises(RunError, match="changed while it was read"):
         run(source, tmp_path / "out", tokenizer)
     assert not list(tmp_path.glob("out.*n*")) and not (tmp_path / "out.idx").exists()
@@ -241,7 +243,7 @@ def test_a_full_disk(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyP
     assert "free space" in caught.value.remedy
     assert names(tmp_path) == ["c.jsonl", *(["out.work"] if where == "merge" else [])]  # only what is worth keeping
     patch.undo()
-    monkeypatch.setattr(preparation, "LocalWorker", None if where == "merge" else preparation.LocalWorker)
+    monkeypatch.setattr(pool, "LocalWorker", None if where == "merge" else pool.LocalWorker)
     run(tmp_path / "c.jsonl", tmp_path / "out", tokenizer)  # after a full disk in the merge nothing is encoded again
     assert files(tmp_path / "out") == megatron(tmp_path / "ref", documents, tokenizer)
 
@@ -282,8 +284,6 @@ def test_one_at_a_time(tmp_path: Path, tokenizer: str) -> None:
 def test_a_worker_that_dies_is_reported(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    from swift_dist.data.pool import LocalWorker
-
     (tmp_path / "c.jsonl").write_bytes(jsonl(texts(300)))
     started: list[LocalWorker] = []
 
@@ -293,9 +293,9 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path, tokenizer: str, monkeypa
                 started.append(self)
                 os.kill(self._process.pid, signal.SIGKILL)
                 time.sleep(0.2)
-            super().submit(unit)  # type: ignore[arg-type]
+            super().submit(unit)
 
-    monkeypatch.setattr(preparation, "LocalWorker", Doomed)
+    monkeypatch.setattr(pool, "LocalWorker", Doomed)
     monkeypatch.setattr(preparation, "unit_size", lambda found: 2000)
     with pytest.raises(RunError, match="a worker process was killed by signal 9") as caught:
         run(tmp_path / "c.jsonl", tmp_path / "out", tokenizer, workers=2)

@@ -20,4 +20,4 @@ def test_ray_cases() -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(words, capture_output=True, text=True, timeout=250, cwd=cases.parents[2], env=clean)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout

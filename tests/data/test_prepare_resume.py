@@ -36,9 +36,9 @@ class Killed(BaseException):
 
 
 def interrupt_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = preparation.encode_all
+    plain = preparation.run_all
 
-    def limited(work, workers, seen):
+    def limited(take, workers, seen):
         left = [units]
 
         def count(facts):
@@ -48,9 +48,9 @@ def interrupt_after(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
                     raise Killed
             seen(facts)
 
-        plain(work, workers, count)
+        plain(take, workers, count)
 
-    monkeypatch.setattr(preparation, "encode_all", limited)
+    monkeypatch.setattr(preparation, "run_all", limited)
 
 
 @pytest.mark.usefixtures("inline_workers", "small_units")
@@ -136,7 +136,7 @@ prepare(PrepareOptions(input=({str(source)!r},), output={str(tmp_path / "out")!r
 def workers_of(parent: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [])[-2:] == ["swift_dist.data.work_process", str(parent)]:
+        if (process.info["cmdline"] or [])[-2:] == ["swift_dist.workers.process", str(parent)]:
             found.append(process)
     return found
 

@@ -1,4 +1,4 @@
-"""Workers of `data prepare` as Ray actors: the same units over the nodes of a cluster."""
+"""Workers as Ray actors: the same task over the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from swift_dist.data.encoder import Encoder, Recipe
-from swift_dist.data.parts import PartFacts
-from swift_dist.data.pool import raise_failure
-from swift_dist.data.units import Unit
-from swift_dist.data.work_process import Failure, describe
 from swift_dist.errors import JobError, RunError
+from swift_dist.workers.pool import Task
+from swift_dist.workers.process import AGAIN, ONE_THREAD, Answer, Doer
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +23,15 @@ _CONNECT_SECONDS = 10.0
 class _Actor:
     """Runs on a node; one CPU."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._encoder = Encoder(recipe)
-        self._parts = Path(recipe.parts)
+    def __init__(self, task: Task, folder: str) -> None:
+        self._doer, self._folder = Doer(task.start), Path(folder)
 
     def node(self) -> tuple[str, bool]:
-        """Host name, and whether the output's folder is there."""
-        return socket.gethostname(), self._parts.is_dir()
+        """Host name, and whether the folder is there."""
+        return socket.gethostname(), self._folder.is_dir()
 
-    def encode(self, unit: Unit) -> tuple[PartFacts | None, Failure | None]:
-        try:
-            return self._encoder.encode(unit), None
-        except Exception as error:
-            return None, describe(error)
+    def answer(self, unit: Any) -> Answer:
+        return self._doer.answer(unit)
 
 
 class RayWorker:
@@ -48,20 +41,20 @@ class RayWorker:
         self.actor = actor
         self._pending: deque[Any] = deque()
 
-    def submit(self, unit: Unit) -> None:
-        self._pending.append(self.actor.encode.remote(unit))
+    def submit(self, unit: Any) -> None:
+        self._pending.append(self.actor.answer.remote(unit))
 
-    def result(self) -> PartFacts:
+    def result(self) -> Any:
         import ray
 
         try:
-            facts, failure = ray.get(self._pending.popleft())
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"a Ray worker was lost: {reason}", "repeat the command: it goes on where it was") from None
-        if failure is not None:
-            raise_failure(failure)
-        return facts
+            result, error = ray.get(self._pending.popleft())
+        except ray.exceptions.RayError as lost:
+            reason = str(lost).strip().splitlines()[0]
+            raise RunError(f"a Ray worker was lost: {reason}", AGAIN) from None
+        if error is not None:
+            raise error
+        return result
 
     def close(self) -> None:
         import ray
@@ -90,16 +83,17 @@ class RayPool:
     """A connection to a running cluster, and actors spread over it.
 
     Args:
-        recipe: what they work by.
+        task: what they do.
         address: of the cluster, or None: RAY_ADDRESS, else the one that runs on this machine.
         num_workers: actors, or None: one for each CPU of the cluster.
+        folder: what every node must see: where the workers write.
 
     Raises:
         JobError: no cluster there.
-        RunError: no CPU free within a minute, or a node that does not see the output's folder.
+        RunError: no CPU free within a minute, or a node that does not see the folder.
     """
 
-    def __init__(self, recipe: Recipe, address: str | None, num_workers: int | None) -> None:
+    def __init__(self, task: Task, address: str | None, num_workers: int | None, folder: Path) -> None:
         import ray
 
         self._ours = not ray.is_initialized()
@@ -111,22 +105,22 @@ class RayPool:
                 raise _no_cluster(str(error).strip().splitlines()[0]) from None
         self.workers: list[RayWorker] = []
         try:
-            self._start(recipe, num_workers or int(ray.cluster_resources().get("CPU", 1)))
+            self._start(task, num_workers or int(ray.cluster_resources().get("CPU", 1)), folder)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, recipe: Recipe, count: int) -> None:
+    def _start(self, task: Task, count: int, folder: Path) -> None:
         import ray
 
         options = {
             "num_cpus": 1,
             "scheduling_strategy": "SPREAD",
-            "runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}},
+            "runtime_env": {"env_vars": ONE_THREAD},
         }
-        shared = ray.put(recipe)
+        shared = ray.put(task)
         actor_class: Any = ray.remote(_Actor)
-        self.workers = [RayWorker(actor_class.options(**options).remote(shared)) for _ in range(count)]
+        self.workers = [RayWorker(actor_class.options(**options).remote(shared, str(folder))) for _ in range(count)]
         answers = {worker.actor.node.remote(): worker for worker in self.workers}
         ready, late = ray.wait(list(answers), num_returns=count, timeout=_START_SECONDS)
         if not ready:
@@ -142,10 +136,10 @@ class RayPool:
             places = ray.get(ready)
         except ray.exceptions.RayError as error:
             raise RunError(f"a Ray worker could not start: {error}", "install swift_dist on every node") from None
-        for host, sees_output in places:
-            if not sees_output:
+        for host, sees_folder in places:
+            if not sees_folder:
                 raise RunError(
-                    f"node {host} does not see {recipe.parts}",
+                    f"node {host} does not see {folder}",
                     "give an --output on storage that every node has mounted",
                 )
 

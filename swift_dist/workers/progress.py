@@ -1,4 +1,4 @@
-"""How far a long `data` verb is, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""How far a long verb is, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Counts input bytes, text and tokens.
+    """Counts bytes of the work, and what became of them: text and tokens, where the verb has such.
 
     Args:
-        total: input bytes to work through; done: of those, finished by an earlier run.
         name: what is going on.
+        total: bytes to work through; done: of those, finished by an earlier run.
     """
 
     def __init__(self, name: str, total: int, done: int = 0, stream: TextIO | None = None) -> None:
@@ -28,9 +28,9 @@ class Progress:
             self._bar, self._task = _bar(name, self._total, done, self._stream)
             self._bar.start()
 
-    def add(self, input_bytes: int = 0, text_bytes: int = 0, tokens: int = 0) -> None:
+    def add(self, done_bytes: int = 0, text_bytes: int = 0, tokens: int = 0) -> None:
         """Note finished work, and show where we are if it is time (call it now and then without arguments)."""
-        self._done += input_bytes
+        self._done += done_bytes
         self._text += text_bytes
         self._tokens += tokens
         now = time.monotonic()
@@ -43,10 +43,10 @@ class Progress:
 
     def _rates(self, now: float) -> str:
         seconds = max(now - self._begin, 1e-9)
-        text = f"{self._text / seconds / 1e6:.1f} MB/s"
+        finished = self._done - self._first
+        text = _rate((self._text if self._text or self._tokens else finished) / seconds)
         if self._tokens:
             text += f"  {self._tokens / seconds / 1e6:.2f} Mtok/s"
-        finished = self._done - self._first
         if finished > 0:
             left = round(seconds * max(0, self._total - self._done) / finished)
             text += f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
@@ -62,6 +62,12 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _rate(bytes_per_second: float) -> str:
+    if bytes_per_second < 1e9:
+        return f"{bytes_per_second / 1e6:.1f} MB/s"
+    return f"{bytes_per_second / 1e9:.2f} GB/s"
 
 
 def _bar(name: str, total: int, done: int, stream: TextIO) -> tuple[Any, Any]:
