@@ -40,7 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "mixtral": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v2": {**DEEPSEEK, "topk_method": "group_limited_greedy"},
+    # Two of four groups: megatron then scores a group by its best expert, as DeepSeek-V2 does.
+    "deepseek_v2": {**DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "deepseek_v2_lite": {**DEEPSEEK, "q_lora_rank": None, "n_group": 1},
     "deepseek_v3": DEEPSEEK,
     "deepseek_v3_mtp": {**DEEPSEEK, "num_mtp_layers": 1},
