@@ -8,16 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from swift_dist.converters.mapping import Row, TensorMap, expand, global_name, hf_shapes, slices
-from swift_dist.converters.safetensors_io import SafetensorsFolder
+from swift_dist.converters.hf_side import UNEQUAL_REMEDY, check_hf_folder
+from swift_dist.converters.mapping import Duplicate, Row, TensorMap, duplicates, expand, global_name, slices
+from swift_dist.converters.reading import Reader, as_torch
+from swift_dist.converters.safetensors_io import HFFolder
+from swift_dist.converters.stored import ITEM_SIZES, StoredTensor
 from swift_dist.errors import JobError
 
 logger = logging.getLogger(__name__)
-
-_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # files of older transformers versions hold these; computed anew
-_OUTPUT = "lm_head.weight"  # a folder of a model with tied embeddings may hold it as well
 
 
 @dataclass(frozen=True)
@@ -50,32 +51,9 @@ class Shard:
     expert_offset: int = 0
 
 
-def check_hf_folder(folder: SafetensorsFolder, rows: Iterable[Row], key: str = "model.path") -> None:
-    """Compare a folder with the rows: every tensor there, no other, each with its shape. Reads headers only.
-
-    Raises:
-        JobError: names what is missing, unexpected, or of another shape.
-    """
-    rows = tuple(rows)
-    wanted = hf_shapes(rows)
-    unexpected = {name for name in folder.tensors.keys() - wanted.keys() if not _BUFFERS.search(name)}
-    if _tied_sources(rows):
-        unexpected.discard(_OUTPUT)  # compared with the embedding when it is read
-    problems = [f"missing: {name} {list(wanted[name])}" for name in sorted(wanted.keys() - folder.tensors.keys())]
-    problems += [f"unexpected: {name} {list(folder.tensors[name].shape)}" for name in sorted(unexpected)]
-    for name in sorted(wanted.keys() & folder.tensors.keys()):
-        if folder.tensors[name].shape != wanted[name]:
-            problems.append(f"{name}: shape {list(folder.tensors[name].shape)}, config.json says {list(wanted[name])}")
-    if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise JobError(
-            key,
-            f"the weights in {folder.folder} are not those of the configured model:\n  {shown}",
-            "use the config.json that belongs to these weights, and a complete download",
-        )
-
-
-def load_hf_slices(chunks: Sequence[LiveChunk], folder: str | Path, rows: Iterable[Row], shard: Shard) -> int:
+def load_hf_slices(
+    chunks: Sequence[LiveChunk], folder: str | Path, rows: Iterable[Row | Duplicate], shard: Shard
+) -> int:
     """Fill the live parameters of one rank from a Hugging Face folder. Not collective; every rank reads for itself.
 
     Values are cast to the parameters' dtype. Vocabulary padding is set to zero. An optimizer that holds copies of the
@@ -90,21 +68,24 @@ def load_hf_slices(chunks: Sequence[LiveChunk], folder: str | Path, rows: Iterab
             was not built from the config that the rows come from.
     """
     rows = tuple(rows)
-    with SafetensorsFolder(folder) as source:
-        check_hf_folder(source, rows)
-        tied = _tied_sources(rows)
-        num_bytes = 0
-        filled: set[str] = set()
-        for chunk in chunks:
-            for name, (parameter, tensor) in _match(chunk, rows, shard).items():
-                assert name not in filled, f"{name} is held twice by one rank"
-                filled.add(name)
-                num_bytes += _fill(parameter, tensor, source, tied)
-        logger.info("read %.1f MiB of weights from %s for %d parameters", num_bytes / 2**20, folder, len(filled))
+    tensors = HFFolder(folder, "model.path").tensors
+    check_hf_folder(tensors, folder, rows, "model.path")
+    repeated = {row.of: row.hf for row in duplicates(rows) if row.hf in tensors}
+    reader, num_bytes = Reader(), 0
+    filled: set[str] = set()
+    for chunk in chunks:
+        for name, (parameter, tensor) in _match(chunk, rows, shard).items():
+            assert name not in filled, f"{name} is held twice by one rank"
+            filled.add(name)
+            num_bytes += _fill(parameter, tensor, tensors, repeated, reader)
+    reader.close()
+    logger.info("read %.1f MiB of weights from %s for %d parameters", num_bytes / 2**20, folder, len(filled))
     return num_bytes
 
 
-def _match(chunk: LiveChunk, rows: tuple[Row, ...], shard: Shard) -> dict[str, tuple[torch.Tensor, TensorMap]]:
+def _match(
+    chunk: LiveChunk, rows: tuple[Row | Duplicate, ...], shard: Shard
+) -> dict[str, tuple[torch.Tensor, TensorMap]]:
     """Each live parameter of a chunk with the part of a mapping that describes it, by global name."""
     live = {
         global_name(name, chunk.layer_offset, shard.expert_offset): (name, parameter)
@@ -141,30 +122,25 @@ def _check_complete(live: Iterable[str], described: Mapping[str, TensorMap], lay
 
 
 @torch.no_grad()
-def _fill(parameter: torch.Tensor, part: TensorMap, source: SafetensorsFolder, tied: frozenset[str]) -> int:
+def _fill(
+    parameter: torch.Tensor,
+    part: TensorMap,
+    tensors: Mapping[str, StoredTensor],
+    repeated: Mapping[str, str],
+    reader: Reader,
+) -> int:
     """Copy the pieces of one rank's part of a tensor into the live parameter; returns bytes read."""
     covered, num_bytes = 0, 0
     if part.padded:
         parameter.zero_()
     for piece in part.pieces:
-        values = source.read(piece.hf, piece.hf_box)
-        if (
-            piece.hf in tied
-            and _OUTPUT in source.tensors
-            and not torch.equal(source.read(_OUTPUT, piece.hf_box), values)
-        ):
-            raise JobError(
-                "model.config.tie_word_embeddings",
-                f"true, but {source.folder} holds a {_OUTPUT} that differs from {piece.hf}",
-                "set tie_word_embeddings to false in config.json if the model was trained so",
-            )
-        parameter[slices(piece.megatron_box)].copy_(values)
-        covered += values.numel()
-        num_bytes += values.numel() * values.element_size()
+        stored = tensors[piece.hf]
+        values = reader.read(stored, piece.hf_box)
+        twin = repeated.get(piece.hf)
+        if twin and not np.array_equal(reader.read(tensors[twin], piece.hf_box), values):
+            raise JobError("model.path", f"{twin} must repeat {piece.hf} in this model, but differs", UNEQUAL_REMEDY)
+        parameter[slices(piece.megatron_box)].copy_(as_torch(values))
+        covered += values.size
+        num_bytes += values.size * ITEM_SIZES[stored.dtype]
     assert part.padded or covered == parameter.numel(), f"{part.name} was not covered exactly once"
     return num_bytes
-
-
-def _tied_sources(rows: Iterable[Row]) -> frozenset[str]:
-    """Hugging Face tensors that serve as embedding and as output layer."""
-    return frozenset(piece.hf for tensor in expand(rows) if tensor.tied_copy for piece in tensor.pieces)

@@ -324,6 +324,11 @@ def expand(
                 yield row.at(layer)
 
 
+def weights(rows: Iterable[Row | Duplicate]) -> Iterator[TensorMap]:
+    """Every Megatron tensor that a checkpoint stores: `expand` without second holders (`TensorMap.tied_copy`)."""
+    return (tensor for tensor in expand(rows) if not tensor.tied_copy)
+
+
 def duplicates(rows: Iterable[Row | Duplicate]) -> tuple[Duplicate, ...]:
     """The repetitions among the rows."""
     return tuple(row for row in rows if isinstance(row, Duplicate))
@@ -338,9 +343,7 @@ def hf_shapes(rows: Iterable[Row | Duplicate]) -> dict[str, tuple[int, ...]]:
     rows = tuple(rows)
     extents: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
-    for tensor in expand(rows):
-        if tensor.tied_copy:
-            continue
+    for tensor in weights(rows):
         for piece in tensor.pieces:
             stops = [stop for _, stop in piece.hf_box]
             extents[piece.hf] = [max(pair) for pair in zip(extents.get(piece.hf, stops), stops, strict=True)]

@@ -1,143 +1,209 @@
-"""Hugging Face weight folders: reading slices of safetensors, and writing sharded safetensors as a stream.
+"""Hugging Face weight folders: what lies where in safetensors (or .bin) files, and the layout of new ones.
 
-Reading maps the files into memory and copies only the slices asked for. Writing lays out every file from names, shapes
-and dtypes alone, so that tensors can then be put in place one at a time, in any order.
+Only headers are read here. They are checked before anything relies on them: a file must hold exactly the bytes that its
+header describes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from swift_dist.converters.mapping import Box, slices
+from swift_dist.converters.stored import ITEM_SIZES, Extent, StoredTensor
 from swift_dist.errors import JobError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor's place and kind. ``dtype`` is safetensors' name (F32, BF16, F16, F8_E4M3, ...)."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class SafetensorsFolder:
-    """The tensors of a folder: one ``*.safetensors`` file, or several with an index.
-
-    Attributes:
-        tensors: what there is, by name; read from the files' headers.
-
-    Raises:
-        JobError: no weights, a file that the index names is missing, or one that is not whole.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], key: str = "model.path") -> None:
-        self.folder = Path(folder)
-        self._key = key
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        try:
-            for file in self._files():
-                self._read_header(file)
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """A tensor, or the part that `box` names, on the CPU in the stored dtype.
-
-        Raises:
-            JobError: it is stored in a format that is not a plain float (quantised weights).
-        """
-        info = self.tensors[name]
-        if info.dtype not in _DTYPES:
-            raise JobError(
-                self._key,
-                f"{name} in {self.folder / info.file} is stored as {info.dtype}; readable: {', '.join(_DTYPES)}",
-                "use the unquantised weights of the model",
-            )
-        stored = self._open[info.file].get_slice(name)
-        return stored[slices(box)] if box else stored[...]
-
-    def close(self) -> None:
-        self._open.clear()
-        self._stack.close()
-
-    def __enter__(self) -> SafetensorsFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _files(self) -> list[str]:
-        index = self.folder / INDEX_NAME
-        if not index.is_file():
-            found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-            if found == [SINGLE_NAME] or len(found) == 1:
-                return found
-            problem = f"{len(found)} *.safetensors files and no {INDEX_NAME}" if found else "no *.safetensors files"
-            raise JobError(self._key, f"{self.folder} holds {problem}", "give a whole Hugging Face model folder")
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JobError(self._key, f"{index} cannot be read: {error}", "restore the file") from None
-        for file in files:
-            if Path(file).name != file:
-                raise JobError(self._key, f"{index} names {file}, outside the folder", "restore the file")
-            if not (self.folder / file).is_file():
-                raise JobError(self._key, f"{index} names {file}, which is missing", "download the model completely")
-        return files
-
-    def _read_header(self, file: str) -> None:
-        try:
-            opened = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            self._open[file] = opened
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                if name in self.tensors:
-                    raise JobError(
-                        self._key, f"{name} is in {self.tensors[name].file} and in {file}", "keep one of them"
-                    )
-                stored = opened.get_slice(name)
-                self.tensors[name] = TensorInfo(file, tuple(stored.get_shape()), stored.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise JobError(
-                self._key, f"{self.folder / file} is not a whole safetensors file: {error}", "download it again"
-            ) from None
+_BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_SCALE = "_scale_inv"  # DeepSeek-V3's factors of a weight: <weight>_scale_inv
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that is going to be written."""
+    """A tensor that is going to be written. `dtype`: safetensors' name."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def num_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file that is going to be written.
+
+    Args:
+        literals: (offset, bytes) of all that is not a tensor's values.
+    """
+
+    name: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All weight files of a target, and its tensors with their places in them (paths relative to the target)."""
+
+    files: tuple[FileLayout, ...]
+    tensors: Mapping[str, StoredTensor]
+
+
+class HFFolder:
+    """The tensors of a folder: ``*.safetensors`` (one file, or several with an index), else ``pytorch_model*.bin``.
+
+    Attributes:
+        tensors: by name. Block-quantised weights carry their factors, which are then not listed on their own.
+        files: names of the weight files.
+
+    Args:
+        key: of the option that errors name.
+
+    Raises:
+        JobError: no weights; a file that the index names is missing; a file that is not whole, or whose header does not
+            describe it; the index and the files disagree.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], key: str = "source", config: Mapping[str, Any] | None = None):
+        self.folder, self._key = Path(folder), key
+        self.files, weight_map = self._find_files()
+        found: dict[str, StoredTensor] = {}
+        for file in self.files:
+            for name, stored in self._read_file(file).items():
+                if name in found:
+                    raise self._wrong(f"{name} is in {Path(found[name].extents[0].file).name} and in {file}")
+                found[name] = stored
+        if weight_map is not None:
+            self._check_index(weight_map, found)
+        self.tensors = self._with_scales(found, config or {})
+
+    def _wrong(self, problem: str, remedy: str = "download the model again") -> JobError:
+        return JobError(self._key, f"{self.folder}: {problem}", remedy)
+
+    def _find_files(self) -> tuple[list[str], dict[str, str] | None]:
+        if not self.folder.is_dir():
+            raise JobError(self._key, f"{self.folder} is not a folder", "give a Hugging Face model folder")
+        for index, pattern in ((INDEX_NAME, "*.safetensors"), (_BIN_INDEX, "pytorch_model*.bin")):
+            if (self.folder / index).is_file():
+                return self._indexed_files(self.folder / index)
+            files = sorted(path.name for path in self.folder.glob(pattern))
+            if len(files) == 1 or SINGLE_NAME in files:
+                return [SINGLE_NAME if SINGLE_NAME in files else files[0]], None
+            if files:
+                raise self._wrong(f"holds {len(files)} {pattern} files and no {index}", "add the index")
+        raise self._wrong("holds no *.safetensors or pytorch_model*.bin files", "give a Hugging Face model folder")
+
+    def _indexed_files(self, index: Path) -> tuple[list[str], dict[str, str]]:
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._wrong(f"{index.name} cannot be read: {error}") from None
+        for file in files:
+            if Path(file).name != file:
+                raise self._wrong(f"{index.name} names {file}, outside the folder", "restore the file")
+            if not (self.folder / file).is_file():
+                raise self._wrong(f"{index.name} names {file}, which is missing", "download the model completely")
+        return files, weight_map
+
+    def _check_index(self, weight_map: Mapping[str, str], found: Mapping[str, StoredTensor]) -> None:
+        for name, file in weight_map.items():
+            stored = found.get(name)
+            if stored is None or Path(stored.extents[0].file).name != file:
+                raise self._wrong(f"the index says that {name} is in {file}, which does not hold it")
+        unlisted = sorted(found.keys() - weight_map.keys())
+        if unlisted:
+            raise self._wrong(f"{unlisted[0]} is in a file but not in the index ({len(unlisted)} such tensors)")
+
+    def _read_file(self, file: str) -> dict[str, StoredTensor]:
+        path = self.folder / file
+        try:
+            if path.suffix == ".bin":
+                return _read_bin(path)
+            return read_safetensors(path)
+        except (OSError, ValueError) as error:
+            raise self._wrong(f"{file} is not a whole weight file: {error}") from None
+
+    def _with_scales(self, found: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        """Join fp8 weights with their factors (config.json: ``quantization_config.weight_block_size``)."""
+        settings = config.get("quantization_config") or {}
+        block = tuple(settings.get("weight_block_size") or (128, 128))
+        joined = {}
+        for name, stored in found.items():
+            if name.endswith(_SCALE) and name.removesuffix(_SCALE) in found:
+                continue
+            if stored.dtype.startswith("F8"):
+                scale = found.get(name + _SCALE)
+                if scale is None:
+                    raise self._wrong(f"{name} is stored as {stored.dtype} without {name}{_SCALE}", "use bf16 weights")
+                blocks = tuple(-(-extent // size) for extent, size in zip(stored.shape, block, strict=False))
+                if len(stored.shape) != 2 or scale.shape != blocks or scale.dtype != "F32":
+                    raise self._wrong(
+                        f"{scale.name} is {scale.dtype} {list(scale.shape)}; blocks of {list(block)} of "
+                        f"{list(stored.shape)} need F32 {list(blocks)}"
+                    )
+                stored = replace(stored, scale=scale, block=(block[0], block[1]))
+            joined[name] = stored
+        return joined
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, from its header. Format: the README of huggingface/safetensors.
+
+    Raises:
+        OSError: it cannot be read. ValueError: what is wrong with it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"its header would take {length} bytes of {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    begin, end = 8 + length, 0
+    found = {}
+    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    try:
+        entries.sort(key=lambda item: item[1]["data_offsets"])
+        for name, entry in entries:
+            dtype, shape = str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"])
+            start, stop = entry["data_offsets"]
+            if dtype not in ITEM_SIZES:
+                raise ValueError(f"{name} has dtype {dtype}, which is not known")
+            if min(shape, default=0) < 0 or start != end or stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
+                raise ValueError(f"{name}: offsets {start} to {stop} do not fit {dtype} {list(shape)} after byte {end}")
+            end = stop
+            box = tuple((0, extent) for extent in shape)
+            found[name] = StoredTensor(name, shape, dtype, (Extent(str(path), begin + start, box),))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its header is not as it should be ({error!r})") from None
+    if begin + end != size:
+        raise ValueError(f"its header describes {begin + end} bytes, the file has {size}")
+    return found
+
+
+def _read_bin(path: Path) -> dict[str, StoredTensor]:
+    import mmap
+
+    from swift_dist.converters.torch_files import Archive, tensors_in
+
+    with path.open("rb") as stream:
+        # Closed when the last view of it is gone: an error's traceback holds views, and closing it under them raises.
+        archive = Archive(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    return {name: archive.stored(name, ref, str(path)) for name, ref in tensors_in(archive.content).items()}
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> dict[str, list[TensorSpec]]:
@@ -155,65 +221,34 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> dict[str, l
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-class ShardedWriter:
-    """Writes planned tensors into a folder; `close` checks that each was written once, and writes the index.
-
-    One tensor at a time is in memory. The folder must exist; making it appear at once is the caller's business.
-    """
-
-    def __init__(self, folder: Path, shards: Mapping[str, list[TensorSpec]]) -> None:
-        self._folder, self._shards = folder, shards
-        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
-        self._files: dict[str, BinaryIO] = {}
-        self._stack = ExitStack()
-        for file, specs in shards.items():
-            self._begin(file, specs)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place. Its shape and dtype must be the planned ones."""
-        file, offset, spec = self._places.pop(name)
-        assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, f"{name} is not as planned"
-        stream = self._files[file]
-        stream.seek(offset)
-        stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        """Finish the files and force them to the disk."""
-        assert not self._places, f"never written: {sorted(self._places)[:5]}"
-        for stream in self._files.values():
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._stack.close()
-        if len(self._shards) > 1:
-            weight_map = {spec.name: file for file, specs in self._shards.items() for spec in specs}
-            total = sum(spec.num_bytes for specs in self._shards.values() for spec in specs)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def abort(self) -> None:
-        self._stack.close()
-
-    def _begin(self, file: str, specs: list[TensorSpec]) -> None:
-        """Write the header: its length (u64, little endian), then JSON, padded with spaces to a multiple of 8.
-
-        Wider dtypes come first, so that every tensor is aligned. Format: the README of huggingface/safetensors.
-        """
+def lay_out(shards: Mapping[str, list[TensorSpec]]) -> Layout:
+    """Headers of the files and places of the tensors: wider dtypes first, so that every tensor is aligned."""
+    files, tensors = [], {}
+    for file, specs in shards.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
-            end = offset + spec.num_bytes
-            header[spec.name] = {
-                "dtype": _NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
+        end = 0
+        ordered = sorted(specs, key=lambda spec: -ITEM_SIZES[spec.dtype])
+        for spec in ordered:
+            offsets = [end, end + spec.num_bytes]
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+            end += spec.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        stream = self._stack.enter_context((self._folder / file).open("wb"))
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + offset)
-        self._files[file] = stream
-        for spec in specs:
-            start = header[spec.name]["data_offsets"][0]
-            self._places[spec.name] = (file, 8 + len(text) + start, spec)
+        begin = 8 + len(text)
+        for spec in ordered:
+            box = tuple((0, extent) for extent in spec.shape)
+            place = Extent(file, begin + header[spec.name]["data_offsets"][0], box)
+            tensors[spec.name] = StoredTensor(spec.name, spec.shape, spec.dtype, (place,))
+        files.append(FileLayout(file, begin + end, ((0, len(text).to_bytes(8, "little") + text),)))
+    return Layout(tuple(files), tensors)
+
+
+def index_text(shards: Mapping[str, list[TensorSpec]]) -> str | None:
+    """The text of the index; None: a single file needs none."""
+    if len(shards) == 1:
+        return None
+    weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
+    total = sum(spec.num_bytes for specs in shards.values() for spec in specs)
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    )

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from swift_dist.checkpoint.folder import Checkpoint
 from swift_dist.checkpoint.groups import gloo_group
+from swift_dist.checkpoint.safe_reader import SafeFileSystemReader
 from swift_dist.checkpoint.trusted import safe_types
-from swift_dist.converters.dist_checkpoint_io import SafeFileSystemReader
 from swift_dist.errors import JobError, RunError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.metadata import Metadata
 
-from swift_dist.converters.dist_checkpoint_io import SafeFileSystemReader
+from swift_dist.checkpoint.safe_reader import SafeFileSystemReader
 
 
 class CommonStrategy(TorchCommonLoadStrategy):

@@ -101,11 +101,11 @@ def differing(first, second):
     """Names of tensors that are not the same bits in two checkpoints of one step."""
     import torch
 
-    from swift_dist.converters.dist_checkpoint_io import DistCheckpoint
+    from dist_tensors import dist_tensors
 
-    ours, theirs = (DistCheckpoint(folder / f"checkpoints/step_{STEPS}") for folder in (first, second))
-    assert set(ours.tensors) == set(theirs.tensors)
-    return [name for name in ours.tensors if not torch.equal(ours.read(name), theirs.read(name))]
+    ours, theirs = (dist_tensors(folder / f"checkpoints/step_{STEPS}") for folder in (first, second))
+    assert set(ours) == set(theirs)
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
 def close(rows, expected):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from swift_dist.converters.megatron_to_hf import MegatronToHFOptions, run
+from swift_dist.convert.megatron_to_hf import MegatronToHFOptions, run
 
 RANKS = Path(__file__).with_name("engine_ranks.py")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,0 +1,234 @@
+"""What a user points at, opened: its format, its model, its weights, checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_dist.converters.dist_index import METADATA_NAME, DistSide, check_dist, dist_index
+from swift_dist.converters.hf_side import check_hf_folder
+from swift_dist.converters.mapping import Rows, duplicates
+from swift_dist.converters.plan import HFSide, Side
+from swift_dist.converters.safetensors_io import HFFolder
+from swift_dist.converters.stored import StoredTensor
+from swift_dist.errors import JobError
+from swift_dist.models import Family, find_family
+
+if TYPE_CHECKING:
+    from swift_dist.converters.legacy_io import LegacyCheckpoint
+
+RECORD_NAME = "swift_dist.json"  # of our own checkpoints (swift_dist/checkpoint/folder.py)
+HF_SUBFOLDER = "hf"  # of converted Megatron checkpoints: config.json, tokenizer and the like
+_STEP = re.compile(r"(?:step|iter)_(\d+)")
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass
+class Source:
+    """An opened checkpoint or model folder.
+
+    Attributes:
+        kind: "hf", "torch_dist" or "legacy".
+        path: the folder that holds the weights.
+        side: for plans. rows: of its model. ignored: names of what is not weights.
+        twins: pairs of stored tensors that must be equal, and of which only the first is read.
+        record: of our own checkpoints: step and metadata; {} of others.
+        model: the ``model`` section of the run that it belongs to; {} where there is none.
+    """
+
+    kind: str
+    path: Path
+    family: Family
+    hf_config: dict[str, Any]
+    rows: Rows
+    side: Side
+    ignored: list[str] = field(default_factory=list)
+    twins: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    legacy: LegacyCheckpoint | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files that hold weights."""
+        return sorted({extent.file for stored in self.side.tensors.values() for extent in stored.extents})
+
+
+def open_source(path: str, hf_config: str | None = None, key: str = "source", known: Mapping | None = None) -> Source:
+    """Open a folder of any format.
+
+    Args:
+        hf_config: config.json or its folder, where the folder itself does not say what model it is.
+        key: of the option that errors name.
+        known: a config.json to use where neither of these has one.
+
+    Raises:
+        JobError: it is none, is damaged, or does not hold the model of its config.
+    """
+    kind, folder = find_kind(Path(path), key)
+    stated = read_config(Path(hf_config), "hf_config") if hf_config else None
+    if kind == "hf":
+        return _open_hf(folder, stated, key)
+    if kind == "torch_dist":
+        return _open_dist(folder, stated or known, key)
+    return _open_legacy(folder, stated or known, key)
+
+
+def find_kind(path: Path, key: str) -> tuple[str, Path]:
+    """(format, folder of the weights) of what a user points at: the folder itself, or the newest checkpoint in it.
+
+    Raises:
+        JobError: there is nothing that is known.
+    """
+    if not path.is_dir():
+        raise JobError(key, f"{path} is not a folder", "name a model folder, a run folder or a checkpoint")
+    for folder in (path, path / "checkpoints"):
+        if (folder / METADATA_NAME).is_file():
+            return "torch_dist", folder
+        if folder.is_dir() and next(folder.glob("mp_rank_*"), None) is not None:
+            return "legacy", folder
+        for inner in _inner_checkpoints(folder):
+            if (inner / METADATA_NAME).is_file():
+                return "torch_dist", inner
+            if next(inner.glob("mp_rank_*"), None) is not None:
+                return "legacy", inner
+    if any(next(path.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*")):
+        return "hf", path
+    if (path / "config.json").is_file():
+        raise JobError(key, f"{path} holds a config.json but no weights", "download the model completely")
+    raise JobError(
+        key,
+        f"{path} holds neither Hugging Face weights nor a Megatron checkpoint",
+        "name a model folder, a run folder or a checkpoint",
+    )
+
+
+def _inner_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, the one to take first: what Megatron-LM's tracker names, else the newest."""
+    if not folder.is_dir():
+        return []
+    tracker, found = folder / _TRACKER, []
+    if tracker.is_file():
+        name = tracker.read_text().strip()
+        found.append(folder / ("release" if name == "release" else f"iter_{int(name):07d}" if name.isdigit() else name))
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for path in [*found, *(path for _, path in sorted(steps, reverse=True))] if path.is_dir()]
+
+
+def _open_hf(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
+    config = dict(stated) if stated else read_config(folder, key)
+    weights = HFFolder(folder, key, config)
+    family, config = _family(config, weights.tensors)
+    rows = family.rows(config)
+    ignored = check_hf_folder(weights.tensors, folder, rows, key)
+    tensors = {name: stored for name, stored in weights.tensors.items() if name not in ignored}
+    twins = [(tensors[row.of], tensors[row.hf]) for row in duplicates(rows) if row.hf in tensors]
+    return Source("hf", folder, family, config, rows, HFSide(tensors), ignored, twins)
+
+
+def _open_dist(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
+    record, model = _read_record(folder, key), _recorded_model(folder)
+    config = dict(stated) if stated else _config_of_checkpoint(folder, record, model)
+    if config is None:
+        raise _no_config()
+    tensors = dist_index(folder, key)
+    family, config = _family(config, tensors)
+    side, rows = DistSide(tensors), family.rows(config)
+    ignored = check_dist(side, rows, key)
+    side = DistSide({name: stored for name, stored in side.tensors.items() if name not in set(ignored)})
+    return Source("torch_dist", folder, family, config, rows, side, ignored, record=record, model=model)
+
+
+def _open_legacy(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
+    from swift_dist.converters.legacy_arguments import config_of_arguments
+    from swift_dist.converters.legacy_io import LegacyCheckpoint, LegacySide, check_legacy
+
+    checkpoint = LegacyCheckpoint(folder, key)
+    config = dict(stated) if stated else _config_of_checkpoint(folder, {}, {})
+    config = config or config_of_arguments(checkpoint.args)
+    if config is None:
+        raise _no_config()
+    family, config = _family(config, [name.rpartition("/")[2] for name in checkpoint.tensors])
+    shape, rows = family.shape(config), family.rows(config)
+    side = LegacySide(checkpoint, shape.num_layers, shape.num_experts or 0)
+    ignored = check_legacy(side, rows, key)
+    record = {"step": checkpoint.iteration} if checkpoint.iteration is not None else {}
+    twins = side.replicas(rows)
+    return Source("legacy", folder, family, config, rows, side, ignored, twins, record, legacy=checkpoint)
+
+
+def _no_config() -> JobError:
+    return JobError(
+        "hf_config", "the checkpoint does not say what model it is", "give --hf_config FOLDER or config.json"
+    )
+
+
+def _family(config: dict[str, Any], names: Collection[str]) -> tuple[Family, dict[str, Any]]:
+    """The family, and the config as this folder's weights have it (a folder may lack layers for prediction).
+
+    How the weights are quantised is the reader's business (`HFFolder`): what becomes of them is plain.
+    """
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        family = find_family(config)
+    except JobError as error:
+        raise JobError(
+            "hf_config", f"{error.key.removeprefix('model.config.')} {error.message}", error.remedy
+        ) from None
+    return family, family.for_folder(config, names)
+
+
+def _config_of_checkpoint(folder: Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The model's config.json: from the checkpoint's metadata, beside the weights, or of the run's job."""
+    recorded = dict(record.get("metadata") or {}).get("hf_config") or model.get("config")
+    if recorded:
+        return dict(recorded)
+    places = [folder / HF_SUBFOLDER, folder.parent / HF_SUBFOLDER, folder]
+    if model.get("path"):
+        places.append(Path(model["path"]))
+    for place in places:
+        if (place / "config.json").is_file():
+            return read_config(place, "hf_config")
+    return None
+
+
+def _read_record(folder: Path, key: str) -> dict[str, Any]:
+    """The checkpoint's record; {} for folders that others wrote. Checks that the recorded files are whole."""
+    file = folder / RECORD_NAME
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_bytes())
+        sizes = {name: entry["bytes"] for name, entry in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JobError(key, f"{file} cannot be read: {error}", "use another checkpoint") from None
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise JobError(key, f"{path} is missing or not whole ({size} bytes were written)", "use another one")
+    return record
+
+
+def _recorded_model(folder: Path) -> dict[str, Any]:
+    """The ``model`` section of the run that the checkpoint belongs to; {} where there is none beside it."""
+    from swift_dist.config.load import read_yaml
+
+    job = folder.parent.parent / "job.yaml"
+    section = read_yaml(job).get("model") if job.is_file() else None
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def read_config(path: Path, key: str) -> dict[str, Any]:
+    """A config.json, given as a file or as its folder."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(key, f"{file} cannot be read: {error}", "give a folder with a config.json") from None
+    if not isinstance(content, dict):
+        raise JobError(key, f"{file} does not hold a JSON object", "give a folder with a config.json")
+    return content

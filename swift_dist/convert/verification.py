@@ -1,0 +1,204 @@
+"""Whether two checkpoints hold the same weights, and compute the same: what `verify` and `--verify` judge by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from swift_dist.convert.sources import Source, open_source
+from swift_dist.convert.work import do_units
+from swift_dist.converters.copying import Compare, Facts
+from swift_dist.converters.mapping import weights
+from swift_dist.converters.plan import Copy, CopyPlan, HFSide, Region, make_plan, repeated_names
+from swift_dist.converters.units import compare_units
+from swift_dist.errors import JobError, RunError
+
+_AUTO_PARAMETERS = 2_000_000_000  # fp32 copies of transformers and Megatron, one after the other
+_SHARE_OF_MEMORY = 0.5
+_LOGITS_MODULE = "swift_dist.engines.megatron.logits"  # a process of its own: this room knows no engines
+
+
+def compare(
+    a: Source, b: Source, options: Any, *, cast: bool = False, tolerance: float = 0.0, name: str = "verify"
+) -> dict[str, Any]:
+    """Compare every weight of `b` with what `a` gives for it, and logits where that is possible.
+
+    Args:
+        options: a section with the fields of `WorkOptions` and `LogitsOptions`.
+        cast: `b` was converted to another dtype: `a`'s values are converted likewise first.
+        tolerance: largest difference of two values; 0: every bit.
+
+    Returns:
+        ``{"equal", "problems", "tensors", "bytes", "tolerance", "padding_elements", "non_finite", "logits",
+        "logits_skipped"}``; `problems` is empty where they are equal.
+
+    Raises:
+        JobError: they are not the same model. RunError: a file cannot be read.
+    """
+    if (a.family.name, a.rows) != (b.family.name, b.rows):
+        raise JobError(
+            "b",
+            f"{b.path} holds another model than {a.path}: {_different_rows(a, b)}",
+            "compare checkpoints of one model, with the config.json that belongs to it",
+        )
+    side = b.side
+    if isinstance(side, HFSide):
+        side = HFSide(side.tensors, repeated_names(b.rows, side.tensors))
+    plan = make_plan(a.rows, a.side, side)
+    problems = [*_coverage(a, plan), *_unwritten(b, plan)]
+    regions = [*plan.regions, *_twins(a), *_twins(b)]
+    found = _run(name, Compare(tolerance, cast), regions, options, b.path)
+    problems += [f"{tensor}: {what}" for tensor, what in sorted(found.differences.items())]
+    logits, skipped = _logits(a, b, options)
+    problems += _logits_problems(logits, options.logits_tolerance)
+    return {
+        "equal": not problems,
+        "problems": problems,
+        "tensors": sum(1 for region in plan.regions if region.copies),
+        "bytes": sum(region.num_bytes for region in plan.regions if region.copies),
+        "tolerance": tolerance,
+        "cast": cast,
+        "padding_elements": plan.padding,
+        "non_finite": found.non_finite,
+        "logits": logits,
+        "logits_skipped": skipped,
+    }
+
+
+def verify_conversion(source: Source, folder: Path, kind: str, options: Any) -> dict[str, Any]:
+    """Open what was written as anybody would, and compare it with the source."""
+    written = open_source(str(folder), key="target", known=source.hf_config)
+    if written.kind != kind:
+        raise RunError(f"{folder} was written as {kind} and is read as {written.kind}")
+    # A folder's config says what its weights are; that of the source may say more (layers that were left out).
+    return compare(source, written, options, cast=options.dtype is not None, name=f"verify {kind}")
+
+
+def require_equal_twins(source: Source, options: Any) -> None:
+    """Tensors of a source that must repeat each other do so.
+
+    Raises:
+        JobError: naming those that do not.
+    """
+    differing = _run("compare repeated weights", Compare(), _twins(source), options, source.path).differences
+    if differing:
+        names = sorted(differing)
+        raise JobError(
+            "source",
+            f"{names[0]} must repeat another tensor of {source.path} and differs ({differing[names[0]]})"
+            + (f"; and {len(names) - 1} more" if len(names) > 1 else ""),
+            "set tie_word_embeddings to false in config.json if the model was trained so; else get the files again",
+        )
+
+
+def _run(name: str, task: Compare, regions: Iterable[Region], options: Any, folder: Path) -> Facts:
+    total = Facts((0, 0), 0)
+
+    def note(facts: Facts) -> None:
+        total.differences.update(facts.differences)
+        for tensor, count in facts.non_finite.items():
+            total.non_finite[tensor] = total.non_finite.get(tensor, 0) + count
+
+    do_units(name, task, compare_units(regions), options, folder, note)
+    return total
+
+
+def _twins(source: Source) -> list[Region]:
+    """Pairs that must be equal, as regions to compare."""
+    return [
+        Region(replace(other, extents=(extent,)), (Copy(extent.box, first, extent.box),))
+        for first, other in source.twins
+        for extent in other.extents
+    ]
+
+
+def _coverage(a: Source, plan: CopyPlan) -> list[str]:
+    """Every source tensor is used, and each of its elements once (vocabulary padding aside)."""
+    padded = {hold.name for tensor in weights(a.rows) if tensor.padded for hold in a.side.hold(tensor)}
+    twins = {other.name for _, other in a.twins}
+    problems = []
+    for name, stored in a.side.tensors.items():
+        used = plan.used.get(name, 0)
+        whole = used == stored.num_elements or (name in padded and 0 < used <= stored.num_elements)
+        if not whole and name not in twins:
+            problems.append(f"{name}: {used} of {stored.num_elements} elements of the source are used")
+    return problems
+
+
+def _unwritten(b: Source, plan: CopyPlan) -> list[str]:
+    """Every tensor of the target comes from the source, wholly (vocabulary padding aside)."""
+    padded = {hold.name for tensor in weights(b.rows) if tensor.padded for hold in b.side.hold(tensor)}
+    twins = {other.name for _, other in b.twins}
+    return [
+        f"{region.stored.name}: nothing of the source belongs there"
+        for region in plan.regions
+        if not region.copies and region.stored.name not in padded | twins
+    ]
+
+
+def _different_rows(a: Source, b: Source) -> str:
+    if a.family.name != b.family.name:
+        return f"{b.family.name}, not {a.family.name}"
+    theirs = {tensor.name: tensor.shape for tensor in weights(a.rows)}
+    for tensor in weights(b.rows):
+        if theirs.get(tensor.name) != tensor.shape:
+            return f"{tensor.name} is {list(tensor.shape)}, not {list(theirs.get(tensor.name, ()))}"
+    return "it has other layers"
+
+
+def _logits(a: Source, b: Source, options: Any) -> tuple[dict[str, Any] | None, str]:
+    """(the comparison of logits, "") or (None, why there is none)."""
+    if options.logits == "never":
+        return None, "--logits never"
+    by_kind = {source.kind: source for source in (a, b)}
+    reason = _why_no_logits(a, by_kind)
+    if reason:
+        if options.logits == "always":
+            raise JobError("logits", f"cannot be compared: {reason}", "leave out --logits always")
+        return None, reason
+    request: dict[str, Any] = {"hf": str(by_kind["hf"].path), "checkpoint": str(by_kind["torch_dist"].path)}
+    with tempfile.TemporaryDirectory(prefix="swift_dist_logits_") as folder:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps(request))
+        done = subprocess.run([sys.executable, "-m", _LOGITS_MODULE, str(file)], capture_output=True, text=True)
+    try:
+        return json.loads(done.stdout), ""  # also where no layout could be compared: each says why
+    except ValueError:
+        last = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise RunError(f"the comparison of logits failed:\n{last}", "--logits never compares weights only") from None
+
+
+def _why_no_logits(a: Source, by_kind: dict[str, Source]) -> str:
+    import psutil
+
+    if by_kind.keys() != {"hf", "torch_dist"}:
+        return "that takes a Hugging Face folder and a torch_dist checkpoint"
+    if not a.family.trainable:
+        return f"{a.family.name} models are converted, not run, by this version"
+    if any(stored.dtype.startswith("F8") for stored in by_kind["hf"].side.tensors.values()):
+        return "the weights are quantised"
+    parameters = sum(stored.num_elements for stored in by_kind["hf"].side.tensors.values())
+    if parameters > _AUTO_PARAMETERS or parameters * 4 * 2 > psutil.virtual_memory().available * _SHARE_OF_MEMORY:
+        return f"{parameters:,} parameters do not fit in this machine's memory"
+    return ""
+
+
+def _logits_problems(logits: dict[str, Any] | None, tolerance: float) -> list[str]:
+    from swift_dist.convert.report import layout_name
+
+    problems = []
+    for entry in logits["layouts"] if logits else ():
+        where = f"logits at {layout_name(entry)}"
+        if entry.get("error"):
+            problems.append(f"{where}: {entry['error']}")
+        elif not entry["relative"] <= tolerance:
+            problems.append(f"{where}: differ by {entry['relative']:.2e} of the largest logit")
+        elif not entry["same_argmax"]:
+            problems.append(f"{where}: another token is the likeliest")
+    return problems
