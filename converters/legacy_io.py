@@ -167,7 +167,9 @@ class LegacyCheckpoint:
                 raise self._wrong(f"its args say {name}_model_parallel_size {stated}, its folders {size}")
             sizes[name] = stated if isinstance(stated, int) else size  # more than there are: some are missing
         tp, pp, ep = sizes.values()
-        etp = (self.args.get("expert_tensor_parallel_size") if self.args.get("num_experts") else None) or tp
+        etp = self.args.get("expert_tensor_parallel_size") or tp
+        if tp % etp and not self.args.get("num_experts"):
+            etp = tp  # of a dense model it means nothing
         if self.args.get("moe_extended_tp") or tp % etp:
             # ranks that differ in their expert tensor rank only write to the same file
             raise self._wrong(f"its experts are split over other ranks (etp {etp}) than its files tell apart (tp {tp})")

@@ -79,7 +79,8 @@ def lay_out_legacy(
     padded = -(-shape.vocab_size // multiple) * multiple
     side = RankSide({}, grid, layers, shape.num_experts or 0, written=True, tied=tied_copies(rows))
     models = _models(rows, side, dtypes, padded, grouped=bool(args.get("moe_grouped_gemm")))
-    stated = {**args, **_layout_arguments(grid, layers, args), "padded_vocab_size": padded}
+    sizes = {"num_layers": shape.num_layers, "num_experts": shape.num_experts, "padded_vocab_size": padded}
+    stated = {**args, **sizes, **_layout_arguments(grid, layers, args)}
     folder = "release" if iteration is None else f"iter_{iteration:07d}"
     files, tensors = [], {}
     for rank, chunks in models.items():
