@@ -100,7 +100,6 @@ def runs(gang, tmp_path_factory):
 def differing(first, second):
     """Names of tensors that are not the same bits in two checkpoints of one step."""
     import torch
-
     from dist_tensors import dist_tensors
 
     ours, theirs = (dist_tensors(folder / f"checkpoints/step_{STEPS}") for folder in (first, second))
