@@ -7,6 +7,7 @@ data files, as torch.distributed.checkpoint's FileSystemWriter writes them.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Iterable, Mapping
@@ -115,7 +116,9 @@ def write_common(folder: Path, content: Mapping[str, Any]) -> str:
     """Write ``common.pt``: what is the same on every rank. Returns its name."""
     import torch
 
-    torch.save({"checkpoint_version": 3.0, "content_metadata": CONTENT_METADATA, **content}, folder / "common.pt")
+    saved = io.BytesIO()  # torch.save into a file says nothing of why it could not be written
+    torch.save({"checkpoint_version": 3.0, "content_metadata": CONTENT_METADATA, **content}, saved)
+    (folder / "common.pt").write_bytes(saved.getvalue())
     return "common.pt"
 
 

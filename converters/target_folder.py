@@ -40,7 +40,7 @@ class TargetFolder:
 
     Attributes:
         path: where the files are written.
-        written: of the files that an earlier run finished: what `record` was given, by file name.
+        written: of the files that are whole, those of an earlier run too: what `record` was given, by file name.
 
     Raises:
         JobError: the target exists, another process works on it, or an interrupted run of another command left its
@@ -67,29 +67,33 @@ class TargetFolder:
             raise
 
     def _lock(self) -> None:
-        self._lock_fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobError(
-                "target", f"another conversion is writing {self.target}", "wait for it, or give another target"
-            ) from None
-        except OSError:
-            return  # a file system without locks
+        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)  # nothing here is ours: `close` must leave it alone
+                raise JobError(
+                    "target", f"another conversion is writing {self.target}", "wait for it, or give another target"
+                ) from None
+        self._lock_fd = descriptor
+        check_target(self.target)  # it may have appeared between the first look and the lock
 
     def _begin(self, identity: dict[str, Any]) -> None:
         plan = self.path / _PLAN
         found = None
         with suppress(OSError, ValueError):
             found = json.loads(plan.read_text())
-        if found is not None and found != identity:
+        resumable = (self.path / _WRITTEN).is_file()
+        if resumable and found is not None and found != identity:
             differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
             raise JobError(
                 "target",
                 f"{self.path} holds an interrupted conversion that differs in {', '.join(differing)}",
                 f"repeat that command to finish it, or remove {self.path}",
             )
-        if found is None:
+        if not resumable or found is None:
+            self._clear()  # no file is whole, or nobody knows of what: another command may have begun them
             plan.write_text(json.dumps(identity))
         with suppress(OSError):
             for line in (self.path / _WRITTEN).read_text().splitlines():
@@ -97,6 +101,13 @@ class TargetFolder:
                     entry = json.loads(line)
                     if (self.path / entry["file"]).stat().st_size == entry["size"]:
                         self.written[entry["file"]] = entry["facts"]
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
 
     def create(self, files: Iterable[tuple[str, int]]) -> None:
         """Make files with their final size, all zeros; whatever an interrupted run left under their names is dropped.
@@ -138,6 +149,7 @@ class TargetFolder:
                 stream.write(json.dumps(entry) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
+            self.written[file] = dict(facts)
         except OSError as error:
             raise as_run_error(error) from None
 
@@ -152,12 +164,12 @@ class TargetFolder:
                 sync(self.path / name)
             for name in (_WRITTEN, _PLAN):
                 (self.path / name).unlink(missing_ok=True)
-            (self.path / _LOCK).unlink(missing_ok=True)
             for folder in [*(path for path in self.path.rglob("*") if path.is_dir()), self.path]:
                 sync(folder)
             with suppress(FileNotFoundError):
                 self.target.rmdir()  # an empty folder may be there
             self.path.rename(self.target)
+            (self.target / _LOCK).unlink(missing_ok=True)  # not before: nobody may take up the work until it is gone
             sync(self.target.parent)
         except OSError as error:
             raise as_run_error(error) from None

@@ -68,13 +68,15 @@ class _Seen:
 class Conversion:
     """A source, a target, and the copies between them.
 
+    Args:
+        began: when the command did (``time.monotonic``).
+
     Raises (the constructor):
         ValueError: the rows are wrong.
     """
 
-    def __init__(self, verb: str, options: ConvertOptions, source: Source, target: Target) -> None:
-        self.verb, self.options, self.source, self.target = verb, options, source, target
-        self.began = time.monotonic()
+    def __init__(self, verb: str, options: ConvertOptions, source: Source, target: Target, began: float) -> None:
+        self.verb, self.options, self.source, self.target, self.began = verb, options, source, target, began
         self.plan: CopyPlan = make_plan(source.rows, source.side, target.side)
 
     def summary(self) -> dict[str, Any]:
@@ -146,6 +148,9 @@ class Conversion:
         require_equal_twins(self.source, self.options)
         resumed = len(folder.written)
         seen = self._fill(folder)
+        if self.options.strict and seen.non_finite:  # found by an interrupted run without --strict
+            name, count = next(iter(seen.non_finite.items()))
+            raise RunError(f"{name}: {count} values are NaN or infinite", "use another source, or leave out --strict")
         for name in list(seen.non_finite)[:_NAMED]:
             logger.warning("%s: %d values are NaN or infinite", name, seen.non_finite[name])
         if len(seen.non_finite) > _NAMED:
