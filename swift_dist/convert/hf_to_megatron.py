@@ -6,6 +6,7 @@ the files' headers.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ def run(options: HFToMegatronOptions) -> dict[str, Any]:
         JobError: source, target or config are wrong; nothing was written.
         RunError: reading or writing failed; the same command goes on with the files that are whole.
     """
+    began = time.monotonic()
     check_target(Path(options.target))
     source = open_source(options.source, options.hf_config)
     if source.kind != "hf":
         raise JobError(
             "source", f"{options.source} is a {source.kind} checkpoint", "use convert megatron-to-hf or reshard"
         )
-    return Conversion("hf-to-megatron", options, source, dist_target(source, options)).run()
+    return Conversion("hf-to-megatron", options, source, dist_target(source, options), began).run()
 
 
 def dist_target(source: Source, options: ConvertOptions) -> Target:

@@ -6,6 +6,7 @@ Reads torch_dist (ours and Megatron-LM's) and legacy checkpoints. No process gro
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
         JobError: source, target or config are wrong; nothing was written.
         RunError: reading or writing failed; the same command goes on with the files that are whole.
     """
+    began = time.monotonic()
     check_target(Path(options.target))
     source = open_source(options.source, options.hf_config)
     if source.kind == "hf":
         raise JobError("source", f"{options.source} is a Hugging Face folder already", "name a Megatron checkpoint")
-    return Conversion("megatron-to-hf", options, source, hf_target(source, options)).run()
+    return Conversion("megatron-to-hf", options, source, hf_target(source, options), began).run()
 
 
 def hf_target(source: Source, options: MegatronToHFOptions) -> Target:

@@ -7,11 +7,11 @@ from typing import Any
 
 from swift_dist import plugins
 from swift_dist.errors import JobError
-from swift_dist.models._rope import Rope
+from swift_dist.models._rope import Rope, rope_parameters
 from swift_dist.models._source import model_folder, read_hf_config
 from swift_dist.models.base import Family
 
-__all__ = ["Family", "Rope", "families", "find_family", "model_folder", "read_hf_config"]
+__all__ = ["Family", "Rope", "families", "find_family", "model_folder", "read_hf_config", "rope_parameters"]
 
 
 def families() -> tuple[Family, ...]:
