@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _START_SECONDS = 60.0
 _CONNECT_SECONDS = 10.0
 
+Node = tuple[str, str]
+"""Host name, and Ray's id: nodes that are one machine (a test bed) share the name."""
+
 
 class _Actor:
     """Runs on a node; one CPU."""
@@ -26,19 +29,27 @@ class _Actor:
     def __init__(self, task: Task, folder: str) -> None:
         self._doer, self._folder = Doer(task.start), Path(folder)
 
-    def node(self) -> tuple[str, bool]:
-        """Host name, and whether the folder is there."""
-        return socket.gethostname(), self._folder.is_dir()
+    def node(self) -> tuple[Node, bool]:
+        """Where it runs, and whether the folder is there."""
+        import ray
+
+        return (socket.gethostname(), ray.get_runtime_context().get_node_id()), self._folder.is_dir()
 
     def answer(self, unit: Any) -> Answer:
         return self._doer.answer(unit)
 
 
 class RayWorker:
-    """One actor, seen as a `pool.Worker`."""
+    """One actor, seen as a `pool.Worker`.
+
+    Attributes:
+        node: where it runs, once that is known; done: units that it has finished.
+    """
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self.node: Node = ("", "")
+        self.done = 0
         self._pending: deque[Any] = deque()
 
     def submit(self, unit: Any) -> None:
@@ -54,6 +65,7 @@ class RayWorker:
             raise RunError(f"a Ray worker was lost: {reason}", AGAIN) from None
         if error is not None:
             raise error
+        self.done += 1
         return result
 
     def close(self) -> None:
@@ -136,16 +148,27 @@ class RayPool:
             places = ray.get(ready)
         except ray.exceptions.RayError as error:
             raise RunError(f"a Ray worker could not start: {error}", "install swift_dist on every node") from None
-        for host, sees_folder in places:
+        for worker, (node, sees_folder) in zip(self.workers, places, strict=True):
+            worker.node = node
             if not sees_folder:
                 raise RunError(
-                    f"node {host} does not see {folder}",
+                    f"node {node[0]} does not see {folder}",
                     "give an --output on storage that every node has mounted",
                 )
+
+    def shares(self) -> list[str]:
+        """What each node's workers did, in words."""
+        workers = Counter(worker.node for worker in self.workers)
+        done: Counter[Node] = Counter()
+        for worker in self.workers:
+            done[worker.node] += worker.done
+        return [f"{done[node]} on {node[0]} ({count} workers)" for node, count in sorted(workers.items())]
 
     def close(self) -> None:
         import ray
 
+        if any(worker.done for worker in self.workers):
+            logger.info("units of work: %s", ", ".join(self.shares()))
         for worker in self.workers:
             worker.close()
         if self._ours:
