@@ -43,7 +43,9 @@ def shellcheck(*words: str, text: str | None = None) -> None:
 
 
 def test_scripts_pass_shellcheck():
-    assert {s.name for s in SCRIPTS} >= {"ray_cluster.sh", "prepare.sbatch", "pretrain.sbatch", "attach.sh", "chain.sh"}
+    assert {s.name for s in SCRIPTS} >= {
+        "ray_cluster.sh", "prepare.sbatch", "pretrain.sbatch", "convert.sbatch", "attach.sh", "chain.sh"
+    }  # fmt: skip
     shellcheck("-x", *(str(s.relative_to(ROOT)) for s in SCRIPTS))
 
 
@@ -196,6 +198,17 @@ def test_outside_of_a_job_the_script_says_so():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "belongs into a batch script" in done.stderr and "went on" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "stream"), [(["--help"], 0, "stdout"), ([], 2, "stderr"), (["hf-to-megatron", "a"], 2, "stderr")]
+)
+def test_the_conversion_s_script_says_how_to_use_it(words, code, stream):
+    done = subprocess.run(
+        ["env", "-u", "SLURM_JOB_ID", "bash", str(ROOT / "slurm/convert.sbatch"), *words],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code and "sbatch convert.sbatch hf-to-megatron " in getattr(done, stream)
 
 
 @pytest.mark.parametrize(
