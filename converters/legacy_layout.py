@@ -17,7 +17,7 @@ from swift_dist.converters.legacy_side import Grid, Rank, RankSide, grouped_key,
 from swift_dist.converters.mapping import Duplicate, Row, TensorMap, box_size, expand
 from swift_dist.converters.safetensors_io import FileLayout, Layout, TensorSpec
 from swift_dist.converters.stored import ITEM_SIZES, Extent, StoredTensor
-from swift_dist.converters.torch_layout import archive_layout, empty
+from swift_dist.converters.torch_writing import EmptyTensor, archive_layout
 from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape
 
@@ -223,7 +223,7 @@ def _lay_out_file(
     specs: list[tuple[str, TensorSpec]] = []
     for virtual, model in models.items():
         content["model" if grid.vpp == 1 else f"model{virtual}"] = {
-            key: empty(spec.shape, spec.dtype) for key, spec in model.items()
+            key: EmptyTensor(spec.shape, spec.dtype) for key, spec in model.items()
         }
         specs += [(grid.stored_name(rank, virtual, key), spec) for key, spec in model.items()]
     archive = archive_layout(content)
