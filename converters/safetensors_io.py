@@ -106,6 +106,8 @@ class HFFolder:
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             files = sorted(set(weight_map.values()))
+            if not all(isinstance(file, str) for file in files):
+                raise ValueError("weight_map does not name files")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._wrong(f"{index.name} cannot be read: {error}") from None
         for file in files:
@@ -128,20 +130,20 @@ class HFFolder:
         path = self.folder / file
         try:
             if path.suffix == ".bin":
-                return _read_bin(path)
+                return read_bin(path)
             return read_safetensors(path)
         except (OSError, ValueError) as error:
             raise self._wrong(f"{file} is not a whole weight file: {error}") from None
 
     def _with_scales(self, found: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
         """Join fp8 weights with their factors (config.json: ``quantization_config.weight_block_size``)."""
-        settings = config.get("quantization_config") or {}
-        block = tuple(settings.get("weight_block_size") or (128, 128))
+        quantised = {name for name, stored in found.items() if stored.dtype.startswith("F8")}
+        block = self._block_size(config.get("quantization_config") or {}) if quantised else (0, 0)
         joined = {}
         for name, stored in found.items():
-            if name.endswith(_SCALE) and name.removesuffix(_SCALE) in found:
-                continue
-            if stored.dtype.startswith("F8"):
+            if name.endswith(_SCALE) and name.removesuffix(_SCALE) in quantised:
+                continue  # factors of anything else belong to no row, which is found when the rows are compared
+            if name in quantised:
                 scale = found.get(name + _SCALE)
                 if scale is None:
                     raise self._wrong(f"{name} is stored as {stored.dtype} without {name}{_SCALE}", "use bf16 weights")
@@ -151,9 +153,18 @@ class HFFolder:
                         f"{scale.name} is {scale.dtype} {list(scale.shape)}; blocks of {list(block)} of "
                         f"{list(stored.shape)} need F32 {list(blocks)}"
                     )
-                stored = replace(stored, scale=scale, block=(block[0], block[1]))
+                stored = replace(stored, scale=scale, block=block)
             joined[name] = stored
         return joined
+
+    def _block_size(self, settings: Any) -> tuple[int, int]:
+        stated = settings.get("weight_block_size") or [128, 128] if isinstance(settings, Mapping) else settings
+        if isinstance(stated, list) and len(stated) == 2 and all(type(size) is int and size > 0 for size in stated):
+            return stated[0], stated[1]
+        raise self._wrong(
+            f"quantization_config of the config should hold weight_block_size, two positive numbers, not {stated!r}",
+            "restore config.json",
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -169,7 +180,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"its header would take {length} bytes of {size}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
@@ -179,8 +190,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         entries.sort(key=lambda item: item[1]["data_offsets"])
         for name, entry in entries:
-            dtype, shape = str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"])
-            start, stop = entry["data_offsets"]
+            dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+            if len(offsets) != 2 or not all(type(number) is int for number in (*shape, *offsets)):
+                raise TypeError(f"{name}: {entry}")
+            shape, (start, stop) = tuple(shape), offsets
             if dtype not in ITEM_SIZES:
                 raise ValueError(f"{name} has dtype {dtype}, which is not known")
             if min(shape, default=0) < 0 or start != end or stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
@@ -195,7 +208,12 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _read_bin(path: Path) -> dict[str, StoredTensor]:
+def read_bin(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file of torch.save.
+
+    Raises:
+        OSError: it cannot be read. ValueError: what is wrong with it.
+    """
     import mmap
 
     from swift_dist.converters.torch_files import Archive, tensors_in
