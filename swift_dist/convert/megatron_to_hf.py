@@ -17,6 +17,7 @@ from swift_dist.convert.conversion import Conversion, Target
 from swift_dist.convert.options import ConvertOptions, parse_size
 from swift_dist.convert.report import render_conversion
 from swift_dist.convert.sources import Source, open_source
+from swift_dist.convert.special_tokens import with_special_ids
 from swift_dist.converters.mapping import hf_shapes
 from swift_dist.converters.plan import HFSide, hf_dtypes, megatron_dtypes, repeated_names
 from swift_dist.converters.safetensors_io import INDEX_NAME, TensorSpec, index_text, lay_out, plan_shards
@@ -59,6 +60,7 @@ def hf_target(source: Source, options: MegatronToHFOptions) -> Target:
     shards = plan_shards(sorted(specs, key=lambda spec: natural(spec.name)), parse_size(options.max_shard_size))
     layout, index = lay_out(shards), index_text(shards)
     files = companions(source, options.tokenizer)
+    with_special_ids(source.hf_config, files)  # a tokenizer that cannot be read is found before anything is written
     used = {spec.dtype for spec in specs}
     common = used.pop() if len(used) == 1 else wanted or "F32"
 
