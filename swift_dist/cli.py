@@ -94,6 +94,15 @@ VERBS: tuple[Verb, ...] = (
         "render",
     ),
     Verb(
+        "convert --list",
+        "families, and what was measured of their conversions",
+        "swift_dist.convert.listing",
+        "ListOptions",
+        "run",
+        (),
+        "render",
+    ),
+    Verb(
         "runs list",
         "what ran and what runs",
         "swift_dist.runs.verbs",
