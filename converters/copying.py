@@ -16,12 +16,13 @@ import numpy as np
 import xxhash
 
 from swift_dist.converters.mapping import Box, box_shape, box_size, slices
-from swift_dist.converters.plan import Copy, Region
+from swift_dist.converters.plan import Copy, Delta, Region
 from swift_dist.converters.reading import Array, Reader
 from swift_dist.converters.stored import StoredTensor, moved, numpy_dtype, overlap
 from swift_dist.errors import RunError
 
 _SLAB_BYTES = 4 << 20
+_TILE = (128, 2048)
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,71 @@ def gathered(copies: tuple[Copy, ...], box: Box, dtype: str, reader: Reader) -> 
             shared = overlap(copy.target_box, part) if part else ()
             if shared is None:
                 continue
-            values = reader.read(copy.source, moved(shared, copy.target_box, copy.source_box))
+            values = _values(copy, shared, reader)
             place = slab[slices(tuple((a - f, b - f) for (a, b), (f, _) in zip(shared, part, strict=True)))]
             with np.errstate(over="ignore", invalid="ignore"):
                 place[...] = values.reshape(place.shape)
         yield part, slab
+
+
+def _values(copy: Copy, shared: Box, reader: Reader) -> Array:
+    """What a copy brings to a part of its target box, in the source's dtype.
+
+    What is added to bf16 or fp16 weights is added in fp32 and the sum rounded, as torch's ``weight.data += delta`` does
+    (peft/tuners/lora/layer.py, ``Linear.merge``).
+    """
+    values = reader.read(copy.source, moved(shared, copy.target_box, copy.source_box))
+    if copy.delta is None:
+        return values
+    delta = low_rank(copy.delta, moved(shared, copy.target_box, copy.delta.box), reader)
+    wide = np.promote_types(delta.dtype, np.float64 if values.dtype == np.float64 else np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (values.reshape(delta.shape).astype(wide) + delta.astype(wide)).astype(values.dtype)
+
+
+def low_rank(delta: Delta, box: Box, reader: Reader) -> Array:
+    """``(b @ a * scaling)[box]`` in fp32, or fp64 if that is what the matrices are stored in.
+
+    PEFT loads adapters as fp32 (``autocast_adapter_dtype``) and multiplies in it (``Linear.get_delta_weight``). How a
+    product is rounded may depend on its shape, and how a matrix is cut into slabs must not show in its values: so all
+    of a tile of a fixed grid is computed whenever a part of it is wanted.
+    """
+    kind = np.dtype(np.float64 if delta.b.stored.dtype == "F64" else np.float32)
+    (top, bottom), (left, right) = box
+    found = np.empty((bottom - top, right - left), kind)
+    whole = delta.b.stored.shape[0], delta.a.stored.shape[1]
+    inner = (0, delta.a.stored.shape[0])
+    columns = _tiles((left, right), _TILE[1], whole[1])
+    wide = (columns[0][0], columns[-1][1])
+    a = _matrix(delta.a, (inner, wide), kind, reader)
+    for rows in _tiles((top, bottom), _TILE[0], whole[0]):
+        b = _matrix(delta.b, (rows, inner), kind, reader)
+        for start, stop in columns:
+            tile = (b @ np.ascontiguousarray(a[:, start - wide[0] : stop - wide[0]])) * kind.type(delta.scaling)
+            shared = overlap((rows, (start, stop)), box)
+            assert shared is not None
+            found[slices(moved(shared, box, ((0, bottom - top), (0, right - left))))] = tile[
+                slices(moved(shared, (rows, (start, stop)), ((0, rows[1] - rows[0]), (0, stop - start))))
+            ]
+    return found
+
+
+def _tiles(interval: tuple[int, int], size: int, bound: int) -> list[tuple[int, int]]:
+    """The intervals of a grid that an interval touches; the last of the grid may be shorter."""
+    first = interval[0] // size * size
+    return [(start, min(start + size, bound)) for start in range(first, interval[1], size)]
+
+
+def _matrix(region: Region, box: Box, kind: np.dtype[Any], reader: Reader) -> Array:
+    """A part of a matrix that is made up of copies."""
+    found = np.empty(box_shape(box), kind)
+    for copy in region.copies:
+        shared = overlap(copy.target_box, box)
+        if shared is not None:
+            values = reader.read(copy.source, moved(shared, copy.target_box, copy.source_box))
+            place = found[slices(moved(shared, box, tuple((0, extent) for extent in found.shape)))]
+            place[...] = values.reshape(place.shape)
+    return found
 
 
 def _slabs(box: Box, item_size: int) -> Iterator[Box]:
@@ -225,7 +286,7 @@ def _refuse_overflow(region: Region, part: Box, reader: Reader) -> None:
         shared = overlap(copy.target_box, part)
         if shared is None or copy.source.values_dtype == "F16":
             continue
-        values = reader.read(copy.source, moved(shared, copy.target_box, copy.source_box))
+        values = _values(copy, shared, reader)
         wide = values.astype(np.float32)
         if np.isinf(wide.astype(np.float16)).sum() > np.isinf(wide).sum():
             raise RunError(f"{region.stored.name} has values beyond float16's range", "use --dtype bf16 or fp32")

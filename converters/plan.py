@@ -24,12 +24,35 @@ from swift_dist.converters.stored import ITEM_SIZES, ExtentIndex, StoredTensor, 
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """What a LoRA adapter adds to a part of a matrix: ``(b @ a * scaling)[box]``, with b [out, r] and a [r, in].
+
+    Args:
+        b, a: the matrices: no file holds them as such, but their copies say where each part of them lies.
+    """
+
+    b: Region
+    a: Region
+    scaling: float
+    box: Box
+
+    def part(self, origin: Box, box: Box) -> Delta:
+        """Of the part that is in the whole as `box` is in `origin`."""
+        return replace(self, box=moved(box, origin, self.box))
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
-    """``stored[name][box] == megatron[at]``; `box` may have leading dimensions of extent 1 that `at` lacks."""
+    """``stored[name][box] == megatron[at]``; `box` may have leading dimensions of extent 1 that `at` lacks.
+
+    Args:
+        delta: is to be added to what is stored.
+    """
 
     name: str
     box: Box
     at: Box
+    delta: Delta | None = None
 
 
 class Side(Protocol):
@@ -49,11 +72,12 @@ class Side(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``target[target_box] = source[source_box]``. Boxes of equal extents, aligned at their last dimension."""
+    """``target[target_box] = source[source_box] + delta``. Boxes of equal extents, aligned at their last dimension."""
 
     target_box: Box
     source: StoredTensor
     source_box: Box
+    delta: Delta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +172,8 @@ def make_plan(rows: Iterable[Row | Duplicate], source: Side, target: Side) -> Co
                     continue
                 box = moved(shared, other.at, other.box)
                 stored = _narrowed(source.tensors[other.name], box, source_index)
-                copies[hold.name].append(Copy(moved(shared, hold.at, hold.box), stored, box))
+                delta = other.delta.part(other.at, shared) if other.delta else None
+                copies[hold.name].append(Copy(moved(shared, hold.at, hold.box), stored, box, delta))
                 plan.used[other.name] = plan.used.get(other.name, 0) + (0 if again else box_size(shared))
     for name, stored in target.tensors.items():
         plan.regions += _regions(stored, copies[name], plan)
@@ -171,7 +196,8 @@ def _regions(stored: StoredTensor, copies: list[Copy], plan: CopyPlan) -> list[R
         for extent, shared in index.overlapping(copy.target_box):
             if shared != copy.target_box:
                 part = moved(shared, copy.target_box, copy.source_box)
-                inside[extent.box].append(Copy(shared, copy.source, part))
+                delta = copy.delta.part(copy.target_box, shared) if copy.delta else None
+                inside[extent.box].append(Copy(shared, copy.source, part, delta))
             else:
                 inside[extent.box].append(copy)
     regions = []

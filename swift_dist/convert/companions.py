@@ -46,7 +46,7 @@ def companions(source: Source, tokenizer: str | None = None) -> dict[str, Path]:
 
 def _model_folder(source: Source) -> Path | None:
     """Where the model's small files lie."""
-    if source.kind == "hf":
+    if source.kind in ("hf", "peft"):
         return source.path
     places = [source.path / HF_SUBFOLDER, source.path.parent / HF_SUBFOLDER]
     if source.model.get("path"):

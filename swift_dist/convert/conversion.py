@@ -93,6 +93,7 @@ class Conversion:
             "source": str(self.source.path),
             "target": self.options.target,
             "family": self.source.family.name,
+            "adapter": str(self.source.merged.path) if self.source.merged else None,
             "step": self.source.record.get("step"),
             "dtype": OPTION_OF.get(dtypes[0], dtypes[0]) if len(dtypes) == 1 else "mixed",
             "tensors": len(tensors),
@@ -139,8 +140,14 @@ class Conversion:
             "dtype": self.options.dtype,
             "max_shard_size": parse_size(self.options.max_shard_size),
             "target": self.target.kind,
+            **self._adapter_identity(),
             **self.target.identity,
         }
+
+    def _adapter_identity(self) -> dict[str, Any]:
+        """How an adapter is scaled, whether it is the source or is merged into it."""
+        adapter = self.source.merged or self.source
+        return {"adapter": dict(adapter.lora.config)} if adapter.lora is not None else {}
 
     def _write(self, folder: TargetFolder, summary: dict[str, Any]) -> dict[str, Any]:
         from swift_dist.convert.verification import require_equal_twins, verify_conversion

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from swift_dist.config import Section
-from swift_dist.convert.sources import find_kind, read_config
+from swift_dist.convert.sources import ADAPTER_CONFIG, find_kind, read_config
 from swift_dist.converters.dist_index import dist_index
 from swift_dist.converters.safetensors_io import HFFolder
 from swift_dist.converters.stored import StoredTensor
@@ -91,7 +91,14 @@ def _read_legacy(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, An
     return checkpoint.tensors, {**degrees, "iteration": checkpoint.iteration}, None
 
 
-_READERS = {"hf": _read_hf, "torch_dist": _read_dist, "legacy": _read_legacy}
+def _read_peft(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any], str | None]:
+    from swift_dist.convert.adapters import adapter_tensors
+
+    config = read_config(folder / ADAPTER_CONFIG, "source")
+    return adapter_tensors(folder, "source"), {"rank": config.get("r"), "alpha": config.get("lora_alpha")}, None
+
+
+_READERS = {"hf": _read_hf, "peft": _read_peft, "torch_dist": _read_dist, "legacy": _read_legacy}
 
 
 def _is_weight(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from swift_dist.convert.adapters import peft_target, with_adapter
 from swift_dist.convert.companions import GENERATION, companions, write_companions
 from swift_dist.convert.conversion import Conversion, Target
 from swift_dist.convert.options import ConvertOptions, parse_size
@@ -31,6 +32,9 @@ render = render_conversion
 class MegatronToHFOptions(ConvertOptions):
     source: str = Field(description="run folder, its checkpoints folder, or one checkpoint (torch_dist or mp_rank_*)")
     target: str = Field(description="Hugging Face folder to write; must not exist")
+    adapter: str | None = Field(
+        None, description="PEFT adapter to merge into the weights; SOURCE may be a Hugging Face folder then"
+    )
     tokenizer: str | None = Field(None, description="tokenizer folder to add (default: the run's model.tokenizer)")
 
 
@@ -46,10 +50,13 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     check_target(Path(options.target))
-    source = open_source(options.source, options.hf_config)
-    if source.kind == "hf":
+    source = open_source(options.source, options.hf_config, adapters=True)
+    if source.kind == "peft" or (source.kind == "hf" and options.adapter is None):
         raise JobError("source", f"{options.source} is a Hugging Face folder already", "name a Megatron checkpoint")
-    return Conversion("megatron-to-hf", options, source, hf_target(source, options), began).run()
+    source = with_adapter(source, options.adapter)
+    is_model = source.lora is None
+    target = hf_target(source, options) if is_model else peft_target(source, options, options.tokenizer)
+    return Conversion("megatron-to-hf", options, source, target, began).run()
 
 
 def hf_target(source: Source, options: MegatronToHFOptions) -> Target:

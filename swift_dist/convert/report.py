@@ -56,6 +56,7 @@ def _page(report: Mapping[str, Any]) -> str:
         f"{report['bytes']:,} written as {report['dtype']} in {report['seconds']} s by swift-dist "
         f"{report['swift_dist']}.",
         "",
+        *([f"- adapter merged into the weights: `{report['adapter']}`"] if report["adapter"] else []),
         f"- tensors: {report['tensors']}; not weights, left out: {report['ignored_tensors']}",
         f"- elements of padding: {report['padding_elements']}",
         f"- tensors with NaN or infinity: {report['non_finite'] or 'none'}",
@@ -98,7 +99,8 @@ def render_conversion(result: Mapping[str, Any]) -> str:
     lines = [
         f"{verb} {result['target']}: {result['family']}, {result['parameters']:,} parameters as {result['dtype']}, "
         f"{result['bytes'] / 2**20:,.1f} MiB in {len(result['files'])} file(s)",
-        f"  from {result['source']}{step}; {result['ignored_tensors']} tensors of it are not weights",
+        f"  from {result['source']}{step}; {result['ignored_tensors']} tensors of it are not weights"
+        + (f"; with the adapter {result['adapter']} merged" if result["adapter"] else ""),
         f"  beside the weights: {', '.join(result['other_files']) or 'nothing'}",
     ]
     if result["dry_run"]:

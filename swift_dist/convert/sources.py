@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.converters.adapters import is_adapter
 from swift_dist.converters.dist_index import METADATA_NAME, DistSide, check_dist, dist_index
 from swift_dist.converters.hf_side import check_hf_folder
 from swift_dist.converters.mapping import Rows, duplicates
@@ -19,9 +20,11 @@ from swift_dist.errors import JobError
 from swift_dist.models import Family, find_family
 
 if TYPE_CHECKING:
+    from swift_dist.converters.adapters import Lora
     from swift_dist.converters.legacy_io import LegacyCheckpoint
 
 RECORD_NAME = "swift_dist.json"  # of our own checkpoints (swift_dist/checkpoint/folder.py)
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter that PEFT saved, and of an adapter's checkpoint
 HF_SUBFOLDER = "hf"  # of converted Megatron checkpoints: config.json, tokenizer and the like
 _STEP = re.compile(r"(?:step|iter)_(\d+)")
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -32,12 +35,14 @@ class Source:
     """An opened checkpoint or model folder.
 
     Attributes:
-        kind: "hf", "torch_dist" or "legacy".
+        kind: "hf", "peft", "torch_dist" or "legacy".
         path: the folder that holds the weights.
         side: for plans. rows: of its model. ignored: names of what is not weights.
         twins: pairs of stored tensors that must be equal, and of which only the first is read.
         record: of our own checkpoints: step and metadata; {} of others.
         model: the ``model`` section of the run that it belongs to; {} where there is none.
+        lora: of an adapter: how it is scaled; `rows` are then the adapter's, `hf_config` its model's.
+        merged: the adapter that `side` adds to the weights.
     """
 
     kind: str
@@ -51,20 +56,31 @@ class Source:
     record: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     legacy: LegacyCheckpoint | None = None
+    lora: Lora | None = None
+    merged: Source | None = None
 
     @property
     def files(self) -> list[str]:
-        """Paths of the files that hold weights."""
-        return sorted({extent.file for stored in self.side.tensors.values() for extent in stored.extents})
+        """Paths of the files that hold weights, those of a merged adapter included."""
+        own = {extent.file for stored in self.side.tensors.values() for extent in stored.extents}
+        return sorted(own.union(self.merged.files if self.merged else ()))
 
 
-def open_source(path: str, hf_config: str | None = None, key: str = "source", known: Mapping | None = None) -> Source:
+def open_source(
+    path: str,
+    hf_config: str | None = None,
+    key: str = "source",
+    known: Mapping[str, Any] | None = None,
+    *,
+    adapters: bool = False,
+) -> Source:
     """Open a folder of any format.
 
     Args:
         hf_config: config.json or its folder, where the folder itself does not say what model it is.
         key: of the option that errors name.
         known: a config.json to use where neither of these has one.
+        adapters: an adapter will do as well; else it is refused.
 
     Raises:
         JobError: it is none, is damaged, or does not hold the model of its config.
@@ -73,9 +89,17 @@ def open_source(path: str, hf_config: str | None = None, key: str = "source", kn
     stated = read_config(Path(hf_config), "hf_config") if hf_config else None
     if kind == "hf":
         return _open_hf(folder, stated, key)
-    if kind == "torch_dist":
-        return _open_dist(folder, stated or known, key)
-    return _open_legacy(folder, stated or known, key)
+    if kind == "legacy":
+        return _open_legacy(folder, stated or known, key)
+    if kind == "peft":
+        from swift_dist.convert.adapters import open_peft
+
+        source = open_peft(folder, stated or known, key)
+    else:
+        source = _open_dist(folder, stated or known, key)
+    if source.lora is not None and not adapters:
+        raise JobError(key, f"{path} is an adapter", "use convert hf-to-megatron or megatron-to-hf")
+    return source
 
 
 def find_kind(path: Path, key: str) -> tuple[str, Path]:
@@ -96,15 +120,21 @@ def find_kind(path: Path, key: str) -> tuple[str, Path]:
                 return "torch_dist", inner
             if next(inner.glob("mp_rank_*"), None) is not None:
                 return "legacy", inner
+    if (path / ADAPTER_CONFIG).is_file() and (next(path.glob("adapter_model.*"), None) or not _has_config(path)):
+        return "peft", path
     if any(next(path.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*")):
         return "hf", path
-    if (path / "config.json").is_file():
+    if _has_config(path):
         raise JobError(key, f"{path} holds a config.json but no weights", "download the model completely")
     raise JobError(
         key,
         f"{path} holds neither Hugging Face weights nor a Megatron checkpoint",
         "name a model folder, a run folder or a checkpoint",
     )
+
+
+def _has_config(path: Path) -> bool:
+    return (path / "config.json").is_file()
 
 
 def _inner_checkpoints(folder: Path) -> list[Path]:
@@ -122,7 +152,7 @@ def _inner_checkpoints(folder: Path) -> list[Path]:
 def _open_hf(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
     config = dict(stated) if stated else read_config(folder, key)
     weights = HFFolder(folder, key, config)
-    family, config = _family(config, weights.tensors)
+    family, config = family_of(config, weights.tensors)
     rows = family.rows(config)
     ignored = check_hf_folder(weights.tensors, folder, rows, key)
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in ignored}
@@ -136,7 +166,11 @@ def _open_dist(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Sour
     if config is None:
         raise _no_config()
     tensors = dist_index(folder, key)
-    family, config = _family(config, tensors)
+    if is_adapter(tensors):
+        from swift_dist.convert.adapters import open_adapter_checkpoint
+
+        return replace(open_adapter_checkpoint(folder, tensors, config, key), record=record, model=model)
+    family, config = family_of(config, tensors)
     side, rows = DistSide(tensors), family.rows(config)
     ignored = check_dist(side, rows, key)
     side = DistSide({name: stored for name, stored in side.tensors.items() if name not in set(ignored)})
@@ -152,7 +186,7 @@ def _open_legacy(folder: Path, stated: Mapping[str, Any] | None, key: str) -> So
     config = config or config_of_arguments(checkpoint.args)
     if config is None:
         raise _no_config()
-    family, config = _family(config, [name.rpartition("/")[2] for name in checkpoint.tensors])
+    family, config = family_of(config, [name.rpartition("/")[2] for name in checkpoint.tensors])
     shape, rows = family.shape(config), family.rows(config)
     side = LegacySide(checkpoint, shape.num_layers, shape.num_experts or 0)
     ignored = check_legacy(side, rows, key)
@@ -167,7 +201,7 @@ def _no_config() -> JobError:
     )
 
 
-def _family(config: dict[str, Any], names: Collection[str]) -> tuple[Family, dict[str, Any]]:
+def family_of(config: dict[str, Any], names: Collection[str]) -> tuple[Family, dict[str, Any]]:
     """The family, and the config as this folder's weights have it (a folder may lack layers for prediction).
 
     How the weights are quantised is the reader's business (`HFFolder`): what becomes of them is plain.
@@ -187,13 +221,18 @@ def _config_of_checkpoint(folder: Path, record: Mapping[str, Any], model: Mappin
     recorded = dict(record.get("metadata") or {}).get("hf_config") or model.get("config")
     if recorded:
         return dict(recorded)
-    places = [folder / HF_SUBFOLDER, folder.parent / HF_SUBFOLDER, folder]
+    places = places_of_config(folder)
     if model.get("path"):
         places.append(Path(model["path"]))
     for place in places:
         if (place / "config.json").is_file():
             return read_config(place, "hf_config")
     return None
+
+
+def places_of_config(folder: Path) -> list[Path]:
+    """Where a Megatron checkpoint's config.json may lie."""
+    return [folder / HF_SUBFOLDER, folder.parent / HF_SUBFOLDER, folder]
 
 
 def _read_record(folder: Path, key: str) -> dict[str, Any]:

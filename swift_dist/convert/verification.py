@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from swift_dist.convert.adapters import differing_scalings, like
 from swift_dist.convert.sources import Source, open_source
 from swift_dist.convert.work import do_units
 from swift_dist.converters.copying import Compare, Facts
@@ -41,6 +42,7 @@ def compare(
     Raises:
         JobError: they are not the same model. RunError: a file cannot be read.
     """
+    a, b = like(a, b), like(b, a)
     if (a.family.name, a.rows) != (b.family.name, b.rows):
         raise JobError(
             "b",
@@ -51,7 +53,7 @@ def compare(
     if isinstance(side, HFSide):
         side = HFSide(side.tensors, repeated_names(b.rows, side.tensors))
     plan = make_plan(a.rows, a.side, side)
-    problems = [*_coverage(a, plan), *_unwritten(b, plan)]
+    problems = [*differing_scalings(a, b), *_coverage(a, plan), *_unwritten(b, plan)]
     regions = [*plan.regions, *_twins(a), *_twins(b)]
     found = _run(name, Compare(tolerance, cast), regions, options, b.path)
     problems += [f"{tensor}: {what}" for tensor, what in sorted(found.differences.items())]
@@ -73,7 +75,7 @@ def compare(
 
 def verify_conversion(source: Source, folder: Path, kind: str, options: Any) -> dict[str, Any]:
     """Open what was written as anybody would, and compare it with the source."""
-    written = open_source(str(folder), key="target", known=source.hf_config)
+    written = open_source(str(folder), key="target", known=source.hf_config, adapters=True)
     if written.kind != kind:
         raise RunError(f"{folder} was written as {kind} and is read as {written.kind}")
     # A folder's config says what its weights are; that of the source may say more (layers that were left out).
@@ -180,6 +182,8 @@ def _logits(a: Source, b: Source, options: Any) -> tuple[dict[str, Any] | None, 
 def _why_no_logits(a: Source, by_kind: dict[str, Source]) -> str:
     import psutil
 
+    if a.merged is not None:
+        return "an adapter is merged into the weights"
     if by_kind.keys() != {"hf", "torch_dist"}:
         return "that takes a Hugging Face folder and a torch_dist checkpoint"
     if not a.family.trainable:

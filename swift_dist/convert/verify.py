@@ -41,8 +41,8 @@ def run(options: VerifyOptions) -> dict[str, Any]:
         kind, folder = find_kind(Path(path), "a" if path == options.a else "b")
         if kind == "hf" and options.hf_config is None:
             known = read_config(folder, "hf_config")
-    a = open_source(options.a, options.hf_config, "a", known)
-    b = open_source(options.b, options.hf_config, "b", known)
+    a = open_source(options.a, options.hf_config, "a", known, adapters=True)
+    b = open_source(options.b, options.hf_config, "b", known, adapters=True)
     if options.dtype is not None and BY_OPTION[options.dtype] not in {s.values_dtype for s in b.side.tensors.values()}:
         raise JobError(
             "dtype", f"no tensor of {b.path} is stored as {options.dtype}", "leave out --dtype, or swap A and B"
