@@ -3,8 +3,8 @@
 # make test      the whole CPU test suite; test-fast: without what takes long (under 3 minutes)
 # make test-cluster   whole jobs through a real Slurm and simulated nodes; as root it installs what that needs (apt-get)
 # make lint      style and types
-# make bench     our speed against bare megatron-core, torchrun and tokenizers
-# make tables    the full golden parity tables (long)
+# make bench     our speed against bare megatron-core, torchrun, tokenizers and cp
+# make tables    the full tables of golden parity and of conversions (long)
 # make clean     remove what the above made, except .venv; distclean: .venv too
 #
 # Variables: VENV, PYTHON, TORCH_ARGS (see .ci/install); DEMO: the demo's folder; JOBS: processes that run tests;
