@@ -28,9 +28,14 @@ from swift_dist.converters.torch_files import fields_of, load_inert, name_of
 from swift_dist.errors import JobError
 
 METADATA_NAME = ".metadata"
-_MODEL_KEY = re.compile(r"^(module\.)?(embedding|decoder|output_layer|mtp)\.")
+_STATE_KEY = re.compile(r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state)|_extra_state(/|$)")
 _LAYER = re.compile(r"(\blayers\.)(\d+)\.")
 _EXPERT = re.compile(r"(\.experts\.)local_experts\.(\d+)\.")
+
+
+def is_weight(key: str) -> bool:
+    """Whether a key of a checkpoint names a weight: all that is not the state of an optimizer, a generator or FP8."""
+    return _STATE_KEY.search(key) is None
 
 
 def dist_index(folder: str | os.PathLike[str], key: str = "source") -> dict[str, StoredTensor]:
@@ -110,7 +115,7 @@ class DistSide:
 
     def weights(self) -> list[str]:
         """Keys that are weights of a model, and not optimizer state."""
-        return [key for key, stored in self._all.items() if _MODEL_KEY.match(key) and stored.dtype in FLOATS]
+        return [key for key in self._all if is_weight(key)]
 
     def hold(self, tensor: TensorMap) -> list[Hold]:
         """Raises KeyError: no key of any style holds the tensor."""

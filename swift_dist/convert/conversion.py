@@ -26,7 +26,7 @@ from swift_dist.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-_DRIVER_BYTES, _WORKER_BYTES, _COPY_BYTES = 250 << 20, 64 << 20, 2000  # measured: tests/benchmarks/bench_convert.py
+_DRIVER_BYTES, _WORKER_BYTES, _COPY_BYTES = 64 << 20, 48 << 20, 2000  # measured: tests/benchmarks/bench_convert.py
 _NAMED = 5
 
 

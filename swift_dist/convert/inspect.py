@@ -11,7 +11,7 @@ from pydantic import Field
 
 from swift_dist.config import Section
 from swift_dist.convert.sources import ADAPTER_CONFIG, find_kind, read_config
-from swift_dist.converters.dist_index import dist_index
+from swift_dist.converters.dist_index import dist_index, is_weight
 from swift_dist.converters.safetensors_io import HFFolder
 from swift_dist.converters.stored import StoredTensor
 from swift_dist.errors import JobError
@@ -48,7 +48,7 @@ def run(options: InspectOptions) -> dict[str, Any]:
             "shape": list(stored.shape),
             "dtype": stored.dtype,
             "bytes": stored.num_bytes,
-            "weight": _is_weight(name),
+            "weight": is_weight(name),
             "files": sorted({Path(extent.file).name for extent in stored.extents}),
         }
         for name, stored in sorted(tensors.items(), key=lambda item: _natural(item[0]))
@@ -99,10 +99,6 @@ def _read_peft(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any]
 
 
 _READERS = {"hf": _read_hf, "peft": _read_peft, "torch_dist": _read_dist, "legacy": _read_legacy}
-
-
-def _is_weight(name: str) -> bool:
-    return not re.match(r"(chained_\d+\.)?optimizer|rng_state|rerun_state", name)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

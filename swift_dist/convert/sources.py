@@ -27,6 +27,7 @@ RECORD_NAME = "swift_dist.json"  # of our own checkpoints (swift_dist/checkpoint
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter that PEFT saved, and of an adapter's checkpoint
 HF_SUBFOLDER = "hf"  # of converted Megatron checkpoints: config.json, tokenizer and the like
 _STEP = re.compile(r"(?:step|iter)_(\d+)")
+Config = Mapping[str, Any]
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -90,13 +91,13 @@ def open_source(
     if kind == "hf":
         return _open_hf(folder, stated, key)
     if kind == "legacy":
-        return _open_legacy(folder, stated or known, key)
+        return _open_legacy(folder, stated, known, key)
     if kind == "peft":
         from swift_dist.convert.adapters import open_peft
 
         source = open_peft(folder, stated or known, key)
     else:
-        source = _open_dist(folder, stated or known, key)
+        source = _open_dist(folder, stated, known, key)
     if source.lora is not None and not adapters:
         raise JobError(key, f"{path} is an adapter", "use convert hf-to-megatron or megatron-to-hf")
     return source
@@ -160,10 +161,10 @@ def _open_hf(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source
     return Source("hf", folder, family, config, rows, HFSide(tensors), ignored, twins)
 
 
-def _open_dist(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
+def _open_dist(folder: Path, stated: Config | None, known: Config | None, key: str) -> Source:
     record, model = _read_record(folder, key), _recorded_model(folder)
-    config = dict(stated) if stated else _config_of_checkpoint(folder, record, model)
-    if config is None:
+    config = dict(stated or _config_of_checkpoint(folder, record, model) or known or {})
+    if not config:
         raise _no_config()
     tensors = dist_index(folder, key)
     if is_adapter(tensors):
@@ -177,14 +178,14 @@ def _open_dist(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Sour
     return Source("torch_dist", folder, family, config, rows, side, ignored, record=record, model=model)
 
 
-def _open_legacy(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
+def _open_legacy(folder: Path, stated: Config | None, known: Config | None, key: str) -> Source:
     from swift_dist.converters.legacy_arguments import config_of_arguments
     from swift_dist.converters.legacy_io import LegacyCheckpoint, LegacySide, check_legacy
 
     checkpoint = LegacyCheckpoint(folder, key)
-    config = dict(stated) if stated else _config_of_checkpoint(folder, {}, {})
-    config = config or config_of_arguments(checkpoint.args)
-    if config is None:
+    stated = stated or _config_of_checkpoint(folder, {}, {}) or known
+    config = dict(stated or config_of_arguments(checkpoint.args) or {})
+    if not config:
         raise _no_config()
     family, config = family_of(config, [name.rpartition("/")[2] for name in checkpoint.tensors])
     shape, rows = family.shape(config), family.rows(config)

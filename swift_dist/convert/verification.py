@@ -22,6 +22,12 @@ from swift_dist.errors import JobError, RunError
 
 _AUTO_PARAMETERS = 2_000_000_000  # fp32 copies of transformers and Megatron, one after the other
 _SHARE_OF_MEMORY = 0.5
+_TRAINING = frozenset(  # of megatron-core's arguments: what does not change what a model computes once it is trained
+    """
+    init_method_std attention_dropout hidden_dropout max_sequence_length moe_aux_loss_coeff moe_z_loss_coeff
+    moe_router_load_balancing_type
+    """.split()
+)
 _LOGITS_MODULE = "swift_dist.engines.megatron.logits"  # a process of its own: this room knows no engines
 
 
@@ -53,7 +59,8 @@ def compare(
     if isinstance(side, HFSide):
         side = HFSide(side.tensors, repeated_names(b.rows, side.tensors))
     plan = make_plan(a.rows, a.side, side)
-    problems = [*differing_scalings(a, b), *_coverage(a, plan), *_unwritten(b, plan)]
+    problems = [*differing_scalings(a, b), *_different_settings(a, b)]
+    problems += [*_coverage(a, plan), *_unwritten(b, plan)]
     regions = [*plan.regions, *_twins(a), *_twins(b)]
     found = _run(name, Compare(tolerance, cast), regions, options, b.path)
     problems += [f"{tensor}: {what}" for tensor, what in sorted(found.differences.items())]
@@ -155,6 +162,19 @@ def _different_rows(a: Source, b: Source) -> str:
         if theirs.get(tensor.name) != tensor.shape:
             return f"{tensor.name} is {list(tensor.shape)}, not {list(theirs.get(tensor.name, ()))}"
     return "it has other layers"
+
+
+def _different_settings(a: Source, b: Source) -> list[str]:
+    """Equal weights compute different things where the two config.json say so."""
+    first, second = ({**s.family.transformer_config(s.hf_config), **s.family.gpt_model(s.hf_config)} for s in (a, b))
+    found = [
+        f"{name}: {first.get(name)!r} by A's config.json, {value!r} by B's"
+        for name, value in second.items()
+        if first.get(name) != value and name not in _TRAINING
+    ]
+    if a.family.rope(a.hf_config) != b.family.rope(b.hf_config):
+        found.append("the two config.json give different rotary frequencies")
+    return found
 
 
 def _logits(a: Source, b: Source, options: Any) -> tuple[dict[str, Any] | None, str]:
