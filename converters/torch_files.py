@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 import zipfile
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -123,7 +124,15 @@ def load_inert(stream: BinaryIO) -> Any:
     """
     try:
         return InertUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, IndexError, OverflowError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"no readable pickle ({type(error).__name__}: {error})") from None
 
 
@@ -186,6 +195,7 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(_View(self._data))  # type: ignore[arg-type]
             names = self._zip.namelist()
+            self._starts = sorted(each.header_offset for each in self._zip.infolist())
             pickled = next(name for name in names if name.endswith("/data.pkl"))
             self._prefix = pickled.removesuffix("data.pkl")
             self.content = load_inert(io.BytesIO(self._record(pickled)))
@@ -195,6 +205,11 @@ class Archive:
             raise ValueError(f"not a whole file of torch.save ({error or 'no data.pkl'})") from None
         if not little:
             raise ValueError("it was written on a big-endian machine")
+
+    @property
+    def begins_at_once(self) -> bool:
+        """Whether nothing stands before the first record."""
+        return self._starts[0] == 0
 
     def place(self, ref: TensorRef) -> int:
         """Byte of the buffer at which a tensor's values begin.
@@ -221,9 +236,15 @@ class Archive:
         header = self._data[record.header_offset : record.header_offset + _LOCAL_HEADER]
         if bytes(header[:4]) != b"PK\x03\x04":
             raise ValueError(f"{name} has no header")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        begin = record.header_offset + _LOCAL_HEADER + name_length + extra_length
-        if begin + record.file_size > len(self._data):
+        name_length, extra_length = struct.unpack("<HH", bytes(header[26:30]).ljust(4, b"\0"))
+        extra = record.header_offset + _LOCAL_HEADER + name_length
+        begin = extra + extra_length
+        encoded = record.orig_filename.encode("utf-8" if record.flag_bits & 0x800 else "cp437")
+        # Nothing else would notice a damaged length: the values would be read some bytes too early or too late.
+        if self._data[extra - name_length : extra] != encoded or not _is_extra(bytes(self._data[extra:begin])):
+            raise ValueError(f"{name} has a damaged header")
+        following = self._starts[bisect_right(self._starts, record.header_offset) :][:1]
+        if begin + record.file_size > min([self._zip.start_dir, *following]):
             raise ValueError(f"{name} is not whole")
         return begin, record.file_size
 
@@ -235,6 +256,16 @@ class Archive:
     def stored(self, name: str, ref: TensorRef, file: str) -> StoredTensor:
         box: Box = tuple((0, extent) for extent in ref.shape)
         return StoredTensor(name, ref.shape, ref.dtype, (Extent(file, self.place(ref), box),))
+
+
+def _is_extra(field: bytes) -> bool:
+    """Whether bytes are the extra field of a header (APPNOTE.TXT 4.5): blocks of id, length and content, or padding."""
+    while len(field) >= 4:
+        length = 4 + int.from_bytes(field[2:4], "little")
+        if length > len(field):
+            return False
+        field = field[length:]
+    return not any(field)
 
 
 class _View(io.RawIOBase):
@@ -273,6 +304,8 @@ def find_archived(data: Any, offset: int, length: int, shape: tuple[int, ...], d
         ValueError: the archive is damaged, or holds something else than a tensor of this shape and dtype.
     """
     archive = Archive(data, offset, length)
+    if not archive.begins_at_once:
+        raise ValueError("holds something before the tensor: its index leads to another one's place")
     ref = tensor_ref(archive.content)
     if ref is None:
         raise ValueError("holds no tensor")
