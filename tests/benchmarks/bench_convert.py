@@ -1,9 +1,10 @@
 """Time and memory of `convert hf-to-megatron` and `megatron-to-hf` beside a plain copy of the same files.
 
 The copy is ``cp -r --reflink=never`` and a sync of its files: what any conversion must do at least. Both read warm
-files and write anew; runs alternate, each pair gives one ratio, the first is discarded. To hold: command seconds at
-most 1.5 x the copy's plus 3 s of start-up. Memory is the sum of Pss_Anon over all processes of the command, sampled
-from smaps_rollup (mapped files do not count); to hold: at most 1 GiB + 2 x the largest tensor, at any size of the model.
+files and write anew; runs alternate, each pair gives one ratio, the first is discarded. To hold: the command takes at
+most 1.5 x the copy's time plus 3 s of start-up. Memory is the sum of Pss_Anon over all processes of the command,
+sampled from smaps_rollup (mapped files do not count); to hold: at most 1 GiB + 2 x the largest tensor, at any size of
+the model.
 
     python tests/benchmarks/bench_convert.py [--pairs 3] [--workers 2] [--folder DIR]
 """
