@@ -21,7 +21,9 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,6 @@ SAMPLE_SECONDS = 0.02
 class Run:
     seconds: float
     peak: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
@@ -97,9 +98,12 @@ def anonymous(pid: int) -> int:
 
 
 def run_convert(verb: str, source: Path, target: Path, workers: int) -> Run:
-    words = [verb, str(source), str(target), "--workers", str(workers), "--json"]
+    return run_command([*COMMAND, verb, str(source), str(target), "--workers", str(workers), "--json"])
+
+
+def run_command(command: list[str]) -> Run:
     begin = time.perf_counter()
-    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     found = Run(0.0)
 
     def sample() -> None:
@@ -109,13 +113,23 @@ def run_convert(verb: str, source: Path, target: Path, workers: int) -> Run:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    output, errors = process.communicate()
+    _, errors = process.communicate()
     found.seconds = time.perf_counter() - begin
     sampler.join()
     if process.returncode:
         raise SystemExit(errors)
-    found.facts = json.loads(output)
     return found
+
+
+def measure_mbridge(source: Path, folder: Path) -> None:
+    """Another project's conversion of the same model, which builds it; one process, the second run counts."""
+    for number in range(2):
+        target = folder / f"mbridge.{number}"
+        run = run_command(
+            [sys.executable, str(Path(__file__).with_name("mbridge_convert.py")), str(source), str(target)]
+        )
+        shutil.rmtree(target)
+    print(f"  mbridge {version('mbridge')} hf-to-megatron {run.seconds:5.2f} s; memory {run.peak / 2**20:,.0f} MiB")
 
 
 def run_copy(source: Path, target: Path) -> Run:
@@ -177,6 +191,8 @@ def main() -> None:
             )
             written = measure("hf-to-megatron", folder / "hf", folder, given.pairs, given.workers, largest)
             measure("megatron-to-hf", written, folder, given.pairs, given.workers, largest)
+            if find_spec("mbridge") is not None:
+                measure_mbridge(folder / "hf", folder)
             shutil.rmtree(folder)
 
 

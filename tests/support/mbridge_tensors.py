@@ -38,8 +38,8 @@ def main(request: Path) -> None:
         save_file(loaded(bridge, folder) if names is None else mapped(bridge, folder, names), model["target"])
 
 
-def make_bridge(folder: Path, builds: bool) -> Any:
-    """mbridge's object for a model, in fp32; `builds`: it will be asked for megatron-core's model."""
+def make_bridge(folder: Path, builds: bool, dtype: str = "float32") -> Any:
+    """mbridge's object for a model; `builds`: it will be asked for megatron-core's model."""
     import torch
 
     from swift_dist.engines.megatron import spec
@@ -61,7 +61,7 @@ def make_bridge(folder: Path, builds: bool) -> Any:
     }
     if not builds:  # this megatron-core's configuration of latent attention lacks a field that mbridge states
         own["TransformerConfigClass"] = types.SimpleNamespace
-    return type(kind.__name__, (kind,), own)(config, dtype=torch.float32)
+    return type(kind.__name__, (kind,), own)(config, dtype=getattr(torch, dtype))
 
 
 def loaded(bridge: Any, folder: Path) -> dict[str, Any]:
