@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from swift_dist.convert import conversion, verify
+from swift_dist.convert import conversion, reshard, verify
 from swift_dist.converters.copying import low_rank
 from swift_dist.converters.plan import Copy, Delta, Region
 from swift_dist.converters.reading import Reader
@@ -47,7 +47,7 @@ def test_merged_weights_are_those_that_peft_merges(trained: Trained, tmp_path: P
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_every_way_to_merged_weights_gives_the_same_bits(trained: Trained, tmp_path: Path, name: str) -> None:
-    """From either format of the model, with either format of the adapter, into either format."""
+    """From each format of the model, with either format of the adapter, into either format."""
     made = trained(name)
     to_megatron(made.base, tmp_path / "base")
     to_megatron(made.adapter, tmp_path / "adapter")
@@ -55,7 +55,9 @@ def test_every_way_to_merged_weights_gives_the_same_bits(trained: Trained, tmp_p
     to_hf(tmp_path / "base", tmp_path / "two", adapter=str(tmp_path / "adapter"), max_shard_size="20KB", verify=True)
     merged = to_megatron(made.base, tmp_path / "three", adapter=str(tmp_path / "adapter"), verify=True)
     assert merged["verified"]["equal"]
-    for other in ("two", "three"):
+    reshard.run(reshard.ReshardOptions(source=str(tmp_path / "base"), target=str(tmp_path / "legacy"), tp=2, workers=1))
+    to_hf(tmp_path / "legacy", tmp_path / "four", adapter=str(made.adapter), verify=True)
+    for other in ("two", "three", "four"):
         options = verify.VerifyOptions(a=str(tmp_path / "one"), b=str(tmp_path / other), workers=1, logits="never")
         assert verify.run(options)["equal"]
     options = verify.VerifyOptions(a=str(made.base), b=str(tmp_path / "three"), workers=1, logits="never")
