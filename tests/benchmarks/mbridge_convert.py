@@ -1,4 +1,4 @@
-"""mbridge's way from a Hugging Face folder to a torch_dist checkpoint, on the CPU, for bench_convert: it builds the model.
+"""mbridge's way from a Hugging Face folder to a torch_dist checkpoint, for bench_convert: it builds the model, on CPU.
 
 python tests/benchmarks/mbridge_convert.py SOURCE TARGET
 """
