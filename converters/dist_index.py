@@ -49,7 +49,7 @@ def dist_index(folder: str | os.PathLike[str], key: str = "source") -> dict[str,
         with file.open("rb") as stream:
             index = fields_of(load_inert(stream))
         return _tensors(Path(folder), index)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise JobError(key, f"{file} cannot be read: {error}", "use another checkpoint") from None
 
 

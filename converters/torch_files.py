@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _STORAGES = {
     "UntypedStorage": "U8",
 }
 _LOCAL_HEADER = 30  # bytes before a record's name in its local header (APPNOTE.TXT 4.3.7)
+_DESCRIPTOR = 0x08  # flag of a record: sizes and checksum follow its content (4.3.9)
 
 
 class Placeholder:
@@ -157,7 +159,18 @@ class TensorRef:
 
 
 def tensor_ref(value: Any) -> TensorRef | None:
-    """The tensor that a placeholder of an archive's pickle stands for; None: it is something else."""
+    """The tensor that a placeholder of an archive's pickle stands for; None: it is something else.
+
+    Raises:
+        ValueError: it is described as torch describes none.
+    """
+    try:
+        return _tensor_ref(value)
+    except (AttributeError, TypeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"a tensor is described as none should be ({type(error).__name__}: {error})") from None
+
+
+def _tensor_ref(value: Any) -> TensorRef | None:
     name = name_of(value)
     if name == "torch._utils._rebuild_parameter":
         return tensor_ref(value.args[0])
@@ -243,15 +256,22 @@ class Archive:
         # Nothing else would notice a damaged length: the values would be read some bytes too early or too late.
         if self._data[extra - name_length : extra] != encoded or not _is_extra(bytes(self._data[extra:begin])):
             raise ValueError(f"{name} has a damaged header")
+        end = begin + record.file_size
         following = self._starts[bisect_right(self._starts, record.header_offset) :][:1]
-        if begin + record.file_size > min([self._zip.start_dir, *following]):
+        limit = min([self._zip.start_dir, *following])
+        if record.flag_bits & _DESCRIPTOR and self._data[end : end + 4] == b"PK\x07\x08":
+            limit = min(limit, end)
+        if end != limit:
             raise ValueError(f"{name} is not whole")
         return begin, record.file_size
 
     def _record(self, name: str) -> bytes:
-        """A record's bytes. Its checksum is not looked at: writers may leave it out (and torch never looks either)."""
+        """A small record's bytes. Its checksum, where the writer left it out, is 0."""
         begin, size = self._find(name)
-        return bytes(self._data[begin : begin + size])
+        content, checksum = bytes(self._data[begin : begin + size]), self._zip.getinfo(name).CRC
+        if checksum and zlib.crc32(content) != checksum:
+            raise ValueError(f"{name} does not have its checksum")
+        return content
 
     def stored(self, name: str, ref: TensorRef, file: str) -> StoredTensor:
         box: Box = tuple((0, extent) for extent in ref.shape)
