@@ -248,10 +248,10 @@ WRONG_FOLDERS: dict[str, tuple[str, Edit, str, str]] = {
     "config with a size in words": (
         "llama",
         configured(hidden_size="large"),
-        "model.config.hidden_size",
+        "hf_config",
         "positive whole",
     ),
-    "config without layers": ("llama", configured(num_hidden_layers=-1), "model.config.num_hidden_layers", "positive"),
+    "config without layers": ("llama", configured(num_hidden_layers=-1), "hf_config", "num_hidden_layers must be a"),
     "config missing": ("llama", removed("config.json"), "source", "config.json cannot be read"),
     "config broken": ("llama", written("config.json", b'{"model_type"'), "source", "config.json cannot be read"),
     "config is no text": ("llama", written("config.json", b"\xff\xfe"), "source", "config.json cannot be read"),
