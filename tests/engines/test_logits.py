@@ -163,6 +163,39 @@ def test_weights_from_the_folder_itself(gang: Any, qwen3: dict[str, str]) -> Non
     check(answer, [PP2])
 
 
+def not_finite(worker: Any, hf: str) -> list[str]:
+    """In a rank of its own: what is said where one prompt's logits, not the first one's, are no numbers."""
+    import torch
+
+    from swift_dist.engines.megatron import logits, logits_rank
+    from swift_dist.errors import RunError
+
+    sound, broken = torch.ones(1, 4), torch.full((1, 4), torch.nan)
+    said = []
+    for call in (
+        lambda: logits._reference(Path(hf), [[1], [2, 5]], Path(hf) / "reference.pt"),
+        lambda: logits_rank._difference([sound, sound], [sound, broken]),
+        lambda: logits_rank._difference([sound, broken], [sound, sound]),
+    ):
+        try:
+            call()
+        except RunError as error:
+            said.append(error.message)
+    return said
+
+
+def test_logits_that_are_no_numbers_are_not_compared(gang: Any, tmp_path: Path) -> None:
+    model = _tiny_models().tiny_model("qwen3")
+    model.model.embed_tokens.weight.data[5] = float("nan")
+    model.save_pretrained(tmp_path)
+    reference, *differences = gang.run(__file__, "not_finite", 1, hf=str(tmp_path))[0]
+    assert "those of prompts[1] are not finite" in reference
+    assert [text.partition(":")[0] for text in differences] == [
+        "the reference logits are not finite",
+        "the logits are not finite",
+    ]
+
+
 @pytest.mark.parametrize(("kind", "layout", "reason"), [
     ("lacking", PP2, "lacks weights of the model: decoder.layers.1.self_attention.linear_proj.weight"),
     ("surplus", TP1, "holds weights that the model has not: decoder.layers.4.other.weight"),

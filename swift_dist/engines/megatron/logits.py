@@ -279,9 +279,12 @@ def _reference(hf: Path, prompts: list[list[int]], target: Path) -> float:
     found.eval()
     with torch.no_grad():
         logits: list[torch.Tensor] = [found(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
+    for number, each in enumerate(logits):  # one by one: max() of floats passes over a NaN
+        if not bool(torch.isfinite(each).all()):
+            raise RunError(f"transformers' logits of {hf} are no reference: those of prompts[{number}] are not finite")
     scale = max(float(each.abs().max()) for each in logits)
-    if not (math.isfinite(scale) and scale > 0):
-        raise RunError(f"transformers' logits of {hf} are no reference: the largest is {scale}")
+    if not scale > 0:
+        raise RunError(f"transformers' logits of {hf} are no reference: all are zero")
     torch.save(logits, target)
     return scale
 

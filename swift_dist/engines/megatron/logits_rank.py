@@ -196,6 +196,8 @@ def _whole_vocabulary(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor
 def _difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, Any]:
     if not all(bool(torch.isfinite(mine).all()) for mine in found):
         raise RunError("the logits are not finite: a weight is not, or the checkpoint did not fill one")
+    if not all(bool(torch.isfinite(theirs).all()) for theirs in expected):
+        raise RunError("the reference logits are not finite")  # max() of floats would pass over a NaN
     pairs = list(zip(found, expected, strict=True))
     return {
         "max_difference": max(float((mine - theirs).abs().max()) for mine, theirs in pairs),
