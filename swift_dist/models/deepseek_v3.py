@@ -1,7 +1,7 @@
 """DeepSeek-V3 (and R1): latent attention, a sigmoid mixture of experts with a correction bias, multi-token prediction.
 
-Converted, not trained. The published files are in FP8 with scales of their own (``quantization_config``), which is
-refused: convert a folder that is in bf16.
+Converted, not trained. The published files are in FP8 with a scale for each block of a weight (``weight_scale_inv``);
+they are read as the bf16 values that they stand for.
 """
 
 from __future__ import annotations
