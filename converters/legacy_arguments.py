@@ -10,6 +10,11 @@ from typing import Any
 
 from swift_dist.errors import JobError
 
+_LLAMA3 = {  # built in: _apply_scaling in megatron/core/models/common/embeddings/rotary_pos_embedding.py
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _REMEDY = "give --hf_config FOLDER or config.json"
 _NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
 _FIXED: dict[str, tuple[Any, ...]] = {  # argument: values that the families here have; missing counts as None
@@ -20,7 +25,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # argument: values that the families her
     "softmax_type": (None, "vanilla"),
 }
 _ABSENT = (  # what adds or changes weights or numbers in a way that no flag below states
-    *("multi_latent_attention", "apply_layernorm_1p", "rotary_interleaved", "rotary_seq_len_interpolation_factor"),
+    *("multi_latent_attention", "apply_layernorm_1p", "rotary_interleaved"),
     *("moe_shared_expert_intermediate_size", "mtp_num_layers", "heterogeneous_layers_config_path", "qk_l2_norm"),
     *("is_hybrid_model", "hybrid_layer_pattern", "experimental_attention_variant", "attention_output_gate"),
     *("squared_relu", "quick_geglu", "openai_gelu", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
@@ -66,13 +71,19 @@ def config_of_arguments(args: Mapping[str, Any]) -> dict[str, Any] | None:
     }
     if args.get("init_method_std"):
         config["initializer_range"] = args["init_method_std"]
-    if args.get("use_rope_scaling"):
-        # megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling: the other three are built in
-        factor = float(args.get("rope_scaling_factor") or 8.0)
-        low, high, original = 1.0, 4.0, 8192
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low}
-        config["rope_scaling"] |= {"high_freq_factor": high, "original_max_position_embeddings": original}
+    if scaling := _rope_scaling(args):
+        config["rope_scaling"] = scaling
     return {**config, **_family(args)}
+
+
+def _rope_scaling(args: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's ``rope_scaling``; {} where the frequencies are the plain ones."""
+    linear = args.get("rotary_seq_len_interpolation_factor") or 1
+    if not args.get("use_rope_scaling"):
+        return {"rope_type": "linear", "factor": float(linear)} if linear != 1 else {}
+    if linear != 1:
+        raise _unreadable(f"rotary_seq_len_interpolation_factor is {linear!r} beside use_rope_scaling")
+    return {"rope_type": "llama3", "factor": float(args.get("rope_scaling_factor") or 8.0), **_LLAMA3}
 
 
 def _check_known(args: Mapping[str, Any]) -> None:
@@ -175,8 +186,14 @@ def arguments_of_model(
     Args:
         transformer: TransformerConfig's arguments (`Family.transformer_config`).
         gpt: GPTModel's (`Family.gpt_model`).
-        rope: RoPE parameters in transformers 5's form. Of the scalings only llama3's factor has an argument.
+        rope: RoPE parameters in transformers 5's form.
+
+    Raises:
+        JobError: no arguments say what the model is; with others Megatron-LM would build another one.
     """
+    activation = getattr(transformer.get("activation_func"), "__name__", "silu")
+    if activation != "silu":
+        raise inexpressible(f"hidden_act {activation} (its gated MLP, swiglu, is always silu's)")
     arguments = {
         _RENAMED.get(name, name): list(value) if isinstance(value, tuple) else value
         for name, value in transformer.items()
@@ -197,6 +214,30 @@ def arguments_of_model(
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
-    if rope and rope.get("rope_type") == "llama3":
-        arguments |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    if rope and not transformer.get("multi_latent_attention"):  # whose own arguments say it all
+        arguments |= _rope_arguments(rope)
     return arguments
+
+
+def _rope_arguments(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a scaling of frequencies."""
+    kind, factor = rope["rope_type"], rope.get("factor")
+    if kind == "default":
+        return {}
+    if kind == "linear" and factor == int(rope["factor"]):
+        return {"rotary_seq_len_interpolation_factor": int(rope["factor"])}
+    differing = [name for name, value in _LLAMA3.items() if rope.get(name) != value]
+    if kind == "llama3" and not differing:
+        return {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    stated = ", ".join(f"{name} {rope.get(name)}" for name in (differing if kind == "llama3" else ["factor"]))
+    known = "linear with a whole factor, and llama3 with " + ", ".join(f"{name} {_LLAMA3[name]}" for name in _LLAMA3)
+    raise inexpressible(f"RoPE of type {kind} with {stated} (it knows {known})")
+
+
+def inexpressible(what: str) -> JobError:
+    """The refusal of a legacy checkpoint of a model that Megatron-LM's arguments do not describe."""
+    return JobError(
+        "source",
+        f"a legacy checkpoint carries Megatron-LM's arguments, and none of them say {what}",
+        "use torch_dist (reshard --format torch_dist), or convert megatron-to-hf",
+    )

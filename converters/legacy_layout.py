@@ -23,7 +23,11 @@ from swift_dist.parallel import ModelShape
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by
-_FIRST_LAYERS, _LAST_LAYERS = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+UNEVEN_STAGES = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+_OTHER_SPLITS = (  # of layers into stages, which the written files do not follow
+    *("pipeline_model_parallel_layout", "num_virtual_stages_per_pipeline_rank"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
 
 Models = dict[int, dict[str, TensorSpec]]
 """The state dicts of one rank: of each virtual stage, by key."""
@@ -74,7 +78,7 @@ def lay_out_legacy(
     rows = tuple(rows)
     grid = Grid(tp, pp, ep, vpp or 1, etp or tp)
     _check(grid, shape)
-    layers = split_layers(shape.num_layers, grid, args.get(_FIRST_LAYERS), args.get(_LAST_LAYERS))
+    layers = split_layers(shape.num_layers, grid, *(args.get(name) for name in UNEVEN_STAGES))
     multiple = int(args.get("make_vocab_size_divisible_by") or _VOCAB_MULTIPLE) * tp
     padded = -(-shape.vocab_size // multiple) * multiple
     side = RankSide({}, grid, layers, shape.num_experts or 0, written=True, tied=tied_copies(rows))
@@ -156,8 +160,8 @@ def _layout_arguments(grid: Grid, layers: list[int], args: Mapping[str, Any]) ->
         "expert_model_parallel_size": grid.ep,
         "expert_tensor_parallel_size": grid.etp,
         "make_vocab_size_divisible_by": args.get("make_vocab_size_divisible_by") or _VOCAB_MULTIPLE,
-        _FIRST_LAYERS: args.get(_FIRST_LAYERS),
-        _LAST_LAYERS: args.get(_LAST_LAYERS),
+        **{name: args.get(name) for name in UNEVEN_STAGES},
+        **{name: None for name in _OTHER_SPLITS if args.get(name)},
     }
 
 
