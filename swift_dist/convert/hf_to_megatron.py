@@ -15,7 +15,7 @@ from pydantic import Field
 from swift_dist.convert.adapters import with_adapter, write_adapter_config
 from swift_dist.convert.companions import companions, write_companions
 from swift_dist.convert.conversion import Conversion, Target
-from swift_dist.convert.options import ConvertOptions, parse_size
+from swift_dist.convert.options import ConvertOptions, parse_size, refuse_unread
 from swift_dist.convert.report import render_conversion
 from swift_dist.convert.sources import ADAPTER_CONFIG, HF_SUBFOLDER, Source, open_source, read_config
 from swift_dist.converters.dist_index import DistSide
@@ -47,6 +47,7 @@ def run(options: HFToMegatronOptions) -> dict[str, Any]:
         RunError: reading or writing failed; the same command goes on with the files that are whole.
     """
     began = time.monotonic()
+    refuse_unread(options)
     check_target(Path(options.target))
     if options.base and options.hf_config:
         raise JobError("base", "and hf_config both name a config.json", "give one of them")

@@ -15,7 +15,7 @@ from pydantic import Field
 from swift_dist.convert.adapters import peft_target, with_adapter
 from swift_dist.convert.companions import GENERATION, companions, write_companions
 from swift_dist.convert.conversion import Conversion, Target
-from swift_dist.convert.options import ConvertOptions, parse_size
+from swift_dist.convert.options import ConvertOptions, parse_size, refuse_unread
 from swift_dist.convert.report import render_conversion
 from swift_dist.convert.sources import Source, open_source
 from swift_dist.convert.special_tokens import with_special_ids
@@ -49,6 +49,7 @@ def run(options: MegatronToHFOptions) -> dict[str, Any]:
         RunError: reading or writing failed; the same command goes on with the files that are whole.
     """
     began = time.monotonic()
+    refuse_unread(options)
     check_target(Path(options.target))
     source = open_source(options.source, options.hf_config, adapters=True)
     if source.kind == "peft" or (source.kind == "hf" and options.adapter is None):

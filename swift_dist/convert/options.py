@@ -50,6 +50,21 @@ class ConvertOptions(WorkOptions, LogitsOptions):
     storage_rate: str = Field("1GB", description="bytes a second that the storage takes, for the estimate of a dry run")
 
 
+def refuse_unread(options: WorkOptions) -> None:
+    """Refuse options that were given and that nothing would read.
+
+    Raises:
+        JobError: the key is the first of them.
+    """
+    if options.ray_address is not None and options.launcher != "ray":
+        raise JobError(
+            "ray_address", f"is not read with launcher {options.launcher}", "add --launcher ray, or leave it out"
+        )
+    given = sorted(options.model_fields_set & LogitsOptions.model_fields.keys())
+    if isinstance(options, ConvertOptions) and given and not options.verify:
+        raise JobError(given[0], "logits are compared with --verify only", "add --verify")
+
+
 def parse_size(text: str, key: str = "max_shard_size") -> int:
     """Bytes in ``5GB`` (powers of 1000) or ``5GiB`` (of 1024).
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from swift_dist.convert.options import LogitsOptions, WorkOptions
+from swift_dist.convert.options import LogitsOptions, WorkOptions, refuse_unread
 from swift_dist.convert.report import describe_verdict
 from swift_dist.convert.sources import find_kind, open_source, read_config
 from swift_dist.convert.verification import compare
@@ -36,6 +36,7 @@ def run(options: VerifyOptions) -> dict[str, Any]:
         JobError: one of them cannot be opened, or they are different models. RunError: a file cannot be read.
     """
     began = time.monotonic()
+    refuse_unread(options)
     known = None
     for path in (options.a, options.b):
         kind, folder = find_kind(Path(path), "a" if path == options.a else "b")

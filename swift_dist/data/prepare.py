@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from swift_dist.data.sources import ReadOptions
+from swift_dist.errors import JobError
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -67,6 +68,10 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         JobError: the input, the tokenizer or the output cannot be used; nothing was written.
         RunError: a row is corrupt (``file:line``), the disk is full, a worker died. The same command goes on.
     """
+    if options.ray_address is not None and options.launcher != "ray":
+        raise JobError(
+            "ray_address", f"is not read with launcher {options.launcher}", "add --launcher ray, or leave it out"
+        )
     from swift_dist.data.preparation import Preparation
 
     return Preparation(options).run()

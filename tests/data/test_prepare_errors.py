@@ -34,6 +34,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_an_address_without_ray(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "c.jsonl").write_bytes(jsonl(texts(3)))
+    with pytest.raises(JobError, match=r"^ray_address: is not read with launcher local"):
+        run(tmp_path / "c.jsonl", tmp_path / "out", tokenizer, ray_address="127.0.0.1:1")
+    assert names(tmp_path) == ["c.jsonl"]
+
+
 BAD_LINES = {
     "half a row": (b'{"text": "cut of', "not JSON"),
     "not an object": (b'["text"]', "not a JSON object but an array"),

@@ -78,14 +78,14 @@ def write_model(name: str, folder: Path, **changes: Any) -> None:
 def to_megatron(source: Path, target: Path) -> Path:
     from swift_dist.convert import hf_to_megatron as verb
 
-    verb.run(verb.HFToMegatronOptions(source=str(source), target=str(target), workers=1, logits="never"))
+    verb.run(verb.HFToMegatronOptions(source=str(source), target=str(target), workers=1))
     return target
 
 
 def to_hf(source: Path, target: Path) -> Path:
     from swift_dist.convert import megatron_to_hf as verb
 
-    verb.run(verb.MegatronToHFOptions(source=str(source), target=str(target), workers=1, logits="never"))
+    verb.run(verb.MegatronToHFOptions(source=str(source), target=str(target), workers=1))
     return target
 
 
