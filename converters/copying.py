@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from swift_dist.converters.mapping import Box, box_shape, box_size, slices
-from swift_dist.converters.plan import Copy, Delta, Region
+from swift_dist.converters.plan import Copy, Delta, Region, promoted
 from swift_dist.converters.reading import Array, Reader
 from swift_dist.converters.stored import StoredTensor, moved, numpy_dtype, overlap
 from swift_dist.errors import RunError
@@ -44,6 +44,31 @@ class Unit:
 
 
 @dataclass
+class Difference:
+    """What is different between two tensors.
+
+    Args:
+        count: values that differ; largest: the largest difference of two of them.
+        dtypes: where the two are of different dtypes, which.
+    """
+
+    count: int = 0
+    largest: float = 0.0
+    dtypes: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.dtypes)
+
+    def __str__(self) -> str:
+        return self.dtypes or f"{self.count} values differ, by up to {self.largest:.3g}"
+
+    def add(self, other: Difference) -> None:
+        self.count += other.count
+        self.largest = max(self.largest, other.largest)
+        self.dtypes = self.dtypes or other.dtypes
+
+
+@dataclass
 class Facts:
     """What a worker has seen of a unit.
 
@@ -59,7 +84,7 @@ class Facts:
     hashes: dict[str, list[tuple[Box, str]]] = field(default_factory=dict)
     source_hashes: dict[str, list[str]] = field(default_factory=dict)
     non_finite: dict[str, int] = field(default_factory=dict)
-    differences: dict[str, str] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,11 +155,11 @@ class Compare:
 
     Args:
         tolerance: largest difference of two values, in their own unit; 0: every bit.
-        cast: what is judged was converted to another dtype: the other side's values are converted likewise first.
+        cast: what is judged was converted to this dtype: the other side's values are converted likewise first.
     """
 
     tolerance: float = 0.0
-    cast: bool = False
+    cast: str | None = None
 
     def start(self) -> Any:
         return _Comparer(self)
@@ -148,28 +173,28 @@ class _Comparer:
         facts = Facts(unit.id, unit.num_bytes)
         for region in unit.regions:
             self._compare(region, facts)
-        _hash_sources(unit.sources, self._reader, facts)
         return facts
 
     def _compare(self, region: Region, facts: Facts) -> None:
         """Each copy on its own: where none lies is padding, which belongs to one side only."""
         judged, name = region.stored, region.stored.name
-        digest, different, largest, bad = xxhash.xxh3_128(), 0, 0.0, 0
+        found = Difference()
+        bad = 0
         for copy in region.copies:
-            if copy.source.values_dtype != judged.values_dtype and not self._task.cast and not self._task.tolerance:
-                facts.differences[name] = f"{judged.values_dtype} against {copy.source.values_dtype}"
-                return
-            for part, theirs in gathered((copy,), copy.target_box, judged.values_dtype, self._reader):
+            mine, other = judged.values_dtype, copy.source.values_dtype
+            if mine != other and mine != self._task.cast and not self._task.tolerance:
+                found.add(Difference(dtypes=f"{mine} against {other}"))
+                break
+            # With a tolerance, values are compared as they are stored, not after rounding one side to the other.
+            dtype = mine if mine == self._task.cast else promoted([mine, other])
+            for part, theirs in gathered((copy,), copy.target_box, dtype, self._reader):
                 ours = self._reader.read(judged, part)
                 bad += count_non_finite(ours)
-                digest.update(_bytes_of(ours))
-                count, gap = _difference(ours, theirs, self._task.tolerance)
-                different, largest = different + count, max(largest, gap)
-        if different:
-            facts.differences[name] = f"{different} values differ, by up to {largest:.3g}"
+                found.add(_difference(ours, theirs, self._task.tolerance))
+        if found:
+            facts.differences.setdefault(name, Difference()).add(found)
         if bad:
             facts.non_finite[name] = facts.non_finite.get(name, 0) + bad
-        facts.hashes.setdefault(name, []).append((region.box, digest.hexdigest()))
 
 
 def gathered(copies: tuple[Copy, ...], box: Box, dtype: str, reader: Reader) -> Iterator[tuple[Box, Array]]:
@@ -292,19 +317,19 @@ def _refuse_overflow(region: Region, part: Box, reader: Reader) -> None:
             raise RunError(f"{region.stored.name} has values beyond float16's range", "use --dtype bf16 or fp32")
 
 
-def _difference(ours: Array, theirs: Array, tolerance: float) -> tuple[int, float]:
-    """(how many values differ, the largest difference). Bit for bit without a tolerance: NaN equals itself then."""
+def _difference(ours: Array, theirs: Array, tolerance: float) -> Difference:
+    """Bit for bit without a tolerance: NaN equals itself then."""
     ours = np.ascontiguousarray(ours)
     if not tolerance and ours.dtype == theirs.dtype:
         kind = f"u{ours.dtype.itemsize}"
         unequal = ours.reshape(-1).view(kind) != theirs.reshape(-1).view(kind)
         if not unequal.any():
-            return 0, 0.0
+            return Difference()
         gaps = np.abs(ours.reshape(-1)[unequal].astype(np.float64) - theirs.reshape(-1)[unequal].astype(np.float64))
-        return int(unequal.sum()), float(gaps.max())
+        return Difference(int(unequal.sum()), float(gaps.max()))
     gaps = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
     beyond = ~(gaps <= tolerance)
-    return int(beyond.sum()), float(gaps.max()) if gaps.size else 0.0
+    return Difference(int(beyond.sum()), float(gaps[beyond].max()) if beyond.any() else 0.0)
 
 
 def _hash_sources(sources: tuple[StoredTensor, ...], reader: Reader, facts: Facts) -> None:

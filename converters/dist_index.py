@@ -21,11 +21,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from swift_dist.converters.mapping import Box, Duplicate, Row, TensorMap, checkpoint_key, weights
+from swift_dist.converters.mapping import Box, Duplicate, Row, TensorMap, box_size, checkpoint_key, weights
 from swift_dist.converters.plan import Hold
 from swift_dist.converters.stored import BY_TORCH, FLOATS, Extent, StoredTensor, covers
 from swift_dist.converters.torch_files import fields_of, load_inert, name_of
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, listed
 
 METADATA_NAME = ".metadata"
 _STATE_KEY = re.compile(r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state)|_extra_state(/|$)")
@@ -156,7 +156,9 @@ def check_dist(side: DistSide, rows: Iterable[Row | Duplicate], key: str = "sour
     Raises:
         JobError: naming what is missing, unexpected, or of another shape.
     """
-    problems, used = [], set()
+    problems: list[str] = []
+    used: dict[str, int] = {}
+    padded: set[str] = set()
     for tensor in weights(rows):
         try:
             holds = side.hold(tensor)
@@ -168,18 +170,21 @@ def check_dist(side: DistSide, rows: Iterable[Row | Duplicate], key: str = "sour
                 problems += _misfits(side.tensors[hold.name], hold, tensor)
             elif any(stop > bound for (_, stop), bound in zip(hold.box, side.tensors[hold.name].shape, strict=False)):
                 problems.append(f"{hold.name}: shape {list(side.tensors[hold.name].shape)} has no {tensor.name}")
-            used.add(hold.name)
+            used[hold.name] = used.get(hold.name, 0) + box_size(hold.box)
+            if tensor.padded:
+                padded.add(hold.name)
+    for name in sorted(used.keys() - padded):  # of layers or experts stored together, the model may have fewer
+        if (held := side.tensors[name].num_elements) > used[name] and not problems:
+            problems.append(f"{name}: {held} elements, of which the model of its config has {used[name]}")
     unused = [name for name in side.weights() if name not in used]
     problems += [f"mapped by no row: {name} {list(side.tensors[name].shape)}" for name in sorted(unused)]
     if problems:
-        unique = list(dict.fromkeys(problems))
-        shown = "\n  ".join(unique[:8]) + (f"\n  and {len(unique) - 8} more" if len(unique) > 8 else "")
         raise JobError(
             key,
-            f"the checkpoint does not hold the model of its config:\n  {shown}",
+            f"the checkpoint does not hold the model of its config:\n  {listed(problems)}",
             "give the config.json that the checkpoint was trained with: --hf_config PATH",
         )
-    return sorted(side.tensors.keys() - used)
+    return sorted(side.tensors.keys() - used.keys())
 
 
 def _misfits(stored: StoredTensor, hold: Hold, tensor: TensorMap) -> list[str]:

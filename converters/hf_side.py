@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from swift_dist.converters.mapping import Duplicate, Row, duplicates, hf_shapes
 from swift_dist.converters.stored import FLOATS, StoredTensor
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, listed
 
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # files of older transformers versions hold these; computed anew
 UNEQUAL_REMEDY = (
@@ -45,10 +45,9 @@ def check_hf_folder(
         elif stored.values_dtype not in FLOATS:
             problems.append(f"{name}: stored as {stored.dtype}, not as plain floats")
     if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise JobError(
             key,
-            f"the weights in {folder} are not those of the configured model:\n  {shown}",
+            f"the weights in {folder} are not those of the configured model:\n  {listed(problems)}",
             "use the config.json that belongs to these weights, and a complete download",
         )
     return ignored

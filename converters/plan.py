@@ -79,6 +79,13 @@ class Copy:
     source_box: Box
     delta: Delta | None = None
 
+    @property
+    def reads(self) -> list[str]:
+        """Names of the stored tensors that it reads: factors and an adapter's matrices are among them."""
+        names = [self.source.name, *([self.source.scale.name] if self.source.scale else [])]
+        matrices = (self.delta.b, self.delta.a) if self.delta else ()
+        return names + [name for matrix in matrices for copy in matrix.copies for name in copy.reads]
+
 
 @dataclass(frozen=True, slots=True)
 class Region:

@@ -73,7 +73,7 @@ class HFFolder:
             describe it; the index and the files disagree.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], key: str = "source", config: Mapping[str, Any] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], key: str = "source") -> None:
         self.folder, self._key = Path(folder), key
         self.files, weight_map = self._find_files()
         found: dict[str, StoredTensor] = {}
@@ -84,7 +84,7 @@ class HFFolder:
                 found[name] = stored
         if weight_map is not None:
             self._check_index(weight_map, found)
-        self.tensors = self._with_scales(found, config or {})
+        self.tensors = self._with_scales(found)
 
     def _wrong(self, problem: str, remedy: str = "download the model again") -> JobError:
         return JobError(self._key, f"{self.folder}: {problem}", remedy)
@@ -115,6 +115,11 @@ class HFFolder:
                 raise self._wrong(f"{index.name} names {file}, outside the folder", "restore the file")
             if not (self.folder / file).is_file():
                 raise self._wrong(f"{index.name} names {file}, which is missing", "download the model completely")
+        single = SINGLE_NAME if index.name == INDEX_NAME else _BIN_SINGLE
+        if (self.folder / single).is_file() and single not in files:
+            raise self._wrong(
+                f"holds {single} and an index of other files: which is the model?", "remove one of the two"
+            )
         return files, weight_map
 
     def _check_index(self, weight_map: Mapping[str, str], found: Mapping[str, StoredTensor]) -> None:
@@ -135,10 +140,10 @@ class HFFolder:
         except (OSError, ValueError) as error:
             raise self._wrong(f"{file} is not a whole weight file: {error}") from None
 
-    def _with_scales(self, found: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-        """Join fp8 weights with their factors (config.json: ``quantization_config.weight_block_size``)."""
+    def _with_scales(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Join fp8 weights with their factors; the blocks are those that this folder's own config.json states."""
         quantised = {name for name, stored in found.items() if stored.dtype.startswith("F8")}
-        block = self._block_size(config.get("quantization_config") or {}) if quantised else (0, 0)
+        block = self._block_size() if quantised else (0, 0)
         joined = {}
         for name, stored in found.items():
             if name.endswith(_SCALE) and name.removesuffix(_SCALE) in quantised:
@@ -157,12 +162,17 @@ class HFFolder:
             joined[name] = stored
         return joined
 
-    def _block_size(self, settings: Any) -> tuple[int, int]:
-        stated = settings.get("weight_block_size") or [128, 128] if isinstance(settings, Mapping) else settings
+    def _block_size(self) -> tuple[int, int]:
+        try:
+            settings = json.loads((self.folder / "config.json").read_bytes())["quantization_config"]
+            stated = settings["weight_block_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            stated = None
         if isinstance(stated, list) and len(stated) == 2 and all(type(size) is int and size > 0 for size in stated):
             return stated[0], stated[1]
         raise self._wrong(
-            f"quantization_config of the config should hold weight_block_size, two positive numbers, not {stated!r}",
+            "holds fp8 weights, and its config.json should state their blocks: quantization_config.weight_block_size, "
+            f"two positive numbers, not {stated!r}",
             "restore config.json",
         )
 

@@ -6,6 +6,7 @@ formats follows from these and from the rows of `mapping`.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,6 +124,11 @@ class StoredTensor:
     @property
     def whole(self) -> Box:
         return tuple((0, extent) for extent in self.shape)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key for names: numbers in them by value."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def overlap(a: Box, b: Box) -> Box | None:

@@ -54,7 +54,6 @@ class TargetFolder:
         self.written: dict[str, dict[str, Any]] = {}
         self._lock_fd = -1
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._begin(json.loads(json.dumps(identity)))
         except OSError as error:
@@ -67,7 +66,18 @@ class TargetFolder:
             raise
 
     def _lock(self) -> None:
-        descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._flock(descriptor)
+            with suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == (self.path / _LOCK).stat().st_ino:
+                    break
+            os.close(descriptor)  # its holder has removed the folder meanwhile
+        self._lock_fd = descriptor
+        check_target(self.target)  # it may have appeared between the first look and the lock
+
+    def _flock(self, descriptor: int) -> None:
         with suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,8 +86,6 @@ class TargetFolder:
                 raise JobError(
                     "target", f"another conversion is writing {self.target}", "wait for it, or give another target"
                 ) from None
-        self._lock_fd = descriptor
-        check_target(self.target)  # it may have appeared between the first look and the lock
 
     def _begin(self, identity: dict[str, Any]) -> None:
         plan = self.path / _PLAN
@@ -154,12 +162,17 @@ class TargetFolder:
             raise as_run_error(error) from None
 
     def publish(self, small: Iterable[str]) -> None:
-        """Give the folder its name. `small`: files that were written without `record`.
+        """Give the folder its name. `small`: files that were written without `record`; others are leftovers, and go.
 
         Raises:
             RunError: the target has appeared meanwhile, or the disk is full.
         """
         try:
+            small = set(small)
+            known = {*small, *self.written, _LOCK, _PLAN, _WRITTEN}
+            for path in [path for path in self.path.rglob("*") if not path.is_dir()]:
+                if path.relative_to(self.path).as_posix() not in known:
+                    path.unlink()
             for name in small:
                 sync(self.path / name)
             for name in (_WRITTEN, _PLAN):

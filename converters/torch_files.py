@@ -172,7 +172,7 @@ def tensor_ref(value: Any) -> TensorRef | None:
 
 def _tensor_ref(value: Any) -> TensorRef | None:
     name = name_of(value)
-    if name == "torch._utils._rebuild_parameter":
+    if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return tensor_ref(value.args[0])
     if name not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
         return None
@@ -335,11 +335,17 @@ def find_archived(data: Any, offset: int, length: int, shape: tuple[int, ...], d
 
 
 def tensors_in(content: Any, prefix: str = "") -> dict[str, TensorRef]:
-    """All tensors of a state dict by their dotted names."""
+    """All tensors of a state dict by their dotted names.
+
+    Raises:
+        ValueError: it holds an object that is no tensor: leaving it out might leave out a weight.
+    """
     found: dict[str, TensorRef] = {}
     if isinstance(content, Mapping):
         for key, value in content.items():
             found |= tensors_in(value, f"{prefix}.{key}" if prefix else str(key))
         return found
     ref = tensor_ref(content)
+    if ref is None and (found_name := name_of(content)):
+        raise ValueError(f"{prefix or 'it'} is a {found_name}, which is not read as a tensor")
     return {prefix: ref} if ref is not None else {}

@@ -36,7 +36,7 @@ def fill_units(
         inside = sorted(by_file[file.name], key=lambda region: region.stored.extents[0].offset)
         made: list[Unit] = []
         for group in [inside] if whole_files else list(_groups(inside)):
-            names = dict.fromkeys(copy.source.name for region in group for copy in region.copies)
+            names = dict.fromkeys(name for region in group for copy in region.copies for name in copy.reads)
             hashed = tuple(unhashed.pop(name) for name in names if name in unhashed)
             size = sum(region.num_bytes for region in group)
             made.append(Unit((number, len(made)), tuple(group), (), hashed, size))

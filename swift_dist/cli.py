@@ -6,7 +6,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result is None:
         return EXIT_DONE
     if as_json:
-        print(json.dumps(result, indent=2, default=_as_json))
+        try:
+            print(json.dumps(result, indent=2, default=_as_json), flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return result.get("exit_code", EXIT_INTERRUPTED if result.get("state") == "interrupted" else EXIT_DONE)
 
 
@@ -217,6 +222,8 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
         return None
     if verb.name == "pretrain":
         return _train(verb.name, rest, as_json)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is an interruption, too
     from swift_dist.config.load import build, parse_words
 
     module = importlib.import_module(verb.module)

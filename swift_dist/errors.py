@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_JOB_WRONG = 2
 EXIT_INTERRUPTED = 130
+
+
+def listed(problems: Iterable[str], limit: int = 8) -> str:
+    """Problems of one message, a line each: the first ones, and how many more there are."""
+    unique = list(dict.fromkeys(problems))
+    more = [f"and {len(unique) - limit} more"] if len(unique) > limit else []
+    return "\n  ".join([*unique[:limit], *more])
 
 
 class JobError(ValueError):

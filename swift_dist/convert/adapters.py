@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,8 @@ from swift_dist.converters.plan import HFSide, hf_dtypes, megatron_dtypes, repea
 from swift_dist.converters.safetensors_io import TensorSpec, lay_out, read_bin, read_safetensors
 from swift_dist.converters.stored import BY_OPTION, StoredTensor
 from swift_dist.errors import JobError
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
@@ -124,8 +127,21 @@ def with_adapter(source: Source, path: str | None) -> Source:
     if adapter is None:
         raise JobError("adapter", f"{path} is no adapter", "name a folder with adapter_config.json")
     assert adapter.lora is not None
+    _warn_of_other_base(source, adapter)
     added = deltas(adapter.rows, adapter.side, adapter.lora)
     return replace(source, side=MergedSide(source.side, added), merged=adapter)
+
+
+def _warn_of_other_base(source: Source, adapter: Source) -> None:
+    """Shapes that fit do not make an adapter one of this model."""
+    stated = (adapter.lora.config if adapter.lora else {}).get("base_model_name_or_path")
+    beside = adapter.path / HF_SUBFOLDER
+    theirs = next((p for p in (beside, Path(str(stated or ""))) if (p / "config.json").is_file()), None)
+    other = read_config(theirs, "adapter").get("model_type") if theirs is not None else None
+    if other not in (None, source.family.name):
+        raise JobError("adapter", f"{adapter.path} was trained on a {other} model", f"name one of {source.family.name}")
+    if stated and Path(str(stated)).name != source.path.name:
+        logger.warning("the adapter names %s as its base; it is merged into %s", stated, source.path)
 
 
 def like(source: Source, other: Source) -> Source:
@@ -222,4 +238,5 @@ def _base_config(lora: Lora, key: str) -> dict[str, Any]:
     if stated and (Path(str(stated)) / "config.json").is_file():
         return read_config(Path(str(stated)), key)
     named = f"its base_model_name_or_path {stated!r} is no folder here" if stated else "it names no base model"
-    raise JobError("base", f"the adapter does not say what model it is for: {named}", "give --base FOLDER")
+    remedy = "give the model's folder: --base FOLDER of hf-to-megatron, --hf_config of other verbs"
+    raise JobError("hf_config", f"the adapter does not say what model it is for: {named}", remedy)

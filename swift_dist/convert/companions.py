@@ -15,10 +15,11 @@ from swift_dist.errors import JobError
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+_TEMPLATES = "additional_chat_templates"  # where transformers saves templates beside the default one
 _TOKENIZER_FILES = frozenset(
     """
-    added_tokens.json chat_template.jinja chat_template.json merges.txt special_tokens_map.json tokenizer.json
-    tokenizer.model tokenizer_config.json vocab.json vocab.txt
+    added_tokens.json chat_template.jinja chat_template.json merges.txt special_tokens_map.json tekken.json
+    tokenizer.json tokenizer_config.json vocab.json vocab.txt
     """.split()
 )
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -37,6 +38,7 @@ def companions(source: Source, tokenizer: str | None = None) -> dict[str, Path]:
     folder = _model_folder(source)
     if folder is not None:
         found.update((path.name, path) for path in folder.iterdir() if _travels(path))
+        found.update((f"{_TEMPLATES}/{path.name}", path) for path in (folder / _TEMPLATES).glob("*.jinja"))
     stated = tokenizer or source.model.get("tokenizer")
     if stated:
         found = {name: path for name, path in found.items() if not _is_tokenizer(path)}
@@ -55,7 +57,7 @@ def _model_folder(source: Source) -> Path | None:
 
 
 def _is_tokenizer(path: Path) -> bool:
-    return path.name in _TOKENIZER_FILES or path.suffix == ".tiktoken"
+    return path.name in _TOKENIZER_FILES or path.suffix in (".tiktoken", ".model")
 
 
 def _travels(path: Path) -> bool:
@@ -83,7 +85,7 @@ def write_companions(
     """Copy the files, and write config.json as it was with what the weights now are.
 
     Args:
-        dtype: of the written weights (safetensors' name).
+        dtype: of the written weights (safetensors' name); None: as the config says.
         complete: for a Hugging Face folder: special tokens and generation settings are filled in where they are
             missing. Else the config stays as it is.
 
@@ -92,14 +94,16 @@ def write_companions(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     written = [*files, "config.json"]
     config = {"architectures": list(source.family.architectures[:1]), **source.hf_config}
     config["model_type"] = source.family.name
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = _TORCH_NAMES[dtype]
     if complete:
         config = with_special_ids(config, files)
-        config.pop("torch_dtype", None)
-        config["dtype"] = _TORCH_NAMES.get(dtype or "", "float32")
         if GENERATION not in files:
             ids = {key: config[key] for key in SPECIAL_IDS}
             (folder / GENERATION).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

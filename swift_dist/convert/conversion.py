@@ -12,22 +12,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swift_dist import __version__
 from swift_dist.convert.options import ConvertOptions, parse_size
 from swift_dist.convert.report import write_report
 from swift_dist.convert.sources import Source
 from swift_dist.convert.work import do_units, num_workers
 from swift_dist.converters.copying import Facts, Fill
+from swift_dist.converters.mapping import weights
 from swift_dist.converters.plan import CopyPlan, Side, make_plan
 from swift_dist.converters.safetensors_io import Layout
 from swift_dist.converters.stored import ITEM_SIZES, OPTION_OF
 from swift_dist.converters.target_folder import TargetFolder, as_run_error
 from swift_dist.converters.units import fill_units
-from swift_dist.errors import RunError
+from swift_dist.errors import JobError, RunError, listed
 
 logger = logging.getLogger(__name__)
 
 _DRIVER_BYTES, _WORKER_BYTES, _COPY_BYTES = 64 << 20, 48 << 20, 2000  # measured: tests/benchmarks/bench_convert.py
 _NAMED = 5
+_VOCABULARY_MULTIPLE = 8  # of --make-vocab-size-divisible-by, whose default is 128
 
 
 @dataclass
@@ -105,18 +108,42 @@ class Conversion:
             "other_files": self.target.other_files,
             "ignored_tensors": len(self.source.ignored),
             "padding_elements": self.plan.padding,
+            "vocabulary_rows_dropped": self._dropped_rows(),
             "estimated_memory": _DRIVER_BYTES + num_workers(self.options) * _WORKER_BYTES + copies * _COPY_BYTES,
             "estimated_seconds": round((read + num_bytes) / rate, 1),
             "dry_run": self.options.dry_run,
         }
 
+    def _dropped_rows(self) -> int:
+        """Rows of the source's embedding or output layer beyond the vocabulary: Megatron's padding, or a wrong config.
+
+        Raises:
+            JobError: it cannot be padding, which makes the number of rows a multiple of 8 at least.
+        """
+        most = 0
+        for tensor in weights(self.source.rows):
+            holds = list(self.source.side.hold(tensor)) if tensor.padded and self.source.kind == "torch_dist" else []
+            for hold in holds:
+                rows = self.source.side.tensors[hold.name].shape[0]
+                if rows > tensor.shape[0] and rows % _VOCABULARY_MULTIPLE:
+                    raise JobError(
+                        "hf_config",
+                        f"vocab_size {tensor.shape[0]}, but {hold.name} has {rows} rows, which is no padded vocabulary",
+                        "give the config.json that the checkpoint was trained with: --hf_config PATH",
+                    )
+                most = max(most, rows - tensor.shape[0])
+        return most
+
     def run(self) -> dict[str, Any]:
         """Convert, or with ``dry_run`` only plan.
 
         Raises:
-            JobError: nothing was written. RunError: the work folder stays, and the same command goes on with it.
+            JobError: something is wrong, found before anything was written. RunError: the work folder stays, and the
+                same command goes on with it.
         """
         summary = self.summary()
+        if self.source.path.absolute() in Path(self.options.target).absolute().parents:
+            raise JobError("target", f"{self.options.target} is inside the source", "name a folder beside it")
         if not self.options.dry_run:
             with TargetFolder(Path(self.options.target), self._identity()) as folder:
                 try:
@@ -137,6 +164,8 @@ class Conversion:
             "verb": self.verb,
             "source": [[str(Path(file).absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
             "config": config,
+            "blocks": sorted({stored.block for stored in self.source.side.tensors.values() if stored.scale}),
+            "swift_dist": __version__,
             "dtype": self.options.dtype,
             "max_shard_size": parse_size(self.options.max_shard_size),
             "target": self.target.kind,
@@ -150,9 +179,11 @@ class Conversion:
         return {"adapter": dict(adapter.lora.config)} if adapter.lora is not None else {}
 
     def _write(self, folder: TargetFolder, summary: dict[str, Any]) -> dict[str, Any]:
-        from swift_dist.convert.verification import require_equal_twins, verify_conversion
+        from swift_dist.convert.verification import require_comparable, require_equal_twins, verify_conversion
 
         require_equal_twins(self.source, self.options)
+        if self.options.verify:
+            require_comparable(self.source, self.target.kind, self.options)
         resumed = len(folder.written)
         seen = self._fill(folder)
         if self.options.strict and seen.non_finite:  # found by an interrupted run without --strict
@@ -166,21 +197,32 @@ class Conversion:
         result: dict[str, Any] = {"resumed_files": resumed, "non_finite": seen.non_finite, "verified": None}
         if self.options.verify:
             result["verified"] = verify_conversion(self.source, folder.path, self.target.kind, self.options)
-            if not result["verified"]["equal"]:
-                folder.discard()
-                raise RunError(
-                    f"the written weights are not those of the source: {result['verified']['problems'][:3]}",
-                    "this is a defect of swift_dist or of the storage: nothing was kept",
-                )
+            self._require_equal(result["verified"], folder)
         report = {**summary, **result, "seconds": round(time.monotonic() - self.began, 3)}
         small += write_report(folder.path, report, self.source, seen.source_hashes, seen.hashes)
         folder.publish(small)
         return result
 
+    def _require_equal(self, verdict: Mapping[str, Any], folder: TargetFolder) -> None:
+        problems = listed(verdict["problems"])
+        if not verdict["weights_equal"]:
+            folder.discard()
+            raise RunError(
+                f"the written weights are not those of the source:\n  {problems}",
+                "this is a defect of swift_dist or of the storage: nothing was kept",
+            )
+        if not verdict["equal"]:
+            raise RunError(
+                f"the weights are equal, and transformers and Megatron compute different things:\n  {problems}",
+                f"nothing got the name {folder.target}; --logits never goes on with the files that are written",
+            )
+
     def _fill(self, folder: TargetFolder) -> _Seen:
         """Write the weight files that are not whole yet."""
         files, whole_files = self.target.layout.files, self.options.launcher == "ray"
         sources = [self.source.side.tensors[name] for name in self.plan.used]
+        sources += [stored.scale for stored in sources if stored.scale is not None]
+        sources += self.source.merged.side.tensors.values() if self.source.merged else ()
         units = fill_units(files, self.plan.regions, sources, folder.written, whole_files)
         todo = [(file.name, file.size) for file in files if file.name not in folder.written]
         seen = _Seen()

@@ -76,7 +76,7 @@ def dist_target(source: Source, options: ConvertOptions) -> Target:
 
     def finish(folder: Path) -> list[str]:
         names = [*write_index(folder, layout), write_common(folder, {"iteration": step})]
-        written = write_companions(folder / HF_SUBFOLDER, source, files, None, complete=False)
+        written = write_companions(folder / HF_SUBFOLDER, source, files, wanted, complete=False)
         if source.lora is not None:
             written.append(write_adapter_config(folder / HF_SUBFOLDER, source))
         return names + [f"{HF_SUBFOLDER}/{name}" for name in written]

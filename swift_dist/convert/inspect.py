@@ -10,13 +10,14 @@ from typing import Any
 from pydantic import Field
 
 from swift_dist.config import Section
-from swift_dist.convert.sources import ADAPTER_CONFIG, find_kind, read_config
+from swift_dist.convert.sources import ADAPTER_CONFIG, find_kind, places_of_config, read_config
+from swift_dist.converters.adapters import is_adapter
 from swift_dist.converters.dist_index import dist_index, is_weight
 from swift_dist.converters.safetensors_io import HFFolder
-from swift_dist.converters.stored import StoredTensor
+from swift_dist.converters.stored import StoredTensor, natural
 from swift_dist.errors import JobError
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[._/])")
 
 
 class InspectOptions(Section):
@@ -49,9 +50,9 @@ def run(options: InspectOptions) -> dict[str, Any]:
             "dtype": stored.dtype,
             "bytes": stored.num_bytes,
             "weight": is_weight(name),
-            "files": sorted({Path(extent.file).name for extent in stored.extents}),
+            "files": sorted({_relative(extent.file, folder) for extent in stored.extents}),
         }
-        for name, stored in sorted(tensors.items(), key=lambda item: _natural(item[0]))
+        for name, stored in sorted(tensors.items(), key=lambda item: natural(item[0]))
         if pattern.search(name)
     ]
     weights = [entry for entry in entries if entry["weight"]]
@@ -72,7 +73,7 @@ def run(options: InspectOptions) -> dict[str, Any]:
 
 def _read_hf(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any], str | None]:
     config = read_config(folder, "source") if (folder / "config.json").is_file() else {}
-    return HFFolder(folder, "source", config).tensors, {}, config.get("model_type")
+    return HFFolder(folder).tensors, {}, config.get("model_type")
 
 
 def _read_dist(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any], str | None]:
@@ -80,7 +81,7 @@ def _read_dist(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any]
     keys = "homogeneous" if any(re.search(r"decoder\.layers\.[a-z]", name) for name in tensors) else "per layer"
     if any(name.endswith(("linear_fc1.weight_w", "linear_fc1.weight_v")) for name in tensors):
         keys = "singleton"
-    return tensors, {"keys": keys}, None
+    return tensors, {"keys": keys, **({"adapter": "LoRA"} if is_adapter(tensors) else {})}, _family_beside(folder)
 
 
 def _read_legacy(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any], str | None]:
@@ -88,7 +89,13 @@ def _read_legacy(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, An
 
     checkpoint = LegacyCheckpoint(folder)
     degrees = {name: getattr(checkpoint, name) for name in ("tp", "pp", "ep", "vpp", "etp")}
-    return checkpoint.tensors, {**degrees, "iteration": checkpoint.iteration}, None
+    return checkpoint.tensors, {**degrees, "iteration": checkpoint.iteration}, _family_beside(folder)
+
+
+def _family_beside(folder: Path) -> str | None:
+    """The model type by the config.json beside a Megatron checkpoint, if there is one."""
+    places = (place for place in places_of_config(folder) if (place / "config.json").is_file())
+    return next((read_config(place, "source").get("model_type") for place in places), None)
 
 
 def _read_peft(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any], str | None]:
@@ -99,10 +106,6 @@ def _read_peft(folder: Path) -> tuple[Mapping[str, StoredTensor], dict[str, Any]
 
 
 _READERS = {"hf": _read_hf, "peft": _read_peft, "torch_dist": _read_dist, "legacy": _read_legacy}
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _relative(path: str, folder: Path) -> str:

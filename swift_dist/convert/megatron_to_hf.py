@@ -5,7 +5,6 @@ Reads torch_dist (ours and Megatron-LM's) and legacy checkpoints. No process gro
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from swift_dist.convert.special_tokens import with_special_ids
 from swift_dist.converters.mapping import hf_shapes
 from swift_dist.converters.plan import HFSide, hf_dtypes, megatron_dtypes, repeated_names
 from swift_dist.converters.safetensors_io import INDEX_NAME, TensorSpec, index_text, lay_out, plan_shards
-from swift_dist.converters.stored import BY_OPTION
+from swift_dist.converters.stored import BY_OPTION, natural
 from swift_dist.converters.target_folder import check_target
 from swift_dist.errors import JobError
 
@@ -65,7 +64,7 @@ def hf_target(source: Source, options: MegatronToHFOptions) -> Target:
     wanted = BY_OPTION[options.dtype] if options.dtype else None
     dtypes = hf_dtypes(source.rows, megatron_dtypes(source.rows, source.side, wanted))
     specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in hf_shapes(source.rows).items()]
-    shards = plan_shards(sorted(specs, key=lambda spec: natural(spec.name)), parse_size(options.max_shard_size))
+    shards = plan_shards(sorted(specs, key=lambda spec: _order(spec.name)), parse_size(options.max_shard_size))
     layout, index = lay_out(shards), index_text(shards)
     files = companions(source, options.tokenizer)
     with_special_ids(source.hf_config, files)  # a tokenizer that cannot be read is found before anything is written
@@ -84,8 +83,6 @@ def hf_target(source: Source, options: MegatronToHFOptions) -> Target:
     return Target("hf", layout, side, {"tokenizer": options.tokenizer}, finish, names)
 
 
-def natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key: numbers by value; the embedding before the layers, and they before what comes last in the model."""
-    rank = 0 if name.startswith("model.embed") else 1 if ".layers." in name else 2
-    parts = re.split(r"(\d+)", name)
-    return ((0, rank), *((1, int(part)) if part.isdigit() else (2, part) for part in parts))
+def _order(name: str) -> tuple[int, Any]:
+    """The embedding before the layers, and they before what comes last in the model."""
+    return 0 if name.startswith("model.embed") else 1 if ".layers." in name else 2, natural(name)

@@ -61,7 +61,7 @@ def refuse_unread(options: WorkOptions) -> None:
             "ray_address", f"is not read with launcher {options.launcher}", "add --launcher ray, or leave it out"
         )
     given = sorted(options.model_fields_set & LogitsOptions.model_fields.keys())
-    if isinstance(options, ConvertOptions) and given and not options.verify:
+    if isinstance(options, ConvertOptions) and given and options.logits != "never" and not options.verify:
         raise JobError(given[0], "logits are compared with --verify only", "add --verify")
 
 

@@ -75,7 +75,7 @@ def _page(report: Mapping[str, Any]) -> str:
 def describe_verdict(verdict: Mapping[str, Any]) -> str:
     """A verdict of `verify` in one line."""
     if not verdict["equal"]:
-        return "NOT equal: " + "; ".join(verdict["problems"][:5])
+        return f"{len(verdict['problems'])} difference(s)"
     how = f"within {verdict['tolerance']}" if verdict["tolerance"] else "bit for bit"
     text = f"{verdict['tensors']} tensors equal {how}"
     logits = verdict["logits"]
@@ -99,8 +99,10 @@ def render_conversion(result: Mapping[str, Any]) -> str:
     lines = [
         f"{verb} {result['target']}: {result['family']}, {result['parameters']:,} parameters as {result['dtype']}, "
         f"{result['bytes'] / 2**20:,.1f} MiB in {len(result['files'])} file(s)",
-        f"  from {result['source']}{step}; {result['ignored_tensors']} tensors of it are not weights"
-        + (f"; with the adapter {result['adapter']} merged" if result["adapter"] else ""),
+        f"  from {result['source']}{step}"
+        + (f"; {result['ignored_tensors']} tensors of it are not weights" if result["ignored_tensors"] else "")
+        + (f"; with the adapter {result['adapter']} merged" if result["adapter"] else "")
+        + (f"; {result['vocabulary_rows_dropped']} rows of padding" if result["vocabulary_rows_dropped"] else ""),
         f"  beside the weights: {', '.join(result['other_files']) or 'nothing'}",
     ]
     if result["dry_run"]:

@@ -63,8 +63,11 @@ def run(options: ReshardOptions) -> dict[str, Any]:
     source = open_source(options.source, options.hf_config)
     if source.kind == "hf":
         raise JobError("source", f"{options.source} is a Hugging Face folder", "use convert hf-to-megatron")
-    if source.kind == wanted == "torch_dist":
-        raise JobError("source", f"{options.source} is torch_dist already: any layout loads it", "use it as it is")
+    if source.kind == wanted == "torch_dist" and options.format is None:
+        remedy = (
+            "use it as it is, or say --format torch_dist to write its weights alone, in another --dtype if you like"
+        )
+        raise JobError("source", f"{options.source} is torch_dist already: any layout loads it", remedy)
     target = dist_target(source, options) if wanted == "torch_dist" else _legacy_target(source, options, degrees)
     return Conversion("reshard", options, source, target, began).run()
 
@@ -103,7 +106,7 @@ def _legacy_target(source: Source, options: ReshardOptions, degrees: dict[str, i
     def finish(folder: Path) -> list[str]:
         for name, text in made.other_files.items():
             (folder / name).write_text(text)
-        written = write_companions(folder / HF_SUBFOLDER, source, files, None, complete=False)
+        written = write_companions(folder / HF_SUBFOLDER, source, files, wanted, complete=False)
         return [*made.other_files, *(f"{HF_SUBFOLDER}/{name}" for name in written)]
 
     names = [*made.other_files, *(f"{HF_SUBFOLDER}/{name}" for name in (*files, "config.json"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from swift_dist.converters.adapters import is_adapter
 from swift_dist.converters.dist_index import METADATA_NAME, DistSide, check_dist, dist_index
 from swift_dist.converters.hf_side import check_hf_folder
+from swift_dist.converters.legacy_io import TRACKER
 from swift_dist.converters.mapping import Rows, duplicates
 from swift_dist.converters.plan import HFSide, Side
 from swift_dist.converters.safetensors_io import HFFolder
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from swift_dist.converters.adapters import Lora
     from swift_dist.converters.legacy_io import LegacyCheckpoint
 
+logger = logging.getLogger(__name__)
+
 RECORD_NAME = "swift_dist.json"  # of our own checkpoints (swift_dist/checkpoint/folder.py)
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter that PEFT saved, and of an adapter's checkpoint
 HF_SUBFOLDER = "hf"  # of converted Megatron checkpoints: config.json, tokenizer and the like
 _STEP = re.compile(r"(?:step|iter)_(\d+)")
 Config = Mapping[str, Any]
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass
@@ -111,20 +114,15 @@ def find_kind(path: Path, key: str) -> tuple[str, Path]:
     """
     if not path.is_dir():
         raise JobError(key, f"{path} is not a folder", "name a model folder, a run folder or a checkpoint")
-    for folder in (path, path / "checkpoints"):
-        if (folder / METADATA_NAME).is_file():
-            return "torch_dist", folder
-        if folder.is_dir() and next(folder.glob("mp_rank_*"), None) is not None:
-            return "legacy", folder
-        for inner in _inner_checkpoints(folder):
-            if (inner / METADATA_NAME).is_file():
-                return "torch_dist", inner
-            if next(inner.glob("mp_rank_*"), None) is not None:
-                return "legacy", inner
+    if kind := _megatron_kind(path):
+        return kind, path
     if (path / ADAPTER_CONFIG).is_file() and (next(path.glob("adapter_model.*"), None) or not _has_config(path)):
         return "peft", path
     if any(next(path.glob(pattern), None) for pattern in ("*.safetensors*", "pytorch_model*")):
         return "hf", path
+    for inner in (*_inner_checkpoints(path, key), *_inner_checkpoints(path / "checkpoints", key)):
+        if kind := _megatron_kind(inner):
+            return kind, inner
     if _has_config(path):
         raise JobError(key, f"{path} holds a config.json but no weights", "download the model completely")
     raise JobError(
@@ -134,25 +132,39 @@ def find_kind(path: Path, key: str) -> tuple[str, Path]:
     )
 
 
+def _megatron_kind(folder: Path) -> str | None:
+    """The format of a checkpoint that lies directly in a folder."""
+    if (folder / METADATA_NAME).is_file():
+        return "torch_dist"
+    return "legacy" if folder.is_dir() and next(folder.glob("mp_rank_*"), None) is not None else None
+
+
 def _has_config(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _inner_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, the one to take first: what Megatron-LM's tracker names, else the newest."""
+def _inner_checkpoints(folder: Path, key: str) -> list[Path]:
+    """Checkpoints in a folder, the one to take first: only what Megatron-LM's tracker names, else the newest first.
+
+    Raises:
+        JobError: the tracker names none.
+    """
     if not folder.is_dir():
         return []
-    tracker, found = folder / _TRACKER, []
+    tracker = folder / TRACKER
     if tracker.is_file():
-        name = tracker.read_text().strip()
-        found.append(folder / ("release" if name == "release" else f"iter_{int(name):07d}" if name.isdigit() else name))
+        name = tracker.read_text(errors="replace").strip()
+        named = folder / (f"iter_{int(name):07d}" if name.isdigit() else "release")
+        if not (name.isdigit() or name == "release") or _megatron_kind(named) is None:
+            raise JobError(key, f"{tracker} names {name!r}, and there is no such checkpoint", "name one of them itself")
+        return [named]
     steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for path in [*found, *(path for _, path in sorted(steps, reverse=True))] if path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def _open_hf(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source:
     config = dict(stated) if stated else read_config(folder, key)
-    weights = HFFolder(folder, key, config)
+    weights = HFFolder(folder, key)
     family, config = family_of(config, weights.tensors)
     rows = family.rows(config)
     ignored = check_hf_folder(weights.tensors, folder, rows, key)
@@ -163,7 +175,9 @@ def _open_hf(folder: Path, stated: Mapping[str, Any] | None, key: str) -> Source
 
 def _open_dist(folder: Path, stated: Config | None, known: Config | None, key: str) -> Source:
     record, model = _read_record(folder, key), _recorded_model(folder)
-    config = dict(stated or _config_of_checkpoint(folder, record, model) or known or {})
+    own = _config_of_checkpoint(folder, record, model)
+    _warn_of_other_config(stated, own)
+    config = dict(stated or own or known or {})
     if not config:
         raise _no_config()
     tensors = dist_index(folder, key)
@@ -183,8 +197,9 @@ def _open_legacy(folder: Path, stated: Config | None, known: Config | None, key:
     from swift_dist.converters.legacy_io import LegacyCheckpoint, LegacySide, check_legacy
 
     checkpoint = LegacyCheckpoint(folder, key)
-    stated = stated or _config_of_checkpoint(folder, {}, {}) or known
-    config = dict(stated or config_of_arguments(checkpoint.args) or {})
+    own = _config_of_checkpoint(folder, {}, {})
+    _warn_of_other_config(stated, own)
+    config = dict(stated or own or known or config_of_arguments(checkpoint.args) or {})
     if not config:
         raise _no_config()
     family, config = family_of(config, [name.rpartition("/")[2] for name in checkpoint.tensors])
@@ -194,6 +209,13 @@ def _open_legacy(folder: Path, stated: Config | None, known: Config | None, key:
     record = {"step": checkpoint.iteration} if checkpoint.iteration is not None else {}
     twins = side.replicas(rows)
     return Source("legacy", folder, family, config, rows, side, ignored, twins, record, legacy=checkpoint)
+
+
+def _warn_of_other_config(stated: Config | None, own: Config | None) -> None:
+    """What --hf_config says counts; that the checkpoint's own config.json says otherwise may be a mistake."""
+    differing = sorted(key for key in (own or {}) if stated and key in stated and stated[key] != (own or {})[key])
+    if differing:
+        logger.warning("--hf_config differs from the checkpoint's own config in %s", ", ".join(differing))
 
 
 def _no_config() -> JobError:
@@ -210,11 +232,13 @@ def family_of(config: dict[str, Any], names: Collection[str]) -> tuple[Family, d
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         family = find_family(config)
+        config = family.for_folder(config, names)
+        family.rows(config)
+        family.shape(config)
     except JobError as error:
-        raise JobError(
-            "hf_config", f"{error.key.removeprefix('model.config.')} {error.message}", error.remedy
-        ) from None
-    return family, family.for_folder(config, names)
+        key = error.key.removeprefix("model.config.")
+        raise JobError("hf_config", f"{key} {error.message}", error.remedy) from None
+    return family, config
 
 
 def _config_of_checkpoint(folder: Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -233,7 +257,8 @@ def _config_of_checkpoint(folder: Path, record: Mapping[str, Any], model: Mappin
 
 def places_of_config(folder: Path) -> list[Path]:
     """Where a Megatron checkpoint's config.json may lie."""
-    return [folder / HF_SUBFOLDER, folder.parent / HF_SUBFOLDER, folder]
+    above = [folder.parent / HF_SUBFOLDER] if folder.name == "release" or _STEP.fullmatch(folder.name) else []
+    return [folder / HF_SUBFOLDER, *above, folder]
 
 
 def _read_record(folder: Path, key: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from swift_dist.convert.report import describe_verdict
 from swift_dist.convert.sources import find_kind, open_source, read_config
 from swift_dist.convert.verification import compare
 from swift_dist.converters.stored import BY_OPTION
-from swift_dist.errors import EXIT_DONE, EXIT_FAILED, JobError
+from swift_dist.errors import EXIT_DONE, EXIT_FAILED, JobError, listed
 
 
 class VerifyOptions(WorkOptions, LogitsOptions):
@@ -48,7 +48,9 @@ def run(options: VerifyOptions) -> dict[str, Any]:
         raise JobError(
             "dtype", f"no tensor of {b.path} is stored as {options.dtype}", "leave out --dtype, or swap A and B"
         )
-    verdict = compare(a, b, options, cast=options.dtype is not None, tolerance=options.tolerance)
+    verdict = compare(
+        a, b, options, cast=BY_OPTION[options.dtype] if options.dtype else None, tolerance=options.tolerance
+    )
     return {
         "a": str(a.path),
         "b": str(b.path),
@@ -64,7 +66,17 @@ def render(result: Mapping[str, Any]) -> str:
     """The verdict for people."""
     a, b = (f"{path} ({kind})" for path, kind in zip((result["a"], result["b"]), result["formats"], strict=True))
     lines = [f"{'equal' if result['equal'] else 'NOT equal'}: {a} and {b}", f"  {describe_verdict(result)}"]
-    lines += [f"  {problem}" for problem in result["problems"][5:20]]
+    if result["problems"]:
+        lines.append(f"  {listed(_grouped(result['problems']), 20)}")
     if result["non_finite"]:
         lines.append(f"  NaN or infinite values in {len(result['non_finite'])} tensors")
     return "\n".join(lines)
+
+
+def _grouped(problems: list[str]) -> list[str]:
+    """Tensors with the same problem on one line."""
+    by_text: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, text = problem.partition(": ")
+        by_text.setdefault(text or name, []).append(problem)
+    return [same[0] if len(same) == 1 else f"{len(same)} x {text}" for text, same in by_text.items()]

@@ -153,7 +153,7 @@ class RayPool:
             if not sees_folder:
                 raise RunError(
                     f"node {node[0]} does not see {folder}",
-                    "give an --output on storage that every node has mounted",
+                    "name one on storage that every node has mounted",
                 )
 
     def shares(self) -> list[str]:

@@ -191,7 +191,7 @@ def test_what_is_not_plain_lora_is_refused_by_name(
 def test_wrong_words_are_refused(trained: Trained, tmp_path: Path) -> None:
     made, target = trained("llama"), tmp_path / "target"
     write_adapter(tmp_path / "lost", PLAIN, Path("no/such/model"))
-    with pytest.raises(JobError, match=r"base: .*'no/such/model' is no folder here\n.*--base"):
+    with pytest.raises(JobError, match=r"hf_config: .*'no/such/model' is no folder here\n.*--base"):
         to_megatron(tmp_path / "lost", target)
     with pytest.raises(JobError, match="is a Hugging Face folder already"):
         to_hf(made.adapter, target)
@@ -256,3 +256,17 @@ def test_another_scaling_is_a_difference(trained: Trained, tmp_path: Path) -> No
         write_adapter(tmp_path / name, PLAIN, made.base, lora_alpha=alpha)
     result = verify.run(verify.VerifyOptions(a=str(tmp_path / "a"), b=str(tmp_path / "b"), workers=1))
     assert result["problems"] == ["model.layers.0.self_attn.q_proj: scaled by 2.5, not 2.0"]
+
+
+def test_an_adapter_of_another_family_is_refused_and_of_another_folder_told(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trained("llama")
+    tiny_models.save_tiny_model("qwen2", tmp_path / "qwen2")
+    write_adapter(tmp_path / "adapter", PLAIN, made.base)
+    with pytest.raises(JobError, match=r"adapter: .*was trained on a llama model"):
+        to_megatron(tmp_path / "qwen2", tmp_path / "merged", adapter=str(tmp_path / "adapter"))
+    write_adapter(tmp_path / "named", PLAIN, Path("meta/other"))
+    with caplog.at_level("WARNING"):
+        to_megatron(made.base, tmp_path / "merged", adapter=str(tmp_path / "named"))
+    assert "names meta/other as its base" in caplog.text

@@ -118,12 +118,13 @@ def test_killed_at_ten_moments(large: Path, tmp_path: Path) -> None:
     assert run("verify", large, target, "--logits", "never")[0] == 0
 
 
-def test_ctrl_c(small: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted(small: Path, whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     target = tmp_path / "target"
     words = (VERB, small, target, "--max_shard_size", "1MB", "--workers", "1")
     command = Command(*words)
     assert command.wait_for(lambda: len(recorded(target)) >= 2)
-    command.send(signal.SIGINT)
+    command.send(number)
     code, out, err = command.end()
     assert code == 130 and out == ""
     done = recorded(target)

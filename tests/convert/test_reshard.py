@@ -147,7 +147,6 @@ VERBS = {
 @pytest.mark.parametrize(
     ("options", "key", "remedy"),
     [
-        ({"logits": "never"}, "logits", "add --verify"),
         ({"logits": "always"}, "logits", ""),
         ({"logits_tolerance": 0.1}, "logits_tolerance", ""),
         ({"ray_address": "127.0.0.1:1"}, "ray_address", "--launcher ray"),

@@ -76,13 +76,13 @@ def test_a_differing_dtype_is_a_difference_unless_it_was_asked_for(model: Simple
         compare(model.hf, tmp_path / "bf16", dtype="fp16")
 
 
-def test_other_models_and_missing_ones_are_refused(model: SimpleNamespace, tmp_path: Path) -> None:
+def test_other_models_are_not_equal_and_missing_ones_are_refused(model: SimpleNamespace, tmp_path: Path) -> None:
     tiny_models.save_tiny_model("qwen3_moe", tmp_path / "other", num_hidden_layers=2)
-    with pytest.raises(JobError, match="config"):
-        compare(model.hf, tmp_path / "other")
     tiny_models.save_tiny_model("llama", tmp_path / "llama")
-    with pytest.raises(JobError, match="another model"):
-        compare(tmp_path / "llama", model.hf)
+    for other in ("other", "llama"):
+        for pair in ((tmp_path / other, model.hf), (model.hf, tmp_path / other)):
+            verdict = compare(*pair)
+            assert verdict["exit_code"] == 1 and "another model" in verdict["problems"][0]
     with pytest.raises(JobError, match="not a folder"):
         compare(model.hf, tmp_path / "absent")
 
@@ -115,10 +115,15 @@ def test_equal_weights_that_compute_something_else_are_not_equal(model: SimpleNa
 
 
 @pytest.mark.slow
-def test_logits_are_part_of_the_verdict(model: SimpleNamespace) -> None:
+def test_logits_are_part_of_the_verdict(model: SimpleNamespace, tmp_path: Path) -> None:
     verdict = compare(model.hf, model.dist, logits="always")
     layouts = verdict["logits"]["layouts"]
     assert verdict["equal"] and len(layouts) >= 2 and all(entry["relative"] <= 1e-4 for entry in layouts)
+    # Rounded on the way: both sides' logits are then those of the rounded weights.
+    to_megatron(HFToMegatronOptions(source=str(model.hf), target=str(tmp_path / "bf16"), dtype="bf16", verify=True))
+    rounded = compare(model.hf, tmp_path / "bf16", dtype="bf16", logits="always")
+    assert rounded["equal"] and max(entry["relative"] for entry in rounded["logits"]["layouts"]) <= 1e-5
+    assert compare(model.hf, tmp_path / "bf16", logits="always")["problems"][-1].startswith("logits at")
     with pytest.raises(JobError, match="takes a Hugging Face folder and a torch_dist checkpoint"):
         compare(model.dist, model.legacy, logits="always")
 
@@ -165,3 +170,28 @@ def test_legacy_there_and_back_keeps_every_bit(model: SimpleNamespace, tmp_path:
     reshard(ReshardOptions(source=str(model.legacy), target=str(tmp_path / "pp3"), pp=3, verify=True, logits="never"))
     reshard(ReshardOptions(source=str(tmp_path / "pp3"), target=str(tmp_path / "dist"), verify=True, logits="never"))
     assert compare(model.hf, tmp_path / "dist")["equal"]
+
+
+def test_torch_dist_is_written_anew_only_where_that_is_asked_for(model: SimpleNamespace, tmp_path: Path) -> None:
+    options = {"source": str(model.dist), "target": str(tmp_path / "bf16"), "dtype": "bf16"}
+    with pytest.raises(JobError, match="--format torch_dist"):
+        reshard(ReshardOptions(**options))
+    reshard(ReshardOptions(**options, format="torch_dist"))
+    assert compare(model.hf, tmp_path / "bf16", dtype="bf16")["equal"]
+    assert json.loads((tmp_path / "bf16" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_target_inside_the_source_is_refused(model: SimpleNamespace) -> None:
+    with pytest.raises(JobError, match="is inside the source"):
+        to_megatron(HFToMegatronOptions(source=str(model.hf), target=str(model.hf / "inside")))
+
+
+def test_a_config_that_differs_from_the_checkpoints_own_is_told(
+    model: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((model.hf / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with caplog.at_level("WARNING"):
+        words = {"source": str(model.dist), "target": str(tmp_path / "out"), "hf_config": str(tmp_path)}
+        reshard(ReshardOptions(**words, tp=1, dry_run=True))
+    assert "differs from the checkpoint's own config in rms_norm_eps" in caplog.text

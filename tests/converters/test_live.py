@@ -142,7 +142,7 @@ def test_quantised_weights_are_refused(trained: Any, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
 
-    assert "stored as F8_E4M3" in refusal(trained, damaged(trained, tmp_path, change))
+    assert "holds fp8 weights" in refusal(trained, damaged(trained, tmp_path, change))
 
 
 def test_output_layer_beside_tied_embeddings(trained: Any, tmp_path: Path) -> None:

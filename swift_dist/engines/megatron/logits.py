@@ -5,7 +5,7 @@
 The request: ``hf``, a folder with config.json and safetensors; ``checkpoint``, a torch_dist folder with weights under
 per-layer keys, or null: then the weights come from ``hf`` as in a training run. Optional: ``prompts``, lists of token
 ids; ``layouts``, each any of ``tp pp ep etp vpp`` (vpp: chunks of a pipeline stage); ``timeout``, seconds for the
-reference and for each layout.
+reference and for each layout; ``cast``, a torch dtype to which both sides' weights are rounded first.
 
 One JSON object on stdout: ``scale``, the largest reference logit in magnitude; ``prompts``, their lengths;
 ``layouts``, for each its degrees, ``max_difference``, ``relative`` (to the scale), ``same_argmax`` and ``error``: null,
@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 DEFAULT_LENGTHS = (1, 7, 16, 33)
 DEFAULT_TIMEOUT = 1800.0
 _SEED = 20
-_KEYS = ("hf", "checkpoint", "prompts", "layouts", "timeout")
+_KEYS = ("hf", "checkpoint", "prompts", "layouts", "timeout", "cast")
+_CASTS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Request:
     prompts: list[list[int]]
     layouts: list[Degrees]
     timeout: float
+    cast: str | None = None
 
     @classmethod
     def of(cls, stated: dict[str, Any]) -> Request:
@@ -155,7 +157,9 @@ class Request:
         timeout = DEFAULT_TIMEOUT if stated.get("timeout") is None else stated["timeout"]
         if timeout <= 0:
             raise JobError("timeout", f"must be a positive number of seconds, got {timeout!r}")
-        request = cls(hf, hf_config, shape, checkpoint, prompts, [], float(timeout))
+        if stated.get("cast") not in (None, *_CASTS):
+            raise JobError("cast", f"cannot be {stated['cast']!r}", f"one of {', '.join(_CASTS)}")
+        request = cls(hf, hf_config, shape, checkpoint, prompts, [], float(timeout), stated.get("cast"))
         if stated.get("layouts"):
             request.layouts.extend(_degrees(layout) for layout in stated["layouts"])
         else:
@@ -212,7 +216,7 @@ def compare(request: Request) -> dict[str, Any]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="swift-dist-logits-") as base:
         reference = Path(base) / "reference.pt"
-        arguments = {"hf": request.hf, "prompts": request.prompts, "target": reference}
+        arguments = {"hf": request.hf, "prompts": request.prompts, "target": reference, "cast": request.cast}
         with Processes([(_reference, arguments)], Path(base) / "reference", request.timeout) as transformers:
             _import_megatron()  # in the meantime
             scale = transformers.answers("transformers' model")[0]
@@ -247,6 +251,7 @@ def _layout(request: Request, degrees: Degrees, reference: Path, folder: Path) -
             "checkpoint": request.checkpoint,
             "prompts": request.prompts,
             "reference": reference,
+            "rounded": request.cast,
             "timeout": request.timeout,
         }
         places = [logits_rank.Place(rank, layout.world_size, folder) for rank in range(layout.world_size)]
@@ -259,7 +264,7 @@ def _layout(request: Request, degrees: Degrees, reference: Path, folder: Path) -
     return {**result, "max_difference": worst, "same_argmax": all(answer["same_argmax"] for answer in found)}
 
 
-def _reference(hf: Path, prompts: list[list[int]], target: Path) -> float:
+def _reference(hf: Path, prompts: list[list[int]], target: Path, cast: str | None) -> float:
     """Save transformers' logits of each prompt, [length, vocabulary] in fp32; returns the largest magnitude."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -278,6 +283,8 @@ def _reference(hf: Path, prompts: list[list[int]], target: Path) -> float:
         raise RunError(f"{hf} lacks weights of its model, or has them in another shape: {', '.join(absent[:5])}")
     found.eval()
     with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.copy_(parameter.to(getattr(torch, cast or "float32")))  # and back: the numbers are rounded
         logits: list[torch.Tensor] = [found(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
     for number, each in enumerate(logits):  # one by one: max() of floats passes over a NaN
         if not bool(torch.isfinite(each).all()):

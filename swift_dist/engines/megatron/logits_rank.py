@@ -66,6 +66,7 @@ def compare(
     prompts: list[list[int]],
     reference: Path,
     timeout: float,
+    rounded: str | None = None,
 ) -> dict[str, Any] | None:
     """One rank's part of a layout. Collective over the layout's ranks.
 
@@ -75,6 +76,7 @@ def compare(
         checkpoint: torch_dist folder; None: read the weights from the model's folder, as a training run would.
         reference: file with the reference logits of each prompt, [length, vocabulary].
         timeout: seconds for the ranks to meet.
+        rounded: round the weights to this torch dtype; computed is in fp32 all the same.
 
     Returns:
         ``max_difference`` and ``same_argmax`` over all prompts; None on ranks that have no logits.
@@ -87,10 +89,19 @@ def compare(
         state.load_pretrained(built, Path(cast(str, job.model.path)))
     else:
         load(built, checkpoint)
+    if rounded is not None:
+        _round(built, getattr(torch, rounded))
     found = logits(built, prompts, job.data.sequence_length, job.train.global_batch_size)
     if not found:
         return None
     return _difference(found, torch.load(reference, weights_only=True))
+
+
+@torch.no_grad()
+def _round(built: MegatronEngine, dtype: torch.dtype) -> None:
+    for chunk in built.chunks:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.to(dtype))
 
 
 @torch.no_grad()
