@@ -82,12 +82,12 @@ def adapted(base: Path, adapter: Path) -> torch.Tensor:
 
 
 def to_megatron(source: Path, target: Path, **options: Any) -> dict[str, Any]:
-    words = {"workers": 1, "logits": "never", **options}
+    words = {"workers": 1, **({"logits": "never"} if options.get("verify") else {}), **options}
     return hf_to_megatron.run(hf_to_megatron.HFToMegatronOptions(source=str(source), target=str(target), **words))
 
 
 def to_hf(source: Path, target: Path, **options: Any) -> dict[str, Any]:
-    words = {"workers": 1, "logits": "never", **options}
+    words = {"workers": 1, **({"logits": "never"} if options.get("verify") else {}), **options}
     return megatron_to_hf.run(megatron_to_hf.MegatronToHFOptions(source=str(source), target=str(target), **words))
 
 
