@@ -94,13 +94,13 @@ class Degrees:
             JobError: the model cannot be split so.
         """
         if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in self._stated()):
-            raise JobError("layouts", f"degrees are whole numbers of at least 1, got {self._stated()}")
+            raise JobError("layouts", f"degrees are whole numbers of at least 1, got {self._stated()}", "correct it")
         experts = self.ep * (self.etp or self.tp) if request.shape.is_moe else self.tp * self.ep
         world_size = self.pp * math.lcm(self.tp, experts)
         try:
             job = self.job(request)
         except ValueError as error:
-            raise JobError("layouts", str(error)) from None
+            raise JobError("layouts", str(error), "give another layout") from None
         layout = ParallelLayout.resolve(job.parallel, world_size, request.shape.is_moe)
         broken = check_layout(
             layout,
@@ -110,7 +110,7 @@ class Degrees:
             global_batch_size=job.train.global_batch_size * layout.dp,
         )
         if broken:
-            raise JobError("layouts", "; ".join(violation.message for violation in broken))
+            raise JobError("layouts", "; ".join(violation.message for violation in broken), "give another layout")
         return layout, job
 
     def _stated(self) -> list[Any]:
@@ -148,15 +148,16 @@ class Request:
         shape = find_family(hf_config).shape(hf_config)
         for key, kind in (("checkpoint", str), ("prompts", list), ("layouts", list), ("timeout", (int, float))):
             if stated.get(key) is not None and not isinstance(stated[key], kind):
-                raise JobError(key, f"cannot be {stated[key]!r}")
+                raise JobError(key, f"cannot be {stated[key]!r}", "see the module's description")
         checkpoint = Path(stated["checkpoint"]).resolve() if stated.get("checkpoint") else None
         if checkpoint is not None and not (checkpoint / ".metadata").is_file():
-            raise JobError("checkpoint", f"{checkpoint} is no torch_dist checkpoint: it holds no .metadata")
+            problem = f"{checkpoint} is no torch_dist checkpoint: it holds no .metadata"
+            raise JobError("checkpoint", problem, "give one, or null")
         prompts = stated.get("prompts") or default_prompts(shape)
         _check_prompts(prompts, shape)
         timeout = DEFAULT_TIMEOUT if stated.get("timeout") is None else stated["timeout"]
         if timeout <= 0:
-            raise JobError("timeout", f"must be a positive number of seconds, got {timeout!r}")
+            raise JobError("timeout", f"must be a positive number of seconds, got {timeout!r}", "correct it")
         if stated.get("cast") not in (None, *_CASTS):
             raise JobError("cast", f"cannot be {stated['cast']!r}", f"one of {', '.join(_CASTS)}")
         request = cls(hf, hf_config, shape, checkpoint, prompts, [], float(timeout), stated.get("cast"))
@@ -178,12 +179,13 @@ def _check_prompts(prompts: Any, shape: ModelShape) -> None:
     limit = shape.max_position_embeddings or math.inf
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, list):
-            raise JobError(f"prompts[{number}]", f"{prompt!r} is no list of token ids")
+            raise JobError(f"prompts[{number}]", f"{prompt!r} is no list of token ids", "correct it")
         if not prompt or len(prompt) > limit:
-            raise JobError(f"prompts[{number}]", f"has {len(prompt)} tokens; the model takes 1 to {limit}")
+            problem = f"has {len(prompt)} tokens; the model takes 1 to {limit}"
+            raise JobError(f"prompts[{number}]", problem, "give a shorter one")
         wrong = [token for token in prompt if not isinstance(token, int) or not 0 <= token < shape.vocab_size]
         if wrong:
-            raise JobError(f"prompts[{number}]", f"{wrong[0]!r} is no token id of {shape.vocab_size}")
+            raise JobError(f"prompts[{number}]", f"{wrong[0]!r} is no token id of {shape.vocab_size}", "correct it")
 
 
 def default_prompts(shape: ModelShape) -> list[list[int]]:
@@ -317,9 +319,9 @@ def _read(arguments: list[str]) -> dict[str, Any]:
     try:
         stated = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise JobError(arguments[0], f"cannot be read: {error}") from None
+        raise JobError(arguments[0], f"cannot be read: {error}", "give a JSON file") from None
     if not isinstance(stated, dict):
-        raise JobError(arguments[0], "does not hold a JSON object")
+        raise JobError(arguments[0], "does not hold a JSON object", "see the module's description")
     return stated
 
 
