@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,21 +18,9 @@ from swift_dist.converters.legacy_io import LegacyCheckpoint, LegacySide, check_
 from swift_dist.converters.plan import Side, make_plan
 from swift_dist.converters.safetensors_io import Layout
 from swift_dist.models import find_family
+from tests.converters import legacy_files as files
+from tests.converters import tiny_models
 
-
-def _load(name: str) -> ModuleType:
-    if (loaded := sys.modules.get(f"converters_tests_{name}")) is not None:
-        return loaded
-    spec = importlib.util.spec_from_file_location(f"converters_tests_{name}", Path(__file__).parent / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-files = _load("legacy_files")
-tiny_models = _load("tiny_models")
 Cut = files.Cut
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,19 +22,8 @@ from swift_dist.converters.reading import Reader
 from swift_dist.converters.safetensors_io import HFFolder, TensorSpec, lay_out
 from swift_dist.errors import JobError
 from swift_dist.models import find_family
+from tests.converters import legacy_cases as cases
 
-
-def _load_cases() -> ModuleType:
-    name = "converters_tests_legacy_cases"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "legacy_cases.py")
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-cases = _load_cases()
 files, model = cases.files, cases.model
 CUTS, Cut, fill, opened = cases.CUTS, cases.Cut, cases.fill, cases.opened
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,19 +15,8 @@ import torch
 
 from swift_dist.converters.legacy_io import LegacyCheckpoint, LegacySide, check_legacy
 from swift_dist.errors import JobError
+from tests.converters import legacy_cases as cases
 
-
-def _load_cases() -> ModuleType:
-    name = "converters_tests_legacy_cases"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "legacy_cases.py")
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-cases = _load_cases()
 files, model = cases.files, cases.model
 Cut, change, opened = cases.Cut, cases.change, cases.opened
 
