@@ -42,6 +42,7 @@ def refusal(error: Exception) -> str:
 def megatron_on_cpu() -> Iterator[Megatron]:
     """megatron-core on CPU, without communication; torch is as it was afterwards."""
     import torch
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     def norm(cls, config, hidden_size, **_):
@@ -50,6 +51,8 @@ def megatron_on_cpu() -> Iterator[Megatron]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(torch.cuda, "Stream", lambda *a, **k: SimpleNamespace())
+        # the class keeps the first stream it makes, for every model that this process builds later
+        patch.setattr(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None)
         patch.setattr(torch.Tensor, "cuda", lambda self: self)  # tied embeddings are summed over their two stages
         patch.setattr(WrappedTorchNorm, "__new__", norm)  # stock: refuses sequence parallelism without TE
         oracle = Megatron()
