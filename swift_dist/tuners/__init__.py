@@ -1,0 +1,1 @@
+"""Tuners, one file each: ``swift_dist/tuners/<name>.py`` holds an ``Options`` and a ``TUNER``."""
