@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"config", "parallel", "models"},
     "data": {"config", "workers"},
     "tuners": {"config", "models"},
+    "mixing": {"config", "tuners"},  # the Python API of several adapters on one model
     "objectives": {"config", "models"},
     "optim": {"config", "models"},
     "checkpoint": {"config", "parallel", "converters"},

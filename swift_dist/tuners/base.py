@@ -6,6 +6,8 @@ inside functions) and one ``TUNER``. Its methods run in the order in which they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +24,15 @@ class Tuner:
         name: the file's name.
         summary: one line for people, with the paper.
         saves: what an export holds: the whole model ("model") or an adapter beside it ("adapter").
+        is_addition: whether it leaves to another tuner what learns and what is saved (GaLore, NEFTune).
+        contradicts: names of tuners that it cannot be combined with.
     """
 
     name: str
     summary: str
     saves: Literal["model", "adapter"] = "model"
+    is_addition: bool = False
+    contradicts: frozenset[str] = frozenset()
 
     def refuses(self, strategy: Strategy, options: Any) -> str | None:
         """Why it cannot work under `strategy`; None: it can."""
@@ -36,10 +42,18 @@ class Tuner:
         """Further arguments of ``from_pretrained`` (a quantised base)."""
         return {}
 
-    def apply(self, model: torch.nn.Module, options: Any, *, seed: int) -> torch.nn.Module:
+    def apply(
+        self, model: torch.nn.Module, options: Any, *, seed: int, trainable: Sequence[str] = ()
+    ) -> torch.nn.Module:
         """Freeze, add or wrap; returns the model to train. The same on every rank: random values come from `seed`.
-        Called on whole weights on the CPU, before a strategy shards them."""
+        Called on whole weights on the CPU, before a strategy shards them. `trainable`: patterns of further weights that
+        learn and are saved whole (``tuner.trainable``)."""
         return model
+
+    def without(self, model: torch.nn.Module) -> AbstractContextManager[Any] | None:
+        """A context in which the model computes what it did before `apply`, whatever it has learnt since; None: there
+        is none, and a reference model needs weights of its own."""
+        return None
 
     def learning_rate_scale(self, parameter_name: str, options: Any) -> float:
         """This parameter's learning rate as a multiple of the job's (LoRA+)."""
@@ -50,10 +64,11 @@ class Tuner:
         return make(groups)
 
     def before_step(self, model: torch.nn.Module, step: int, steps: int, options: Any) -> None:
-        """Called on every rank before optimizer step number `step` (LISA moves its freeze, AdaLoRA its ranks)."""
+        """Called on every rank before the first forward pass of optimizer step number `step`, of 0 .. `steps` - 1 (LISA
+        moves its freeze)."""
 
     def before_update(self, model: torch.nn.Module, step: int, steps: int, options: Any) -> None:
-        """Called when the gradients of a step are complete, before the optimizer uses them."""
+        """Called when the gradients of a step are complete and finite, before they are clipped and used (AdaLoRA)."""
 
     def state(self, model: torch.nn.Module) -> dict[str, Any]:
         """Plain values and small tensors that a resume needs beside the weights and the optimizer."""
