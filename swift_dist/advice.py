@@ -18,6 +18,9 @@ from swift_dist.runs.progress import human_count
 
 log = logging.getLogger(__name__)
 
+EXPORTS = ("model", "adapter")
+"""Folders of a run that hold its final weights in Hugging Face's or PEFT's form."""
+
 
 def steps_done(folder: RunFolder) -> int:
     """Steps that lie behind the run in `folder`, which a resume goes on from; 0 if there is none."""
@@ -30,18 +33,29 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
     done, steps = steps_done(folder), resolved.job.train.steps
     if not done or steps is None or done < steps:
         return None
+    exported = next((folder.path / name for name in EXPORTS if (folder.path / name).is_dir()), None)
+    if resolved.job.engine == "hf" and exported is None:
+        return None  # it ended before its weights were written
     log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
     status = folder.status()
     loss = status.loss if status else None
-    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
+    return {
+        "state": "done",
+        "output": str(folder.path),
+        "export": exported and str(exported),
+        "step": done,
+        "loss": loss,
+        "checkpoint": done,
+        "restarts": 0,
+    }
 
 
 def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
     """Say what begins, and what is odd about it."""
     done, world = steps_done(folder), resolved.layout.world_size
     begins = f"goes on from step {done}" if done else "begins"
-    size = human_count(resolved.shape.num_parameters())
-    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
+    size = f"{human_count(resolved.shape.num_parameters())} parameters, " if resolved.shape else ""
+    log.info("%s %s: %s%d rank%s", folder.path, begins, size, world, "s" * (world > 1))
     for line in advice(resolved, folder, num_cpus):
         log.warning("warning: %s", line)
 
@@ -76,7 +90,7 @@ def _about_the_tokenizer(job: JobConfig) -> Iterator[str]:
     another version of it may give the same tokenizer another hash, so this is no reason to refuse.)"""
     path = job.model.tokenizer
     sha256 = check_local_tokenizer(path, "model.tokenizer") if path else None
-    for entry in job.data.train if sha256 else ():
+    for entry in job.data.train if sha256 and job.task == "pretrain" else ():
         made_with = (read_manifest(entry.path) or {}).get("tokenizer") or {}
         recorded = made_with.get("sha256")
         if recorded and recorded != sha256:
@@ -94,8 +108,7 @@ def _about_the_machine(num_ranks: int, num_cpus: int | None) -> Iterator[str]:
 def _about_the_schedule(resolved: ResolvedJob, folder: RunFolder) -> Iterator[str]:
     done, job, old = steps_done(folder), resolved.job, folder.job() if folder.exists() else {}
     old_steps = (old.get("train") or {}).get("steps")
-    assert job.train.steps is not None
-    if not done or not old_steps or done >= job.train.steps:
+    if not done or not old_steps or job.train.steps is None or done >= job.train.steps:
         return
     section = build(ScheduleSection, [old.get("schedule") or {}])
     before = build_schedule(section, peak=job.optimizer.lr, train_steps=old_steps)(done)

@@ -45,7 +45,15 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "runs", "sequence_parallel", "engines"),
     },
     "cluster": {"config", "parallel", "runs"},
-    "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
+    "resolve": {
+        *("config", "parallel", "models", "data", "optim", "checkpoint", "finetune"),
+        "engines.megatron.requirements",
+    },
+    "finetune": {
+        *("config", "parallel", "models", "data", "tuners", "objectives"),
+        "engines.hf.strategies.deepspeed",  # what a DeepSpeed configuration may say
+    },
+    "mixing": {"config", "tuners"},
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
     "torchrun": {
         *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")

@@ -71,7 +71,12 @@ class TunerBase(Section):
 
 
 class ObjectiveBase(Section):
-    name: str = Field("causal_lm", description="what is minimised: a file of swift_dist/objectives")
+    name: str | None = Field(
+        None, description="what is minimised: a file of swift_dist/objectives (default: sft causal_lm, rlhf dpo)"
+    )
     reference: str | None = Field(
         None, description="the reference model's folder or id (default: the model before it learns)"
     )
+
+    def resolved_name(self, task: str) -> str:
+        return self.name or ("dpo" if task == "rlhf" else "causal_lm")

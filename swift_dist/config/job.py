@@ -23,7 +23,8 @@ class ModelSection(Section):
     )
     tokenizer: str | None = Field(None, description="tokenizer folder or id that travels with exports (default: path)")
     attention: str | None = Field(
-        None, description="hf engine: transformers' attention implementation (default: chosen for the layout of batches)"
+        None,
+        description="hf engine: transformers' attention implementation (default: chosen for the layout of batches)",
     )
     num_labels: int | None = Field(None, gt=0, description="classes of a classification head (default: config.json's)")
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = Field(
@@ -74,7 +75,9 @@ class DataSection(Section):
     sequence_length: int = Field(1024, gt=0, description="tokens in one sample")
     mask_eod_loss: bool = Field(False, description="no loss where the input is an end-of-document token")
     prefetch: int = Field(4, ge=0, description="global batches read ahead by a background thread (0: none)")
-    format: str = Field("auto", description="rows: their format, a file of swift_dist/data/rows (auto: by their columns)")
+    format: str = Field(
+        "auto", description="rows: their format, a file of swift_dist/data/rows (auto: by their columns)"
+    )
     columns: dict[str, str] = Field({}, description="rows: {name that a format knows: name in the file}")
     split_ratio: float = Field(0.0, ge=0, lt=1, description="rows: share of data.train taken for validation instead")
     bad_rows: Literal["skip", "stop"] = Field("skip", description="rows that cannot be used: count them, or stop")

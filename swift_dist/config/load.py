@@ -265,6 +265,8 @@ def load_job(path: str | Path | None, words: Sequence[str] = (), task: str = "pr
     if free_form and layers and isinstance(layers[0].get("model"), dict):
         # --model.config.x overrides one entry of the file's geometry, not all of it
         overrides["model.config"] = {**(layers[0]["model"].get("config") or {}), **free_form}
+    if task != "pretrain":
+        layers.insert(0, {"task": task})  # what the verb says; a file may say it, too
     job = build(JobConfig, [*layers, overrides], JOB_ALIASES)
     if job.task != task:
         raise JobError("task", f"the job says {job.task!r} but the verb is {task!r}", f"swift-dist {job.task} ...")

@@ -19,6 +19,6 @@ def plugged(room: str, base: type[Section] = Section, name: str | None = None) -
     fields: dict[str, Any] = {}
     for plugin in names(room):
         options = getattr(importlib.import_module(f"{room}.{plugin}"), "Options", None)
-        if options is not None:
+        if options is not None and options.model_fields:
             fields[plugin] = (options, Field(options()))
     return create_model(name or base.__name__, __base__=base, **fields)

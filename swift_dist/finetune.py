@@ -1,0 +1,119 @@
+"""What is particular to resolving a fine-tuning job: its plug-ins exist and fit, its rows are encoded. No torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swift_dist.config import JobConfig
+from swift_dist.errors import JobError
+from swift_dist.config.section import updated
+from swift_dist.parallel import ModelShape
+from swift_dist.plugins import UnknownPlugin, find
+
+log = logging.getLogger(__name__)
+
+SFT_OBJECTIVES = ("causal_lm", "classification", "token_classification")
+
+
+def check_plugins(job: JobConfig) -> None:
+    """The job's tuners, objective and strategy exist and go together.
+
+    Raises:
+        JobError: one does not, with the reason.
+    """
+    objective = _objective(job)
+    for name in job.tuner.name:
+        tuner = _found("swift_dist.tuners", name, "TUNER", "tuner.name")
+        reason = tuner.refuses(_strategy(job), getattr(job.tuner, name, None))
+        if reason:
+            raise JobError("tuner.name", f"{name} does not work here: {reason}", "another tuner, or another strategy")
+    if len(set(job.tuner.name)) != len(job.tuner.name):
+        raise JobError("tuner.name", f"{' '.join(job.tuner.name)} names one twice", "name each once")
+    if job.task == "sft" and objective.name not in SFT_OBJECTIVES and ":" not in (job.objective.name or ""):
+        raise JobError("objective.name", f"{objective.name} learns from preferences", "swift-dist rlhf")
+    if job.task == "rlhf" and objective.name in SFT_OBJECTIVES:
+        raise JobError("objective.name", f"{objective.name} does not learn from preferences", "swift-dist sft")
+    if job.objective.reference and not objective.needs_reference(getattr(job.objective, objective.name, None)):
+        raise JobError("objective.reference", f"{objective.name} needs no reference model", "leave it out")
+    if job.strategy.deepspeed:
+        from swift_dist.engines.hf.strategies import deepspeed
+
+        deepspeed.check(job)
+
+
+def _objective(job: JobConfig) -> Any:
+    return _found("swift_dist.objectives", job.objective.resolved_name(job.task), "OBJECTIVE", "objective.name")
+
+
+def _strategy(job: JobConfig) -> Any:
+    """The strategy as tuners are asked about it."""
+    if not job.strategy.deepspeed:
+        return job.strategy.name
+    from swift_dist.engines.hf.strategies import deepspeed
+
+    stage = deepspeed.stage(job)
+    return f"zero{stage}" if stage else "ddp"
+
+
+def _found(room: str, name: str, attribute: str, key: str) -> Any:
+    try:
+        return find(room, name, attribute)
+    except UnknownPlugin as error:
+        raise JobError(key, str(error), f"--{key} {(error.suggestions or error.known)[0]}") from None
+
+
+def known_shape(hf_config: Mapping[str, Any]) -> ModelShape | None:
+    """The geometry, where the model is of a family that this project describes."""
+    from swift_dist.models import find_family
+
+    try:
+        return find_family(hf_config).shape(dict(hf_config))
+    except JobError:
+        return None
+
+
+def cache_folder(job: JobConfig, output: str) -> Path:
+    """Where encoded rows lie: seen by all nodes where the run folder is."""
+    return Path(job.data.cache).absolute() if job.data.cache else Path(output).absolute().parent / ".cache"
+
+
+def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dict[str, Any] | None, str | None]:
+    """The job with train.steps, where its encoded rows lie, and their fingerprint.
+
+    Raises:
+        JobError: no rows, none that can be used, or neither steps nor epochs.
+    """
+    from swift_dist.data.samples.encode import encode_samples
+
+    if not job.data.train:
+        raise JobError("data.train", "no training data", "--dataset FILE of rows, or a hub id")
+    if job.train.steps is None and job.train.epochs is None:
+        job = updated(job, train=updated(job.train, epochs=1.0))
+    if not encode:
+        return job, None, None
+    samples = encode_samples(job, sample_kind(job), cache_folder(job, output))
+    if job.train.epochs is not None:
+        steps = math.ceil(samples.num_items(job) * job.train.epochs / job.train.global_batch_size)
+        if job.train.steps not in (None, steps):
+            raise JobError(
+                "train.steps",
+                f"{job.train.steps}, but train.epochs {job.train.epochs:g} are {steps} steps",
+                "give one of them",
+            )
+        log.info("%g epochs are %d steps", job.train.epochs, steps)
+        job = updated(job, train=updated(job.train, steps=steps))
+    return job, samples.as_values(), samples.fingerprint()
+
+
+def sample_kind(job: JobConfig) -> str:
+    """What a row becomes (`Objective.sample`, or a sequence with a label)."""
+    objective = _objective(job)
+    if objective.needs == "sequence_scores" and objective.sample == "single":
+        return "classification"
+    if objective.needs == "token_scores":
+        return "token_classification"
+    return objective.sample
