@@ -37,8 +37,7 @@ def _losses(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, d
     from torch.nn import functional
 
     if labels.is_floating_point():
-        errors = scores - labels.reshape(len(scores), -1).to(scores.dtype)
-        assert errors.shape == scores.shape
+        errors = scores - labels.reshape(scores.shape).to(scores.dtype)
         losses = (errors**2).mean(1)
         return losses, {"mse": mean_of(losses), "mae": mean_of(errors.abs().mean(1))}
     if labels.dtype == torch.bool:
