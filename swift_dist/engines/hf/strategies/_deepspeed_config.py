@@ -1,9 +1,9 @@
 """DeepSpeed's configuration for a job: presets by name, or a JSON file of the user's own. Needs no torch.
 
-A file's values win wherever the job leaves the choice to DeepSpeed (stage, offload, buckets); ``"auto"`` is filled in as
-Hugging Face's integration does. What the job decides itself (batch sizes, clipping, precision, the update rule) must
-agree with it. DeepSpeed passes over keys that it does not know, so every key is checked here against those that are known
-to do what they say under this strategy.
+A file's values win wherever the job leaves the choice to DeepSpeed (stage, offload, buckets); ``"auto"`` is filled in
+as Hugging Face's integration does. What the job decides itself (batch sizes, clipping, precision, the update rule) must
+agree with it. DeepSpeed passes over keys that it does not know, so every key is checked here against those that are
+known to do what they say under this strategy.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _batches(job: JobConfig, ranks: int | None) -> dict[str, tuple[int, str]]:
 
 
 def _must_agree(key: str, value: Any, wanted: Any, job_key: str) -> None:
-    if value == AUTO or value == wanted:
+    if value in (AUTO, wanted):
         return
     if job_key:
         raise JobError(
@@ -285,8 +285,8 @@ def _check_stage(job: JobConfig, zero: Mapping[str, Any], stage: int) -> None:
     if stage == 1 and zero.get("overlap_comm") not in (None, False, AUTO):
         raise JobError(
             KEY,
-            "zero_optimization.overlap_comm with stage 1 loses gradients of weights that the last micro-batch of a step "
-            "does not use (experts)",
+            "zero_optimization.overlap_comm with stage 1 loses gradients of weights that the last micro-batch of a "
+            "step does not use (experts)",
             "leave it out, or use stage 2",
         )
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
@@ -334,8 +334,8 @@ def _fill(zero: dict[str, Any], job: JobConfig, hidden_size: int | None) -> None
 
 
 def _assemble(job: JobConfig, given: Mapping[str, Any], zero: dict[str, Any], stage: int) -> dict[str, Any]:
-    """Gradients add up in our own loop, so DeepSpeed is told of one micro-batch a step and of no clipping. Stage 0 has no
-    master weights of its own: there weights stay fp32 and the forward pass runs under autocast."""
+    """Gradients add up in our own loop, so DeepSpeed is told of one micro-batch a step and of no clipping. Stage 0 has
+    no master weights of its own: there weights stay fp32 and the forward pass runs under autocast."""
     precision = job.train.precision if stage else "fp32"
     made: dict[str, Any] = {
         key: copy.deepcopy(given[key])

@@ -1,15 +1,15 @@
 """Where DeepSpeed 0.19 keeps a rank's share of masters, moments and gradients, stage by stage.
 
-Each stage lays the weights that learn end to end in a few flat fp32 tensors and gives every rank a range of them (ZeRO-3:
-a range of each weight). A `Piece` names such a range by the weight that it belongs to, which is all that a checkpoint
-needs: `Universal Checkpointing <https://arxiv.org/abs/2406.18820>`_ without its conversion step. Nothing else here knows
-DeepSpeed's internals.
+Each stage lays the weights that learn end to end in a few flat fp32 tensors and gives every rank a range of them
+(ZeRO-3: a range of each weight). A `Piece` names such a range by the weight that it belongs to, which is all that a
+checkpoint needs: Universal Checkpointing (https://arxiv.org/abs/2406.18820) without its conversion step. Only this file
+knows DeepSpeed's internals.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,8 +52,10 @@ class Shards:
 
     is_replicated: ClassVar[bool] = False
     """Every rank holds the same whole weights and gradients."""
+    reduces_in_backward: bool = False
+    """Buckets of gradients are sent while a backward pass makes them, so all ranks must make the same ones."""
 
-    def __init__(self, engine: Any, names: dict[torch.Tensor, str]) -> None:
+    def __init__(self, engine: Any, names: Mapping[Any, str]) -> None:
         self.engine, self.names = engine, names
         self.optimizer = engine.optimizer
         self.pieces = list(self._pieces())
@@ -130,8 +132,8 @@ class Shards:
                 state["step"] = number
 
     def make_state(self) -> None:
-        """Let the optimizer make its state, which it does in its first step: take one with gradients and a rate of 0 for
-        those that have none, as `torch.distributed.checkpoint.state_dict` does."""
+        """Let the optimizer make its state, which it does in its first step: take one with gradients and a rate of
+        0, as `torch.distributed.checkpoint.state_dict` does."""
         optimizer = self.engine.basic_optimizer
         groups = optimizer.param_groups
         before = self.updates()
@@ -174,7 +176,7 @@ class WholeShards(Shards):
         self.engine.allreduce_gradients()
 
     def gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.flats if p.grad is not None]
+        return _grads(self.flats)
 
     def step(self, factor: float) -> None:
         if factor != 1.0:
@@ -191,6 +193,10 @@ class WholeShards(Shards):
 class FlatShards(Shards):
     """Stages 1 and 2: each group's weights end to end, cut into one range for each rank."""
 
+    def __init__(self, engine: Any, names: Mapping[Any, str]) -> None:
+        super().__init__(engine, names)
+        self.reduces_in_backward = getattr(self.optimizer, "partition_gradients", False)
+
     def _pieces(self) -> Iterator[Piece]:
         for number, group in enumerate(self._groups()):
             for parameter in group:
@@ -199,7 +205,7 @@ class FlatShards(Shards):
                     low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
                     yield Piece(self.names[parameter], parameter.shape, low.start, low.numel, number, high.start)
 
-    def _groups(self) -> list[list[torch.Tensor]]:
+    def _groups(self) -> list[list[Any]]:
         return self.optimizer.bit16_groups
 
     def _flats(self) -> list[torch.Tensor]:
@@ -207,14 +213,24 @@ class FlatShards(Shards):
 
     def finish_gradients(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
-        if self.optimizer.partition_gradients:
+        if self.reduces_in_backward:
             self.optimizer.finalize_gradient_accumulation_boundary()
         else:
+            self._fill_missing()
             self.engine.allreduce_gradients()
+
+    def _fill_missing(self) -> None:
+        """A gradient of 0 for weights that this rank's rows did not use: DeepSpeed sends buckets of those that have
+        one, and other ranks' buckets would hold other weights."""
+        kept = self.optimizer.use_grad_accum_attribute
+        for parameter in (p for group in self._groups() for p in group):
+            if self.optimizer.get_gradient_for_reduction(parameter) is None:
+                zeros = torch.zeros_like(parameter, dtype=torch.float32 if kept else None)
+                setattr(parameter, "grad_accum" if kept else "grad", zeros)
 
     def gradients(self) -> list[torch.Tensor]:
         if self.optimizer.cpu_offload:
-            return [flat.grad for flat in self.flats]
+            return _grads(self.flats)
         found: list[torch.Tensor] = []
         for averaged in self.optimizer.averaged_gradients.values():
             flat = getattr(averaged, "flat_partition", None)
@@ -238,8 +254,8 @@ class FlatShards(Shards):
 
     def forget(self) -> None:
         if self.optimizer.cpu_offload:
-            for flat in self.flats:
-                flat.grad.zero_()
+            for gradient in [*_grads(self.flats), *self.optimizer.accumulated_grads_in_cpu.values()]:
+                gradient.zero_()
 
     def refresh(self) -> None:
         self.optimizer.update_lp_params()
@@ -248,7 +264,7 @@ class FlatShards(Shards):
 class Bf16Shards(FlatShards):
     """Stage 1 in bf16, which DeepSpeed has a class of its own for: whole fp32 gradients on each rank."""
 
-    def _groups(self) -> list[list[torch.Tensor]]:
+    def _groups(self) -> list[list[Any]]:
         return self.optimizer.bf16_groups
 
     def _flats(self) -> list[torch.Tensor]:
@@ -272,6 +288,8 @@ class Bf16Shards(FlatShards):
 
 class PartitionedShards(Shards):
     """Stage 3: a range of each weight on each rank, those of a sub-group end to end in a flat tensor."""
+
+    reduces_in_backward = True
 
     def _pieces(self) -> Iterator[Piece]:
         optimizer = self.optimizer
@@ -314,8 +332,7 @@ class PartitionedShards(Shards):
         return [self.optimizer.grad_partitions_flat_buffer]
 
     def held_gradients(self) -> Iterable[torch.Tensor]:
-        offloaded = [flat.grad for flat in self.flats if flat.grad is not None]
-        return [*super().held_gradients(), *offloaded]
+        return [*super().held_gradients(), *_grads(self.flats)]
 
     def drop(self) -> None:
         self.optimizer._pre_step()
@@ -350,7 +367,11 @@ class PartitionedShards(Shards):
             hook.remove()
 
 
-def shards_of(engine: Any, names: dict[torch.Tensor, str]) -> Shards:
+def _grads(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
+def shards_of(engine: Any, names: Mapping[Any, str]) -> Shards:
     """What fits the optimizer that DeepSpeed has made for its stage and precision."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3

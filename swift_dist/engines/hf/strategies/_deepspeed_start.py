@@ -64,9 +64,9 @@ class Traces:
 
 @contextlib.contextmanager
 def no_builds() -> Iterator[None]:
-    """Around ``deepspeed.initialize``, whose communication layer would compile an op for shared memory between CPU ranks
-    (2 minutes, and only for DeepSpeed's inference kernels) and ask compilers about forty more: it is told that none of
-    them can be had."""
+    """Around ``deepspeed.initialize``, whose communication layer would compile an op for shared memory between CPU
+    ranks (2 minutes, and only for DeepSpeed's inference kernels) and ask compilers about forty more: it is told that
+    none of them can be had."""
     from deepspeed import ops
 
     known = vars(ops).get("__compatible_ops__")

@@ -2,8 +2,8 @@
 CPU + gloo.
 
 DeepSpeed lays out weights, gradients and optimizer state, reduces and gathers. The engine decides the rest: gradients
-are sums (DeepSpeed would divide by ranks and micro-batches), their norm is known before weights change, clipping and the
-loss scale are computed here, and checkpoints are the engine's own instead of DeepSpeed's.
+are sums (DeepSpeed would divide by ranks and micro-batches), their norm is known before weights change, clipping and
+the loss scale are computed here, and checkpoints are the engine's own instead of DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from swift_dist.engines.hf.strategies import _deepspeed_config as configuration
 from swift_dist.engines.hf.strategies._deepspeed_shards import Piece, Shards, shards_of
 from swift_dist.engines.hf.strategies._deepspeed_start import Traces, no_builds, prepare_nvme
+from swift_dist.engines.hf.strategies._deepspeed_used import UsedWeights
 from swift_dist.engines.hf.strategies.base import Setting
 from swift_dist.errors import JobError, RunError
 
@@ -57,7 +58,8 @@ class DeepSpeed:
         except BaseException:
             self._traces.undo()
             raise
-        self.module: torch.nn.Module = self._engine
+        self.module: torch.nn.Module = _with_modes(self._engine)
+        self._used = UsedWeights(model) if self._shards.reduces_in_backward else None
         self._scaler = self._make_scaler()
         self._reduced = False
         self._last_norm: float | None = None
@@ -126,12 +128,20 @@ class DeepSpeed:
             self._reduced = True
         gradients = self._shards.gradients()
         self._note_gradients()
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
         if gradients:
             norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in gradients]))
             squares += norms.to(self.device, torch.float64).square().sum()
         if not self._shards.is_replicated:
-            dist.all_reduce(squares)
+            used = self._used.digest() if self._used else 0
+            numbers = torch.cat([squares, squares.new_tensor([used, used**2])])
+            dist.all_reduce(numbers)
+            squares, digests, of_squares = numbers
+            if self._ranks * of_squares.item() != digests.item() ** 2:  # their variance is not 0
+                raise RunError(
+                    "the ranks' rows used different weights, whose gradients ZeRO 2 and 3 would add to one another",
+                    "use strategy.deepspeed: zero1, or strategy.fsdp: fsdp2",
+                )
         self._last_norm = math.sqrt(squares.item()) / (self.loss_scale or 1.0)
         return self._last_norm
 
@@ -152,6 +162,8 @@ class DeepSpeed:
         if self._scaler is not None and self._last_norm is not None and not math.isfinite(self._last_norm):
             self._scaler.update_scale(True)
         self._shards.drop()
+        if self._used:
+            self._used.reset()
         self._reduced, self._last_norm = False, None
 
     def _require_the_same_learns(self) -> None:
@@ -208,16 +220,30 @@ class DeepSpeed:
             return
         engine = self.__dict__.pop("_engine")
         self.__dict__.pop("_shards").remove_hooks()
+        if self._used:
+            self._used.close()
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
-        # DeepSpeed's own `destroy`, which runs when the engine is collected too, waits for the device: a collective that
-        # a dead peer left open would hold it for ever.
+        # DeepSpeed's own `destroy`, which runs when the engine is collected too, waits for the device: a collective
+        # that a dead peer left open would hold it for ever.
         engine.optimizer = None
         engine.basic_optimizer.state.clear()
         engine.basic_optimizer.param_groups.clear()
         self._model.__dict__.pop("forward", None)
         self.__dict__.pop("module")
         self._traces.undo()
+
+
+def _with_modes(engine: Any) -> Any:
+    """DeepSpeed's engine leaves its own ``training`` as it was: whoever reads it, to put it back, sees no change."""
+
+    def train(mode: bool = True) -> Any:
+        engine.module.train(mode)
+        engine.training = mode
+        return engine
+
+    engine.train, engine.eval = train, lambda: train(False)
+    return engine
 
 
 def _hidden_size(model: torch.nn.Module) -> int | None:
