@@ -1,0 +1,98 @@
+"""Small tokenizers with the real chat templates of `jinja/`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from swift_dist.config.finetune import TemplateSection
+from swift_dist.data.templates.template import Template
+
+JINJA = Path(__file__).parent / "jinja"
+_SPECIAL = re.compile(
+    r"<[|｜][^<>|｜]+[|｜]>|<bos>|</?s>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|\[/?INST\]|</?think>|</?tool_call>"
+)
+_TEXT = "hello there how are you it is cold in the city\n\n\nuser assistant system model\nthe weather tool"
+
+
+@cache
+def _bpe(trim_offsets: bool) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([_TEXT] * 20, trainer)
+    return tokenizer
+
+
+def made_with(source: str | None, trim_offsets: bool = False) -> Any:
+    """A byte-level BPE tokenizer with this chat template and the special tokens in it."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = sorted(set(_SPECIAL.findall(source or "")) - {"<s>", "</s>"})
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(_bpe(trim_offsets)),
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special,
+    )
+    made.chat_template = source
+    return made
+
+
+@cache
+def tokenizer(name: str, trim_offsets: bool = False) -> Any:
+    """One with the chat template of `jinja/<name>.jinja`."""
+    return made_with((JINJA / f"{name}.jinja").read_text(encoding="utf-8"), trim_offsets)
+
+
+def template(name: str, *, trim_offsets: bool = False, **section: Any) -> Template:
+    return Template(tokenizer(name, trim_offsets), TemplateSection(**section), name=name)
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def system(text: str) -> dict[str, Any]:
+    return {"role": "system", "content": text}
+
+
+def answer(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(text: str = "", **more: Any) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    return answer(text, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}], **more)
+
+
+def result(text: str) -> dict[str, Any]:
+    return {"role": "tool", "name": "get_weather", "tool_call_id": "abcdefghi", "content": text}
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather now",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def shown(template: Template, encoded: Any) -> str:
+    """The text of a sequence with ⟦ ⟧ around what learns."""
+    text, learns = "", False
+    for token, weight in zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True):
+        if (weight > 0) != learns:
+            text, learns = text + ("⟦" if weight > 0 else "⟧"), weight > 0
+        text += template.tokenizer.decode([token])
+    return text + ("⟧" if learns else "")
