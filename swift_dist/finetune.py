@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swift_dist.config import JobConfig
-from swift_dist.errors import JobError
 from swift_dist.config.section import updated
+from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape
 from swift_dist.plugins import UnknownPlugin, find
+
+if TYPE_CHECKING:
+    from swift_dist.data.samples.store import SampleKind
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,9 @@ def check_plugins(job: JobConfig) -> None:
     if job.objective.reference and not objective.needs_reference(getattr(job.objective, objective.name, None)):
         raise JobError("objective.reference", f"{objective.name} needs no reference model", "leave it out")
     if job.strategy.deepspeed:
-        from swift_dist.engines.hf.strategies import deepspeed
+        from swift_dist.engines.hf.strategies import _deepspeed_config
 
-        deepspeed.check(job)
+        _deepspeed_config.check(job)
 
 
 def _objective(job: JobConfig) -> Any:
@@ -53,9 +55,9 @@ def _strategy(job: JobConfig) -> Any:
     """The strategy as tuners are asked about it."""
     if not job.strategy.deepspeed:
         return job.strategy.name
-    from swift_dist.engines.hf.strategies import deepspeed
+    from swift_dist.engines.hf.strategies import _deepspeed_config
 
-    stage = deepspeed.stage(job)
+    stage = (_deepspeed_config.read(job).get("zero_optimization") or {}).get("stage", 0)
     return f"zero{stage}" if stage else "ddp"
 
 
@@ -88,6 +90,7 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
         JobError: no rows, none that can be used, or neither steps nor epochs.
     """
     from swift_dist.data.samples.encode import encode_samples
+    from swift_dist.data.samples.opening import open_samples, stores_as_values
 
     if not job.data.train:
         raise JobError("data.train", "no training data", "--dataset FILE of rows, or a hub id")
@@ -95,9 +98,18 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
         job = updated(job, train=updated(job.train, epochs=1.0))
     if not encode:
         return job, None, None
-    samples = encode_samples(job, sample_kind(job), cache_folder(job, output))
+    kind, cache = sample_kind(job), cache_folder(job, output)
+    train = encode_samples(job, kind, cache)
+    validation = encode_samples(job, kind, cache, key="data.validation") if job.data.validation else []
+    samples = stores_as_values(train, validation)
+    data = open_samples(samples, job, dp_rank=0, dp_size=1, layout="padded", pad_id=0)
+    try:
+        steps, fingerprint = data.num_steps, data.fingerprint()
+        if job.train.eval_interval:
+            data.validation_batches(1)  # there is something to evaluate on
+    finally:
+        data.close()
     if job.train.epochs is not None:
-        steps = math.ceil(samples.num_items(job) * job.train.epochs / job.train.global_batch_size)
         if job.train.steps not in (None, steps):
             raise JobError(
                 "train.steps",
@@ -106,10 +118,10 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
             )
         log.info("%g epochs are %d steps", job.train.epochs, steps)
         job = updated(job, train=updated(job.train, steps=steps))
-    return job, samples.as_values(), samples.fingerprint()
+    return job, samples, fingerprint
 
 
-def sample_kind(job: JobConfig) -> str:
+def sample_kind(job: JobConfig) -> SampleKind:
     """What a row becomes (`Objective.sample`, or a sequence with a label)."""
     objective = _objective(job)
     if objective.needs == "sequence_scores" and objective.sample == "single":

@@ -197,14 +197,24 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     def local(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path and Path(path).exists() else path
 
-    def entries(items: tuple[DatasetEntry, ...]) -> tuple[DatasetEntry, ...]:
-        return tuple(updated(item, path=str(Path(item.path).absolute())) for item in items)
+    def entries(items: tuple[DatasetEntry, ...], key: str) -> tuple[DatasetEntry, ...]:
+        if job.task == "pretrain":
+            return tuple(updated(item, path=str(Path(item.path).absolute())) for item in items)
+        from swift_dist.data.rows.paths import absolute_address
+
+        return tuple(updated(item, path=absolute_address(item.path, key)) for item in items)
 
     return updated(
         job,
         model=updated(job.model, path=local(job.model.path), tokenizer=local(job.model.tokenizer)),
-        data=updated(job.data, train=entries(job.data.train), validation=entries(job.data.validation)),
+        data=updated(
+            job.data,
+            train=entries(job.data.train, "data.train"),
+            validation=entries(job.data.validation, "data.validation"),
+        ),
         checkpoint=updated(job.checkpoint, load=local(job.checkpoint.load)),
+        objective=updated(job.objective, reference=local(job.objective.reference)),
+        strategy=updated(job.strategy, deepspeed=local(job.strategy.deepspeed)),
     )
 
 

@@ -1,5 +1,4 @@
-"""Text to tokens (`prepare`), rows to samples (`rows`, `templates`, `samples`), and either to the micro-batches of every
-rank."""
+"""Text to tokens (`prepare`), rows to samples (`rows`, `templates`, `samples`), and either to micro-batches."""
 
 from __future__ import annotations
 
@@ -25,10 +24,15 @@ def open_data(job: JobConfig, engine: Any, payload: Mapping[str, Any]) -> Traini
     """
     place = engine.data
     if payload.get("samples"):
-        from swift_dist.data.samples.loader import SampleData
+        from swift_dist.data.samples.opening import open_samples
 
-        return SampleData.open(
-            payload["samples"], job, dp_rank=place.dp_rank, dp_size=place.dp_size, layout=engine.batch_layout
+        return open_samples(
+            payload["samples"],
+            job,
+            dp_rank=place.dp_rank,
+            dp_size=place.dp_size,
+            layout=engine.batch_layout,
+            pad_id=engine.pad_id,
         )
     from swift_dist.data.loader import TrainingData
 

@@ -108,6 +108,7 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     on_kernel = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if on_kernel and softcap is None and s_aux is None and not dropout and key.shape[-1] == value.shape[-1]:
+        assert cu_seq_lens_q is not None and max_length_q is not None, "they come with sequence_lengths"
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -134,8 +135,8 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    ends: torch.Tensor | None,
-    longest: int | None,
+    ends: torch.Tensor,
+    longest: int,
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
@@ -148,6 +149,7 @@ def _varlen(
     out = varlen_attn(
         q, k, v, ends, ends, longest, longest, scale=scaling, window_size=sizes, enable_gqa=q.shape[1] != k.shape[1]
     )
+    assert isinstance(out, torch.Tensor)
     return out[None]
 
 

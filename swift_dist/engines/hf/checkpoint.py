@@ -46,8 +46,8 @@ def restore(engine: HFEngine, loaded: dict[str, Any]) -> None:
 def export(engine: HFEngine, run_dir: Path) -> Path | None:
     """See `HFEngine.export`: ``model/`` for whole weights, ``adapter/`` for those beside a base.
 
-    Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new one is
-    whole.
+    Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new
+    one is whole.
     """
     tuner, options = next(
         ((tuner, options) for tuner, options in engine.tuners if tuner.saves == "adapter"), engine.tuners[0]

@@ -71,8 +71,9 @@ class HFEngine:
     def _build(self, hf_config: dict[str, Any]) -> None:
         job, needs = self.job, self.objective.needs
         torch.manual_seed(job.train.seed)  # heads and adapters begin alike on every rank
-        base = model.load_base(job, hf_config, needs, self.tuners)
+        base: Any = model.load_base(job, hf_config, needs, self.tuners)
         self.batch_layout = model.choose_layout(job, base, needs)
+        self.pad_id = model.pad_id(base)
         if job.train.recompute == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.forward = Forward(base, needs)

@@ -102,13 +102,22 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     if reason and (job.data.packing or wanted):
         key = "data.packing" if job.data.packing else "data.padding_free"
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
-    if reason or wanted is False and not job.data.packing:
+    if reason or (wanted is False and not job.data.packing):
         if reason and job.task != "pretrain":
             log.info("batches are padded: %s", reason)
         return "padded"
     attention.register()
     model.set_attn_implementation(attention.NAME)
     return "packed"
+
+
+def pad_id(model: Any) -> int:
+    """The token that fills rows up, which a classification head must know: it reads the last token that is another."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) or 0
+    return config.pad_token_id
 
 
 def apply_tuners(model: torch.nn.Module, tuners: Tuners, seed: int) -> torch.nn.Module:

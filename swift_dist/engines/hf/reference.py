@@ -51,8 +51,9 @@ class Reference:
             if self._module is not None:
                 batch = self._forward(self._module, prepared)
             else:
+                model: Any = engine.model  # PEFT's
                 stack.enter_context(engine.inference())
-                stack.enter_context(engine.model.disable_adapter())
+                stack.enter_context(model.disable_adapter())
                 batch = engine.forward(engine.strategy.module, prepared)
         assert batch.logps is not None
         return batch.logps.detach()
