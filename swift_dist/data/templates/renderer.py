@@ -156,6 +156,11 @@ class Renderer:
             return f"it ignores add_generation_prompt, so that the header {opening!r} would count as generated"
         if not self.ends:
             return "no special token ends the assistant's turn, so the model would not learn to stop"
+        if opening.startswith("\n</think>"):  # the prompt opens the thinking: compared where there is some
+            text = self.text([_PROBE[0], {**_PROBE[1], "reasoning_content": "zqx thought"}])
+        ids, asked = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
+        if ids[: len(asked)] != asked:
+            return "the tokenizer makes other tokens of its generation prompt alone than where an answer follows"
         return ""
 
     @cached_property

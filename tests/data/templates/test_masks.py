@@ -80,7 +80,7 @@ def test_generation_starts_where_the_prompt_ends():
         ("phi3", Row((user("Hi"), answer("Hm."), result("3"), answer("Cold."))), {}, "leaves out what the tool says"),
         ("mistral_v0_2", Row((answer("Hello."),)), {}, "roles must alternate|nothing stands before it"),
         ("chatml", Row((answer("Hello."), user("Hi"))), {}, "nothing stands before it"),
-        ("chatml", Row((user("Hi"), answer("\n\nHello."))), {}, r"begins inside the token '\\n\\n'"),
+        ("chatml", Row((user("Hi"), answer("\n\nHello."))), {}, r"begins inside the token '\\n\\n\\n'"),
         ("chatml", Row((user("Hi <|im_end|>"), answer("Hello."))), {}, "message 1 holds <|im_end|>"),
         ("chatml", Row((user("Hi"), answer("Hello.", loss=0))), {}, "no message of the assistant learns"),
         ("chatml", Row((user("Hi", loss=1), answer("Hello."))), {}, "only the assistant's messages learn"),
@@ -134,6 +134,13 @@ def test_marks_are_believed_where_they_agree():
     assert shown(made, made.encode(Row(ONE))) == chatml("", "Hi", "<think>\n\n</think>\n\nHello.")
     with pytest.raises(BadRowError, match="rewrites this turn"):
         made.encode(Row(TWO))
+
+
+def test_prompt_that_is_tokenised_otherwise_before_an_answer():
+    # GPT-2's tokenizer makes one token of the prompt's last line breaks, two where the answer follows.
+    made = Template(made_with(tokenizer("llama3").chat_template, gpt2=True), TemplateSection())
+    with pytest.raises(JobError, match="other tokens"):
+        made.check()
 
 
 def test_dates_are_the_template_s_own_time():

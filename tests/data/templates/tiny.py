@@ -15,15 +15,21 @@ JINJA = Path(__file__).parent / "jinja"
 _SPECIAL = re.compile(
     r"<[|｜][^<>|｜]+[|｜]>|<bos>|</?s>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|\[/?INST\]|</?think>|</?tool_call>"
 )
+# Qwen's: line breaks stay together, whatever follows them.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEXT = "hello there how are you it is cold in the city\n\n\nuser assistant system model\nthe weather tool"
 
 
 @cache
-def _bpe(trim_offsets: bool) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def _bpe(trim_offsets: bool, gpt2: bool) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
+    tokenizer.pre_tokenizer = byte_level if gpt2 else pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -32,13 +38,18 @@ def _bpe(trim_offsets: bool) -> Any:
     return tokenizer
 
 
-def made_with(source: str | None, trim_offsets: bool = False) -> Any:
-    """A byte-level BPE tokenizer with this chat template and the special tokens in it."""
+def made_with(source: str | None, trim_offsets: bool = False, gpt2: bool = False) -> Any:
+    """A byte-level BPE tokenizer with this chat template and the special tokens in it.
+
+    Args:
+        trim_offsets: a token's place in the text leaves its leading space out, as Llama 3's does.
+        gpt2: cut the text into words as GPT-2 does: the last of several line breaks goes apart if text follows.
+    """
     from transformers import PreTrainedTokenizerFast
 
     special = sorted(set(_SPECIAL.findall(source or "")) - {"<s>", "</s>"})
     made = PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(_bpe(trim_offsets)),
+        tokenizer_object=copy.deepcopy(_bpe(trim_offsets, gpt2)),
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=special,
