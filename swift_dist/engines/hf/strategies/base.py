@@ -46,6 +46,8 @@ class Strategy(Protocol):
 
     module: torch.nn.Module
     """What to call for a forward pass."""
+    loss_scale: float | None
+    """fp16's dynamic loss scale of the step under way; None where gradients are not scaled."""
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; gradients need only be reduced within the last one's."""
@@ -68,9 +70,11 @@ class Strategy(Protocol):
         ...
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        """This rank's pieces as megatron-core ``ShardedTensor``s: ``model.<name>`` of every weight that learns (and of
-        buffers that are saved), ``optimizer.<state>.<name>`` (exp_avg, exp_avg_sq; ``master`` where the weight itself
-        is no fp32 master) and plain values (update counts, loss scale) under ``numbers``."""
+        """This rank's pieces as megatron-core ``ShardedTensor``s (`_state`): ``model.<name>`` of every weight of the
+        optimizer (its fp32 master, whatever the model computes with) and of saved buffers, and
+        ``optimizer.<state>.<name>`` (exp_avg, exp_avg_sq). Plain values stand under ``numbers``: ``counts`` (name ->
+        {"step": updates of this weight}) and ``loss_scale`` (None, or `LossScale.state`). So any strategy reads what
+        another one wrote."""
         ...
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
