@@ -72,9 +72,10 @@ class Shards:
         return flat
 
     @contextlib.contextmanager
-    def resident(self, flat: int, *, changes: bool) -> Iterator[None]:
-        """Around reading (or changing) a flat tensor and its moments: on a disk they are read in, and written back."""
-        yield
+    def resident(self, flat: int, *, changes: bool) -> Iterator[bool]:
+        """Around reading (or changing) a flat tensor and its moments, which may lie on a disk: they are read in, and
+        written back if they change. Yields whether they were."""
+        yield False
 
     def finish_gradients(self) -> None:
         """Every micro-batch is through: have the gradients summed over the ranks, wherever that is not done yet."""
@@ -117,6 +118,10 @@ class Shards:
         tensor = self.flats[flat]
         found = self.engine.basic_optimizer.state.get(tensor, {})
         return {k: v for k, v in found.items() if torch.is_tensor(v) and v.numel() == tensor.numel() and k != "step"}
+
+    def counts_updates(self) -> bool:
+        """Whether the optimizer counts its updates (Adam does)."""
+        return any("step" in state for state in self.engine.basic_optimizer.state.values())
 
     def updates(self) -> int:
         """How many updates the optimizer has counted."""
@@ -309,13 +314,13 @@ class PartitionedShards(Shards):
         return self.optimizer.sub_group_to_group_id[flat]
 
     @contextlib.contextmanager
-    def resident(self, flat: int, *, changes: bool) -> Iterator[None]:
+    def resident(self, flat: int, *, changes: bool) -> Iterator[bool]:
         if not self.optimizer._swappable_optimizer_subgroup(flat):
-            yield
+            yield False
             return
         self.optimizer._optimizer_states_and_gradient_swap_in(flat)
         try:
-            yield
+            yield True
         finally:
             if changes:
                 self.optimizer._optimizer_states_and_gradient_swap_out(flat)

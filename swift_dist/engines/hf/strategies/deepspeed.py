@@ -20,7 +20,9 @@ import torch.distributed as dist
 from swift_dist.engines.hf.strategies import _deepspeed_config as configuration
 from swift_dist.engines.hf.strategies._deepspeed_shards import Piece, Shards, shards_of
 from swift_dist.engines.hf.strategies._deepspeed_start import Traces, no_builds, prepare_nvme
+from swift_dist.engines.hf.strategies._deepspeed_state import ShardedWeights, weights_of
 from swift_dist.engines.hf.strategies._deepspeed_used import UsedWeights
+from swift_dist.engines.hf.strategies._state import OptimizedWeights
 from swift_dist.engines.hf.strategies.base import Setting
 from swift_dist.errors import JobError, RunError
 
@@ -183,6 +185,23 @@ class DeepSpeed:
 
     def _note_gradients(self) -> None:
         self._most_gradients = max(self._most_gradients, _bytes(self._shards.held_gradients()))
+
+    def sharded_state(self, is_loading: bool) -> dict[str, Any]:
+        found = self._weights().collect(is_loading)
+        numbers: dict[str, Any] = {"counts": found.pop("counts")}
+        if self._scaler is not None:
+            numbers["loss_scale"] = self.loss_scale
+        return {**found, "numbers": numbers}
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        numbers = state["numbers"]
+        self._weights().take_over(state, numbers["counts"])
+        if self._scaler is not None and numbers.get("loss_scale") is not None:
+            self._scaler.cur_scale = numbers["loss_scale"]
+
+    def _weights(self) -> ShardedWeights | OptimizedWeights:
+        optimizer = self._engine.basic_optimizer
+        return weights_of(self._model, self._shards, optimizer, self._learning, dist.get_rank())
 
     @torch.no_grad()
     def whole_weights(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
