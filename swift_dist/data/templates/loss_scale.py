@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def weighted_ranges(scale: LossScale, text: str) -> list[tuple[int, int, float]]
     if scale.fields:
         longest_first = sorted(scale.fields, key=len, reverse=True)
         found = list(re.finditer("|".join(map(re.escape, longest_first)), text))
-        ends = [match.start() for match in found[1:]] + [len(text)]
-        for match, end in zip(found, ends, strict=True):
+        for match, following in zip_longest(found, found[1:]):
+            end = following.start() if following else len(text)
             name_weight, content_weight = scale.fields[match.group()]
             ranges.append((match.start(), match.end(), name_weight))
             ranges.append((match.end(), end, content_weight))

@@ -58,7 +58,7 @@ def spans_of(renderer: Renderer, messages: Sequence[Message], tools: Sequence[An
             text += quirk.end_of_call if messages[last].get("tool_calls") else quirk.ends[0]
         spans = {k: _span(renderer, messages, tools, k, text) for k in learning}
     for k, (start, end) in spans.items():
-        _check_answer(messages[k], text[start:end], k)
+        _check_answer(messages[k], text[start:end], _turn(messages, k))
     return Spans(text, spans)
 
 
@@ -68,11 +68,12 @@ def _span(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any],
     start = len(prompt)
     if not own.startswith(prompt):
         raise BadRowError(
-            f"message {k + 1}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins this turn"
+            f"{_turn(messages, k)}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins this "
+            "turn"
         )
     if own.startswith("\n</think>", start):
         raise BadRowError(
-            f"message {k + 1} has no thinking, with which the generation prompt begins the turn: "
+            f"{_turn(messages, k)} has no thinking, with which the generation prompt begins the turn: "
             "template.thinking drop asks for answers without"
         )
     if renderer.next_header_ends:
@@ -82,9 +83,9 @@ def _span(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any],
         end = end if text.startswith(own[:end]) else -1
     if end < 0:
         raise BadRowError(
-            f"message {k + 1}: the chat template rewrites this turn when more messages follow, so it is not what the "
-            "assistant would have generated: let the last round learn only (template.loss_scale last_round), or give "
-            'the message "loss": false'
+            f"{_turn(messages, k)}: the chat template rewrites this turn when more messages follow, so it is not what "
+            "the assistant would have generated: let the last round learn only (template.loss_scale last_round), or "
+            'give the message "loss": false'
         )
     return start, end
 
@@ -106,14 +107,16 @@ def _after_prompt(
     last = len(messages) - 1
     if len(learning) > 1:
         raise BadRowError(
-            f"message {learning[0] + 1}: the chat template leaves the thinking out of earlier turns: let the last "
+            f"{_turn(messages, learning[0])}: the chat template leaves the thinking out of earlier turns: let the last "
             "round learn only (template.loss_scale last_round)"
         )
     if messages[last].get("tool_calls"):
-        raise BadRowError(f"message {last + 1}: calls of tools after thinking are not known for this chat template")
+        raise BadRowError(
+            f"{_turn(messages, last)}: calls of tools after thinking are not known for this chat template"
+        )
     reasoning, content = split_thinking(messages[last])
     if not reasoning:
-        raise BadRowError(f"message {last + 1} has no thinking, with which this model begins every answer")
+        raise BadRowError(f"{_turn(messages, last)} has no thinking, with which this model begins every answer")
     prompt = renderer.text(messages[:last], tools, prompt=True)
     answer = form.format(reasoning=reasoning, content=content) + renderer.ends[0]
     return Spans(prompt + answer, {last: (len(prompt), len(prompt) + len(answer))})
@@ -128,27 +131,32 @@ def split_thinking(message: Message) -> tuple[str, str]:
     return (before.replace("<think>", "", 1).strip(), after.lstrip("\n")) if tag else ("", content)
 
 
-def _check_answer(message: Message, span: str, k: int) -> None:
+def _turn(messages: Sequence[Message], k: int) -> str:
+    """Message `k` for people, by a number that does not change where a system message is added."""
+    return f"answer {sum(message['role'] == 'assistant' for message in messages[: k + 1])}"
+
+
+def _check_answer(message: Message, span: str, turn: str) -> None:
     """Raise BadRowError if the template left out a part of a turn that learns."""
     texts = [str(message.get(key) or "") for key in ("content", "reasoning_content")]
     missing = next((p for text in texts for p in _THINK_TAGS.split(text) if p.strip() not in span), None)
     if missing is not None:
-        raise BadRowError(f"message {k + 1}: the chat template leaves out a part of the answer: {missing[:60]!r}")
+        raise BadRowError(f"{turn}: the chat template leaves out a part of the answer: {missing[:60]!r}")
     names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
     missing = next((name for name in names if name not in span), None)
     if missing is not None:
-        raise BadRowError(f"message {k + 1}: the chat template leaves out the call of {missing!r}: set template.agent")
+        raise BadRowError(f"{turn}: the chat template leaves out the call of {missing!r}: set template.agent")
 
 
 def check_context(messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
     """Raise BadRowError if what the row tells the model (other than earlier answers) is not in the text it sees."""
-    for k, message in enumerate(messages):
+    for message in messages:
         content = (message.get("content") or "").strip()
         if message["role"] == "assistant" or content in text:
             continue
         if message["role"] == "tool" and json.dumps(content, ensure_ascii=False)[1:-1] in text:
             continue
-        raise BadRowError(f"message {k + 1}: the chat template leaves out what the {message['role']} says")
+        raise BadRowError(f"the chat template leaves out what the {message['role']} says: {content[:60]!r}")
     for tool in tools:
         name = tool.get("function", tool).get("name", "")
         if name not in text:

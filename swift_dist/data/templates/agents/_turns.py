@@ -37,12 +37,14 @@ def in_one_turn(
     messages: Sequence[Message],
     write_calls: Callable[[list[dict[str, Any]]], str],
     write_results: Callable[[list[str]], str],
+    before_reply: str = "",
 ) -> list[Message]:
     """Put results of tools, and what the assistant says after them, into the turn that called.
 
     Args:
         write_calls: the calls of one message as text, up to where generation stops for the results.
         write_results: their results as text: what is given before generation goes on.
+        before_reply: what generation goes on with, before the assistant's own words.
 
     Raises:
         BadRowError: a result that no call asked for.
@@ -71,7 +73,7 @@ def in_one_turn(
         if calls:
             text = (text + "\n" if text else "") + write_calls(calls)
         parts = turn_before if going_on and turn_before is not None else []
-        parts.append((text, loss))
+        parts.append((before_reply + text if going_on else text, loss))
         if not going_on:
             kept = {key: value for key, value in message.items() if key not in ("tool_calls", "loss")}
             written.append({**kept, "parts": parts})

@@ -30,7 +30,7 @@ def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list
     prompt = _PROMPT.format(
         tools="\n\n".join(_describe(tool) for tool in described), names=",".join(tool["name"] for tool in described)
     )
-    turns = in_one_turn(messages, _write_calls, _write_results)
+    turns = in_one_turn(messages, _write_calls, _write_results, before_reply=" ")
     return with_system(turns, lambda system: paragraphs(system, prompt)) if described else turns
 
 
@@ -49,4 +49,4 @@ def _write_calls(calls: list[dict[str, Any]]) -> str:
 
 
 def _write_results(results: list[str]) -> str:
-    return "✿RESULT✿:".join(f" {result.strip()}\n" for result in results) + "✿RETURN✿: "
+    return "✿RESULT✿:".join(f" {result.strip()}\n" for result in results) + "✿RETURN✿:"
