@@ -25,7 +25,7 @@ import torch
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._export import written_whole
-from swift_dist.tuners._peft import WEIGHTS, seeded
+from swift_dist.tuners._peft import WEIGHTS, adapted_ties, seeded
 from swift_dist.tuners.lora import Options as LoraOptions
 from swift_dist.tuners.lora import changes_base
 
@@ -161,13 +161,17 @@ class MixedModel(torch.nn.Module):
         This object is of no use afterwards.
 
         Raises:
-            RunError: the model is quantised; the sum would be rounded to its few values again.
+            RunError: the model is quantised, and the sum would be rounded to its few values again; or an adapter is on
+                one of two tied weights.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if getattr(self.model, "is_quantized", False):
             raise RunError("adapters cannot be merged into a quantised model", "load the adapters on its whole weights")
 
+        parted = adapted_ties(self.model)
+        if parted:
+            raise RunError(f"adapters change {parted[0]}, which is also another weight (tied)", "use them unmerged")
         tops = [(n, m) for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer) and not _is_inside(n)]
         for name, top in tops:
             chain: list[Any] = []

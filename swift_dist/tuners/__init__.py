@@ -1,1 +1,6 @@
-"""Tuners, one file each: ``swift_dist/tuners/<name>.py`` holds an ``Options`` and a ``TUNER``."""
+"""Tuners, one file each: ``swift_dist/tuners/<name>.py`` holds an ``Options`` and a ``TUNER``. `find_tuners` makes one
+of those that a job names."""
+
+from swift_dist.tuners._stack import TunerStack, find_tuners
+
+__all__ = ["TunerStack", "find_tuners"]

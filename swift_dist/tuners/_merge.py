@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from swift_dist.errors import JobError
 from swift_dist.tuners._export import write_model
-from swift_dist.tuners._peft import WEIGHTS
+from swift_dist.tuners._peft import WEIGHTS, adapted_ties
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,9 @@ def merge(
     stored = model.dtype
     tied = bool(getattr(model, "all_tied_weights_keys", None))
     wrapped = PeftModel.from_pretrained(model.float(), adapter)
+    parted = adapted_ties(wrapped)
+    if parted:
+        _refuse_parted(parted[0])
     merged: Any = wrapped.merge_and_unload(safe_merge=True)
     if tied:
         _refuse_untied(merged)
@@ -97,8 +100,12 @@ def _refuse_untied(model: Any) -> None:
     for alias, kept in model.all_tied_weights_keys.items():
         a, b = model.get_parameter(alias), model.get_parameter(kept)
         if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
-            raise JobError(
-                "adapter",
-                f"it changes {kept} and {alias}, which are one weight of the base, apart from each other",
-                "use the adapter without merging it",
-            )
+            _refuse_parted(alias)
+
+
+def _refuse_parted(name: str) -> NoReturn:
+    raise JobError(
+        "adapter",
+        f"it changes {name}, which is also another weight of the base (tied), without the other",
+        "use the adapter without merging it",
+    )

@@ -134,6 +134,15 @@ def ties_saved(model: Any, modules: Sequence[str]) -> bool:
     return any(module in names for module in modules)
 
 
+def adapted_ties(model: torch.nn.Module) -> list[str]:
+    """Names of weights that lie beneath an adapter and are another module's, too: merging would change both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = [name for group in names.values() if len(group) > 1 for name in group]
+    return [name for name in shared if "base_layer" in name.split(".")]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random values of the block come from `seed`; the generators outside go on as if it had not been."""

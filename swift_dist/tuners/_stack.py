@@ -44,6 +44,11 @@ class TunerStack:
         return self.main[0].saves
 
     @property
+    def changes_gradients(self) -> bool:
+        """Whether `before_update` does anything."""
+        return any(type(tuner).before_update is not Tuner.before_update for tuner, _ in self.members)
+
+    @property
     def name(self) -> str:
         return "+".join(tuner.name for tuner, _ in self.members)
 
@@ -135,7 +140,7 @@ def find_tuners(section: Any) -> TunerStack:
         members.append((tuner, options))
     _refuse_contradictions([tuner for tuner, _ in members])
     if all(tuner.is_addition for tuner, _ in members):
-        members.insert(0, (find(_ROOM, "full", "TUNER"), section.full))
+        members.insert(0, (find(_ROOM, "full", "TUNER"), None))
     return TunerStack(tuple(members), tuple(section.trainable))
 
 

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 from swift_dist.tuners._export import write_model
 from swift_dist.tuners.base import Tuner
 
 if TYPE_CHECKING:
     import torch
-
-
-class Options(Section):
-    """None: all weights learn."""
 
 
 class Full(Tuner):
@@ -27,7 +22,7 @@ class Full(Tuner):
         self, model: torch.nn.Module, options: Any, *, seed: int, trainable: Sequence[str] = ()
     ) -> torch.nn.Module:
         if trainable:
-            raise JobError("tuner.trainable", f"with {self.name} every weight may learn", "leave it out")
+            raise JobError("tuner.trainable", "with full every weight learns", "leave it out")
         return model.requires_grad_(True)
 
     def export(

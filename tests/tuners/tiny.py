@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
-from swift_dist.tuners._stack import TunerStack
+from swift_dist.config import JobConfig
+from swift_dist.tuners._stack import TunerStack, find_tuners
 
 VOCAB = 64
 SIZES = {
@@ -24,21 +33,28 @@ SIZES = {
 }
 
 
-def tiny_folder(folder: Path, kind: str = "llama") -> Path:
-    """A folder of random weights: llama, qwen2 (tied embeddings, biases) or classifier (llama with a head)."""
-    torch.manual_seed(0)
-    if kind == "qwen2":
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, tie_word_embeddings=True))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_()
-    elif kind == "classifier":
-        model = AutoModelForSequenceClassification.from_config(LlamaConfig(**SIZES, num_labels=3))
-    else:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
-    model.save_pretrained(folder)
+def tiny_folder(folder: Path, kind: str = "llama", **sizes: int) -> Path:
+    """A folder of random weights: llama, qwen2 (tied embeddings, biases), mixtral (experts in one tensor) or classifier
+    (llama with a head)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _random_model(kind, SIZES | sizes).save_pretrained(folder)
     return folder
+
+
+def _random_model(kind: str, sizes: dict[str, Any]) -> Any:
+    if kind == "classifier":
+        return AutoModelForSequenceClassification.from_config(LlamaConfig(**sizes, num_labels=3))
+    if kind == "mixtral":
+        return AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_local_experts=4))
+    if kind == "llama":
+        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, tie_word_embeddings=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model
 
 
 def load(folder: Path, kind: str = "llama", **arguments: Any) -> Any:
@@ -58,6 +74,29 @@ def logits(model: Any) -> torch.Tensor:
         out = model(input_ids=batch()).logits
     model.train(was_training)
     return out
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest one, in units of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def stack_of(name: str | list[str], **section: Any) -> TunerStack:
+    """As a job's ``tuner`` section names them: ``stack_of("lora", lora={"rank": 4})``."""
+    return find_tuners(JobConfig.model_validate({"tuner": {"name": name, **section}}).tuner)
+
+
+def reloaded(base: Path, kind: str, stack: TunerStack, folder: Path) -> Any:
+    """What transformers, or PEFT on a fresh base, make of an export."""
+    if stack.saves == "model":
+        return load(folder, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a rank pattern in its own naming
+        return PeftModel.from_pretrained(load(base, kind), folder)
+
+
+def learning(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def groups_of(model: Any, stack: TunerStack, lr: float) -> list[dict[str, Any]]:
