@@ -27,7 +27,8 @@ class Batch:
         segments: int64 [N], the sequence that each belongs to.
         lengths: int64 [num_sequences], tokens of each sequence (prompt and answer).
         sample_weights: float32 [num_samples], 1, or 0 for a sample that only fills a batch up.
-        labels: [num_sequences] or, for token classification, [N]; as the rows say; None where they say nothing.
+        labels: [num_sequences] or, for token classification, [N]; as the rows say: integer, of several classes bool
+            [num_sequences, num_labels], of numbers to regress to floating; None where they say nothing.
         logps: float32 [N], log-probability of each such token; with gradient. None before the forward.
         scores: float32 [num_sequences, num_labels] (classification, reward) or [N, num_labels] (token classification).
         reference_logps: float32 [N], the reference model's, without gradient; None where none is needed.
@@ -51,7 +52,8 @@ class Loss:
 
     Args:
         value: scalar with gradient; the parts of a global batch add up to its loss.
-        metrics: name -> (sum, count), detached; engines add both up over the global batch and report sum / count.
+        metrics: name -> (sum, count), detached; engines add both up over the global batch and report sum / count
+            where the count is not 0. The same names on every rank.
     """
 
     value: torch.Tensor

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from swift_dist.errors import JobError
+from swift_dist.errors import RunError
 from swift_dist.objectives import classification, token_classification
 from swift_dist.objectives.base import Batch, Loss
 
 ROWS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13], [1, 14, 15], [1, 16, 17], [1, 18]]
+SEVERAL = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0]]
 LABELS = {
-    "single_label_classification": [0, 2, 1, 1, 0, 2],
-    "multi_label_classification": [[0], [1, 2], [], [2], [0, 1, 2], [1]],
-    "regression": [[0.5, -1.0, number / 4] for number in range(6)],
+    "single_label_classification": torch.tensor([0, 2, 1, 1, 0, 2]),
+    "multi_label_classification": torch.tensor(SEVERAL, dtype=torch.bool),
+    "regression": torch.tensor([[0.5, -1.0, number / 4] for number in range(6)]),
 }
 
 
@@ -50,7 +51,7 @@ def assert_same(model: torch.nn.Module, theirs: Callable[[], torch.Tensor], mine
 @pytest.mark.parametrize("kind", list(LABELS))
 def test_sequences_are_classified_as_in_transformers(kind):
     model = make_model("LlamaForSequenceClassification", num_labels=3, problem_type=kind)
-    labels = classification.label_tensor(LABELS[kind], 3, kind)
+    labels = LABELS[kind]
     none = {"weights": torch.ones(0), "segments": torch.zeros(0, dtype=torch.int64), "lengths": torch.ones(len(ROWS))}
 
     def mine() -> Loss:
@@ -90,32 +91,23 @@ def test_metrics_of_classes_by_hand():
     assert [float(x) for x in metrics["accuracy"]] == [1, 2]
 
 
-def test_labels_of_rows():
-    assert classification.problem_type(3, 1) == "regression"
-    assert classification.problem_type(3, 5) == "single_label_classification"
-    assert classification.problem_type([3], 5) == "multi_label_classification"
-    single = classification.label_tensor([1, 2.0, None], 3, "single_label_classification")
-    assert single.dtype == torch.int64 and single.tolist() == [1, 2, 0]
-    several = classification.label_tensor([[0, 2], [], None], 3, "multi_label_classification")
-    assert several.tolist() == [[True, False, True], [False] * 3, [False] * 3]
-    assert classification.label_tensor([1.5, 2, None], 1, "regression").tolist() == [[1.5], [2.0], [0.0]]
-    assert classification.label_tensor([[1.5, 2]], 2, "regression").tolist() == [[1.5, 2.0]]
+def classify(labels: torch.Tensor, num_labels: int) -> Loss:
+    count = len(labels)
+    none = {"weights": torch.ones(0), "segments": torch.zeros(0, dtype=torch.int64), "lengths": torch.ones(count)}
+    scores = torch.arange(float(count * num_labels)).reshape(count, num_labels)
+    batch = Batch(**none, sample_weights=torch.ones(count), labels=labels, scores=scores)
+    return classification.loss(batch, torch.tensor(float(count)))
+
+
+def test_integers_for_one_output_are_numbers():
+    """Not class numbers, whose loss would be 0 whatever the model says."""
+    assert float(classify(torch.tensor([1, 3]), 1).value) == pytest.approx((1 + 4) / 2)
+    assert float(classify(torch.tensor([1.0, 3.0]), 1).value) == pytest.approx((1 + 4) / 2)
 
 
 @pytest.mark.parametrize(
-    ("label", "kind"),
-    [
-        (3, "single_label_classification"),
-        (-1, "single_label_classification"),
-        (True, "single_label_classification"),
-        (1.5, "single_label_classification"),
-        ([1], "single_label_classification"),
-        (1, "multi_label_classification"),
-        ([3], "multi_label_classification"),
-        ([1.0, 2.0], "regression"),
-        ("2", "regression"),
-    ],
+    "labels", [torch.tensor([0.5, 1.0]), torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 3, dtype=torch.int64)]
 )
-def test_wrong_labels_are_refused(label, kind):
-    with pytest.raises(JobError, match="label"):
-        classification.label_tensor([label], 3, kind)
+def test_labels_that_the_model_has_no_outputs_for_are_refused(labels):
+    with pytest.raises(RunError, match="3 outputs"):
+        classify(labels, 3)

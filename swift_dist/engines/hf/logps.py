@@ -36,38 +36,46 @@ def token_logps(logits: torch.Tensor, labels: torch.Tensor, *, reuse_logits: boo
 
 
 class _TokenLogps(torch.autograd.Function):
-    """[N, V], [N] -> [N]."""
+    """[N, V], [N] -> [N]. One buffer of some rows serves all of them, in either direction."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, in_place: bool) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         normalizers = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        logps = torch.empty_like(normalizers)
+        buffer = _buffer(logits, dtype)
         for rows in _chunks(logits):
-            part = logits[rows].to(dtype)
-            torch.logsumexp(part, 1, out=normalizers[rows])
-            logps[rows] = part.gather(1, labels[rows, None]).squeeze(1) - normalizers[rows]
+            part = buffer[: len(labels[rows])].copy_(logits[rows])
+            largest = part.amax(1, keepdim=True)
+            normalizers[rows] = part.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1))
         ctx.save_for_backward(logits, labels, normalizers)
         ctx.in_place = in_place
-        return logps
+        return logits.gather(1, labels[:, None]).squeeze(1).to(dtype) - normalizers
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels, normalizers = ctx.saved_tensors
         result = logits if ctx.in_place else torch.empty_like(logits)
+        is_wide = result.dtype == normalizers.dtype  # computed where it is to be
+        buffer = result if is_wide else _buffer(logits, normalizers.dtype)
         for rows in _chunks(logits):
-            wide = result.dtype == normalizers.dtype
-            part = result[rows] if wide else torch.empty_like(result[rows], dtype=normalizers.dtype)
-            torch.sub(logits[rows], normalizers[rows, None], out=part)
-            part.exp_().mul_(-gradients[rows, None])
+            part = result[rows] if is_wide else buffer[: len(labels[rows])]
+            part.copy_(logits[rows]).sub_(normalizers[rows, None]).exp_().mul_(-gradients[rows, None])
             part.scatter_add_(1, labels[rows, None], gradients[rows, None])
-            if not wide:
+            if not is_wide:
                 result[rows] = part
         return result, None, None
 
 
+def _rows_at_a_time(logits: torch.Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // logits.shape[1])
+
+
 def _chunks(logits: torch.Tensor) -> list[slice]:
-    """Rows that are computed on together."""
-    size = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    size = _rows_at_a_time(logits)
     return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def _buffer(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Room for one chunk."""
+    return logits.new_empty((min(_rows_at_a_time(logits), len(logits)), logits.shape[1]), dtype=dtype)
