@@ -14,7 +14,7 @@ from swift_dist.config.job import JobConfig
 from swift_dist.data.mixture import SMALLEST_SHARE
 from swift_dist.data.samples.order import GroupedItems, Item, Items, PackedItems, PlainItems, SampleOrder, Shares
 from swift_dist.data.samples.split import split_stores
-from swift_dist.data.samples.store import SampleStore
+from swift_dist.data.samples.store import SampleKind, SampleStore
 from swift_dist.data.templates.base import Encoded
 from swift_dist.errors import JobError
 
@@ -65,6 +65,24 @@ class Part:
             store, sample = self._stores[source], int(self._indices[source][place])
             out.append(Example(tuple(store.sequences(sample)), store.label(sample)))
         return out
+
+
+def require_sound(job: JobConfig, kind: SampleKind) -> None:
+    """What can be wrong with a job's samples before there are any.
+
+    Raises:
+        JobError: options that contradict each other, or what a sample is.
+    """
+    if job.template.truncation == "split" and kind != "single":
+        raise JobError(
+            "template.truncation", f"split makes several samples of one, which a {kind} sample cannot be", "use right"
+        )
+    if job.data.packing and kind in ("pair", "kto"):
+        raise JobError("data.packing", f"{kind} samples are not packed", "leave data.packing out")
+    if job.data.packing and job.data.group_by_length:
+        raise JobError(
+            "data.group_by_length", "packs are all of about the same length", "give data.packing or this, not both"
+        )
 
 
 def training_part(stores: Sequence[SampleStore], job: JobConfig) -> Part:

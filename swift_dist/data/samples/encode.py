@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.config.job import JobConfig
+from swift_dist.data.samples.dataset import require_sound
 from swift_dist.data.samples.identity import content_key, tokenizer_hash
 from swift_dist.data.samples.merge import merge
 from swift_dist.data.samples.store import BAD_ROWS, DamagedStoreError, SampleKind, SampleStore
@@ -65,7 +66,7 @@ def encode_samples(
     """
     from swift_dist.data.rows.source import open_sources
 
-    _check(job, kind)
+    require_sound(job, kind)
     path = job.model.tokenizer or job.model.path
     if path is None:
         raise JobError("model.tokenizer", "is not given", "give model.tokenizer, or model.path with a tokenizer")
@@ -87,19 +88,6 @@ def encode_samples(
         logger.info("%s", stores[-1].summary())
         _refuse_bad_rows(stores[-1], job.data.bad_rows, key)
     return stores
-
-
-def _check(job: JobConfig, kind: SampleKind) -> None:
-    if job.template.truncation == "split" and kind != "single":
-        raise JobError(
-            "template.truncation", f"split makes several samples of one, which a {kind} sample cannot be", "use right"
-        )
-    if job.data.packing and kind in ("pair", "kto"):
-        raise JobError("data.packing", f"{kind} samples are not packed", "leave data.packing out")
-    if job.data.packing and job.data.group_by_length:
-        raise JobError(
-            "data.group_by_length", "packs are all of about the same length", "give data.packing or this, not both"
-        )
 
 
 def _open(path: Path) -> SampleStore | None:
@@ -207,4 +195,4 @@ def _refuse_bad_rows(store: SampleStore, policy: str, key: str) -> None:
             f"{number} rows of {store.name} cannot be used\n  {first}",
             "correct them, or data.bad_rows: skip leaves them out",
         )
-    logger.warning("%s: %d rows cannot be used (%s)\n  %s", store.name, number, store.path / BAD_ROWS, first)
+    logger.warning("%s: left out %d that cannot be used (%s)\n  %s", store.name, number, store.path / BAD_ROWS, first)

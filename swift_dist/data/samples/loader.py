@@ -21,6 +21,7 @@ from swift_dist.data.samples.dataset import (
     fingerprint,
     last_item,
     one_label_kind,
+    require_sound,
     training_part,
     validation_part,
 )
@@ -73,6 +74,7 @@ class SampleData:
     ) -> None:
         stores = [*stores_train, *stores_validation]
         assert 0 <= dp_rank < dp_size and all(store.kind == sample_kind for store in stores)
+        require_sound(job, sample_kind)
         self.global_batch_size, self.micro_batch_size = job.train.global_batch_size, job.train.micro_batch_size
         _check_shared_out(self.global_batch_size, self.micro_batch_size, dp_size)
         self._dp_rank, self._dp_size, self._stores_train = dp_rank, dp_size, stores_train

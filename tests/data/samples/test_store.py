@@ -40,9 +40,7 @@ def test_single_samples_of_whole_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [[1, 0, 3], [0.25, -1.0, 2.0], [[1, 2], [], [0]], [[0.5], [1.5], [2.0]]])
 def test_pairs_of_any_weights_with_labels(tmp_path: Path, labels: list) -> None:
-    samples = [
-        Sample((sequence(4, weights=[0, 0.5, 2, 1]), sequence(k + 2)), label) for k, label in enumerate(labels)
-    ]
+    samples = [Sample((sequence(4, weights=[0, 0.5, 2, 1]), sequence(k + 2)), label) for k, label in enumerate(labels)]
     store = make_store(tmp_path / "s", samples, kind="kto")
     assert_holds(store, samples)
     again = pickle.loads(pickle.dumps(store))
@@ -55,7 +53,9 @@ def test_labels_of_two_kinds_are_refused(tmp_path: Path) -> None:
         make_store(tmp_path / "s", [Sample((sequence(3),), 1), Sample((sequence(3),), [1])], kind="classification")
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "weights.bin", "ends.bin", "hashes.bin", "bad_rows.jsonl", "store.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "weights.bin", "ends.bin", "hashes.bin", "bad_rows.jsonl", "store.json"]
+)
 def test_what_is_missing_or_cut_off_is_noticed_when_opened(tmp_path: Path, name: str) -> None:
     numbered(tmp_path / "s", [5, 6, 7])
     file = tmp_path / "s" / name
