@@ -12,6 +12,7 @@ from swift_dist.config.section import updated
 from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape
 from swift_dist.plugins import UnknownPlugin, find
+from swift_dist.tuners import find_tuners
 
 if TYPE_CHECKING:
     from swift_dist.data.samples.store import SampleKind
@@ -28,13 +29,7 @@ def check_plugins(job: JobConfig) -> None:
         JobError: one does not, with the reason.
     """
     objective = _objective(job)
-    for name in job.tuner.name:
-        tuner = _found("swift_dist.tuners", name, "TUNER", "tuner.name")
-        reason = tuner.refuses(_strategy(job), getattr(job.tuner, name, None))
-        if reason:
-            raise JobError("tuner.name", f"{name} does not work here: {reason}", "another tuner, or another strategy")
-    if len(set(job.tuner.name)) != len(job.tuner.name):
-        raise JobError("tuner.name", f"{' '.join(job.tuner.name)} names one twice", "name each once")
+    find_tuners(job.tuner).refuse(_strategy(job))
     if job.task == "sft" and objective.name not in SFT_OBJECTIVES and ":" not in (job.objective.name or ""):
         raise JobError("objective.name", f"{objective.name} learns from preferences", "swift-dist rlhf")
     if job.task == "rlhf" and objective.name in SFT_OBJECTIVES:

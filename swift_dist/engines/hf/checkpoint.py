@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SHARD_SIZE = "5GB"
-
 
 def collect(engine: HFEngine, is_loading: bool) -> dict[str, Any]:
     """See `HFEngine.sharded_state_dict`.
@@ -28,7 +26,7 @@ def collect(engine: HFEngine, is_loading: bool) -> dict[str, Any]:
             "steps": engine.steps,
             "updates": engine.updates,
             "guard": engine.history.to_dict(),
-            "tuners": [tuner.state(engine.model) for tuner, _ in engine.tuners],
+            "tuners": engine.tuners.state(engine.model),
         },
     }
 
@@ -39,8 +37,7 @@ def restore(engine: HFEngine, loaded: dict[str, Any]) -> None:
     numbers = loaded["engine"]
     engine.updates, engine.steps = numbers["updates"], numbers["steps"]
     engine.history = GuardHistory.from_dict(numbers["guard"])
-    for (tuner, _), state in zip(engine.tuners, numbers["tuners"], strict=True):
-        tuner.load_state(engine.model, state)
+    engine.tuners.load_state(engine.model, numbers["tuners"])
 
 
 def export(engine: HFEngine, run_dir: Path) -> Path | None:
@@ -49,19 +46,15 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new
     one is whole.
     """
-    tuner, options = next(
-        ((tuner, options) for tuner, options in engine.tuners if tuner.saves == "adapter"), engine.tuners[0]
-    )
-    names = tuner.exported(engine.model)
-    weights = dict(engine.strategy.whole_weights(names))
+    weights = dict(engine.strategy.whole_weights(engine.tuners.exported(engine.model)))
     if engine.worker.rank != 0:
         return None
-    folder = run_dir / tuner.saves
-    partial = run_dir / f".{tuner.saves}.partial"
+    folder = run_dir / engine.tuners.saves
+    partial = run_dir / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    tuner.export(engine.model, weights, options, partial, MAX_SHARD_SIZE)
+    engine.tuners.export(engine.model, weights, partial)
     _save_tokenizer(engine, partial)
-    previous = run_dir / f".{tuner.saves}.previous"
+    previous = run_dir / f".{folder.name}.previous"
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
         folder.rename(previous)

@@ -29,7 +29,7 @@ from swift_dist.parallel import ParallelLayout
 from swift_dist.plugins import find
 from swift_dist.runs.guard import Continue, Decision, GuardError, GuardHistory, GuardPolicy, Skip, Stop, decide
 from swift_dist.runs.worker import Worker
-from swift_dist.tuners.base import Tuner
+from swift_dist.tuners import find_tuners
 
 
 class HFEngine:
@@ -52,9 +52,7 @@ class HFEngine:
         self.content_metadata: dict[str, Any] = {}
         self.objective: Objective = find("swift_dist.objectives", job.objective.resolved_name(job.task), "OBJECTIVE")
         self.objective_options = getattr(job.objective, self.objective.name, None)
-        self.tuners: model.Tuners = [
-            (find("swift_dist.tuners", name, "TUNER"), getattr(job.tuner, name, None)) for name in job.tuner.name
-        ]
+        self.tuners = find_tuners(job.tuner)
         assert job.train.steps is not None, "resolve() fills it"
         self.schedule = build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
         self.updates = self.steps = 0
@@ -71,7 +69,8 @@ class HFEngine:
     def _build(self, hf_config: dict[str, Any]) -> None:
         job, needs = self.job, self.objective.needs
         torch.manual_seed(job.train.seed)  # heads and adapters begin alike on every rank
-        base: Any = model.load_base(job, hf_config, needs, self.tuners)
+        num_labels = 1 if needs == "sequence_scores" and self.objective.sample == "pair" else job.model.num_labels
+        base: Any = model.load_base(job, hf_config, needs, self.tuners, num_labels=num_labels)
         self.batch_layout = model.choose_layout(job, base, needs)
         self.pad_id = model.pad_id(base)
         if job.train.recompute == "full":
@@ -86,23 +85,16 @@ class HFEngine:
             device=self.device,
             group=None,
             make_optimizer=self._make_optimizer,
-            parameter_groups=lambda module: parameter_groups(module, job.optimizer, self._learning_rate_scale),
+            parameter_groups=lambda module: parameter_groups(module, job.optimizer, self.tuners.learning_rate_scale),
         )
         make = find("swift_dist.engines.hf.strategies", job.strategy.name, "STRATEGY")
         self.strategy: Strategy = make(self.model, setting)
 
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-            return make_optimizer(groups, self.job.optimizer, self.job.train.precision, self.device)
+            return make_optimizer(groups, self.job.optimizer, self.device)
 
-        own = [(tuner, options) for tuner, options in self.tuners if type(tuner).optimizer is not Tuner.optimizer]
-        if not own:
-            return make(groups)
-        tuner, options = own[-1]
-        return tuner.optimizer(groups, make, options)
-
-    def _learning_rate_scale(self, name: str) -> float:
-        return math.prod(tuner.learning_rate_scale(name, options) for tuner, options in self.tuners)
+        return self.tuners.optimizer(groups, make)
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, *, stop: bool = False) -> StepResult:
         """One optimizer step. What every rank must know alike travels in one small reduction before weights change.
@@ -115,12 +107,10 @@ class HFEngine:
             return self._train_step(micro_batches, step, stop)
 
     def _train_step(self, micro_batches: list[MicroBatch], step: int, stop: bool) -> StepResult:
-        steps = self.job.train.steps or 0
         self.strategy.module.train()
         # dropout: a pure function of the step, so a resume needs no generator's state
         torch.manual_seed(_mixed(self.job.train.seed, step, self.worker.rank))
-        for tuner, options in self.tuners:
-            tuner.before_step(self.model, step, steps, options)
+        self.tuners.before_step(self.model, step, self.job.train.steps or 0)
         prepared = [prepare(batch, self.device, self.objective.needs) for batch in micro_batches]
         total = self._total(prepared)
         statistics = self._statistics(prepared)
@@ -133,8 +123,6 @@ class HFEngine:
                 self.strategy.backward(part.value)
             loss += part.value.detach()
             _add(sums, part.metrics)
-        for tuner, options in self.tuners:
-            tuner.before_update(self.model, step, steps, options)
         grad_norm = self.strategy.gradient_norm()
         tokens = sum(item.num_tokens for item in prepared)
         return self._finish(step, loss, grad_norm, tokens, stop, sums)
@@ -150,7 +138,7 @@ class HFEngine:
         decision = self._decide(step, value, norm)
         lr = self.schedule(step)
         if isinstance(decision, Continue):
-            self.strategy.update(lr, norm)
+            self.strategy.update(lr, self._ready(step, norm))
             self.updates += 1
         else:
             self.strategy.skip()
@@ -161,6 +149,13 @@ class HFEngine:
         return StepResult(
             value, norm, lr, round(all_tokens), bool(reason), reason, stops > 0, _means(sorted(sums), rest)
         )
+
+    def _ready(self, step: int, norm: float) -> float:
+        """Let tuners see the step's gradients; returns the norm of what they made of them."""
+        if not self.tuners.changes_gradients:
+            return norm
+        self.tuners.before_update(self.model, step, self.job.train.steps or 0)
+        return self.strategy.gradient_norm()
 
     def _overflowed(self, loss: float, grad_norm: float) -> bool:
         """An fp16 overflow that a smaller loss scale cures."""

@@ -12,7 +12,7 @@ from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
 from swift_dist.objectives.base import Needs
-from swift_dist.tuners.base import Tuner
+from swift_dist.tuners import TunerStack
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,15 @@ _AUTO = {
     "token_scores": "AutoModelForTokenClassification",
 }
 
-Tuners = list[tuple[Tuner, Any]]
-"""The job's tuners, in their order, each with its options."""
-
 
 def load_base(
-    job: JobConfig, hf_config: dict[str, Any], needs: Needs, tuners: Tuners, *, path: str | None = None
+    job: JobConfig,
+    hf_config: dict[str, Any],
+    needs: Needs,
+    tuners: TunerStack | None,
+    *,
+    num_labels: int | None = None,
+    path: str | None = None,
 ) -> torch.nn.Module:
     """A model as transformers makes it, on the CPU.
 
@@ -37,8 +40,9 @@ def load_base(
         hf_config: the model's config.json.
         needs: what it is to return; decides its head.
         tuners: say how weights are to be loaded; the base of an adapter is held in the compute precision, what
-            learns as a whole in fp32.
-        path: another model than the job's (the reference), in the compute precision.
+            learns as a whole in fp32. None: nothing learns (a reference).
+        num_labels: outputs of its head (None: as config.json says).
+        path: another model than the job's.
 
     Raises:
         JobError: transformers has no such model, or cannot read it.
@@ -46,18 +50,17 @@ def load_base(
     import transformers
 
     auto = getattr(transformers, _AUTO[needs])
-    learns_whole = path is None and all(tuner.saves == "model" for tuner, _ in tuners)
+    learns_whole = tuners is not None and tuners.saves == "model"
     dtype = torch.float32 if learns_whole else DTYPES[job.train.precision]
     arguments = {"dtype": dtype, "trust_remote_code": job.model.trust_remote_code}
     if job.model.attention:
         arguments["attn_implementation"] = job.model.attention
-    if needs != "tokens" and job.model.num_labels:
-        arguments["num_labels"] = job.model.num_labels
+    if needs != "tokens" and num_labels:
+        arguments["num_labels"] = num_labels
     try:
         source = path or job.model.path
         if source and (path or job.model.resolved_init == "pretrained"):
-            for tuner, options in tuners if path is None else ():
-                arguments |= tuner.load_arguments(options)
+            arguments |= tuners.load_arguments() if tuners else {}
             return auto.from_pretrained(model_folder(source, weights=True), **arguments)
         config = _config(job, hf_config)
         if "num_labels" in arguments:
@@ -120,14 +123,13 @@ def pad_id(model: Any) -> int:
     return config.pad_token_id
 
 
-def apply_tuners(model: torch.nn.Module, tuners: Tuners, seed: int) -> torch.nn.Module:
+def apply_tuners(model: torch.nn.Module, tuners: TunerStack, seed: int) -> torch.nn.Module:
     """Let every tuner change the model; what learns is held in fp32 from here on.
 
     Raises:
         JobError: nothing is left that learns.
     """
-    for tuner, options in tuners:
-        model = tuner.apply(model, options, seed=seed)
+    model = tuners.apply(model, seed=seed)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not learning:
         raise JobError("tuner.name", "no weight of the model learns", "look at the tuner's patterns of names")

@@ -32,12 +32,11 @@ class Reference:
 
         self._engine = engine
         self._module: torch.nn.Module | None = None
-        if job.objective.reference is None and hasattr(engine.model, "disable_adapter"):
+        if job.objective.reference is None and engine.tuners.without(engine.model) is not None:
             return
-        tuners: model.Tuners = []
-        reference = model.load_base(
-            job, hf_config, engine.objective.needs, tuners, path=job.objective.reference or _own(job)
-        )
+        torch.manual_seed(job.train.seed)  # of a model without a folder, the same random weights again
+        path = job.objective.reference or _own(job)
+        reference: Any = model.load_base(job, hf_config, engine.objective.needs, None, path=path)
         if engine.batch_layout == "packed":
             model.choose_layout(job, reference, engine.objective.needs)
         self._forward = Forward(reference, engine.objective.needs)
@@ -51,9 +50,10 @@ class Reference:
             if self._module is not None:
                 batch = self._forward(self._module, prepared)
             else:
-                model: Any = engine.model  # PEFT's
+                without = engine.tuners.without(engine.model)
+                assert without is not None
                 stack.enter_context(engine.inference())
-                stack.enter_context(model.disable_adapter())
+                stack.enter_context(without)
                 batch = engine.forward(engine.strategy.module, prepared)
         assert batch.logps is not None
         return batch.logps.detach()

@@ -1,0 +1,111 @@
+"""Whole runs of fine-tuning: on two ranks under every strategy as in one process, resumed, exported."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import chat_model
+import pytest
+import sft_ranks
+
+from swift_dist.config import JobConfig
+from swift_dist.config.load import build
+from swift_dist.resolve import resolve
+
+RANKS = Path(__file__).with_name("sft_ranks.py")
+STRATEGIES = {
+    "ddp": {},
+    "fsdp2": {"strategy": {"fsdp": "fsdp2"}},
+    "zero1": {"strategy": {"deepspeed": "zero1"}},
+    "zero2": {"strategy": {"deepspeed": "zero2"}},
+    "zero3": {"strategy": {"deepspeed": "zero3"}},
+}
+LORA = {"name": ["lora"], "lora": {"rank": 4, "alpha": 8}}
+
+
+class Runs:
+    """Runs in folders of their own."""
+
+    def __init__(self, gang: Any, folder: Path) -> None:
+        self.gang, self.folder, self._numbers = gang, folder, itertools.count()
+        self.model = str(chat_model.save_chat_model(folder / "model"))
+        self.dataset = str(chat_model.save_rows(folder / "rows.jsonl", chat_model.conversations(40)))
+        self.pairs = str(chat_model.save_rows(folder / "pairs.jsonl", chat_model.preferences(24)))
+
+    def job(self, task: str = "sft", **changes: Any) -> JobConfig:
+        base = {
+            "task": task,
+            "model": {"path": self.model},
+            "data": {"train": [self.pairs if task == "rlhf" else self.dataset], "sequence_length": 128, "workers": 1},
+            "train": {"steps": 5, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32", "seed": 3},
+            "optimizer": {"lr": 5e-3},
+            "schedule": {"name": "constant"},
+            "report": {"tensorboard": False},
+        }
+        return build(JobConfig, [base, *([changes] if changes else [])])
+
+    def resolved(self, job: JobConfig, world: int, folder: Path) -> dict[str, Any]:
+        return resolve(job, nproc_per_node=world, on_cuda=False, output=str(folder)).payload()
+
+    def run(self, job: JobConfig, world: int, folder: Path | None = None, **arguments: Any) -> tuple[Path, list[Any]]:
+        if folder is None:
+            folder = self.folder / f"run-{next(self._numbers)}"
+            folder.mkdir()
+        payload = self.resolved(job, world, folder)
+        return folder, self.gang.run(RANKS, "train", world, payload=payload, run_dir=str(folder), **arguments)
+
+
+@pytest.fixture(scope="module")
+def runs(gang: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(gang, tmp_path_factory.mktemp("runs"))
+
+
+def curve(folder: Path) -> list[list[float]]:
+    return [[row["loss"], row["grad_norm"]] for row in sft_ranks.rows(folder) if "loss" in row]
+
+
+def batches(runs: Runs, job: JobConfig) -> list[list[dict[str, list]]]:
+    """The samples of each step, one by one, as the data room orders them."""
+    from swift_dist.data.samples.opening import open_samples
+
+    payload = runs.resolved(job, 1, runs.folder / "none")
+    data = open_samples(payload["samples"], job, dp_rank=0, dp_size=1, layout="padded", pad_id=1)
+    steps = []
+    for step in range(5):
+        samples = []
+        for batch in data.micro_batches(step):
+            for row, length in enumerate(batch["lengths"].tolist()):
+                ids, weights = batch["tokens"][row, :length].tolist(), batch["weights"][row, :length].tolist()
+                samples.append({"ids": ids, "weights": [0.0, *weights[:-1]]})
+        steps.append(samples)
+    data.close()
+    return steps
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Runs) -> dict[str, Any]:
+    steps = batches(runs, runs.job())
+    common = {"model": runs.model, "batches": steps, "lr": 5e-3, "seed": 3}
+    return {
+        name: runs.gang.run(RANKS, "reference", 1, adapter=adapter, **common)[0]
+        for name, adapter in {"full": None, "lora": LORA}.items()
+    }
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_train_as_one_process(runs: Runs, expected: dict[str, Any], strategy: str, tuner: str) -> None:
+    changes = {**STRATEGIES[strategy], **({"tuner": LORA} if tuner == "lora" else {})}
+    folder, results = runs.run(runs.job(**changes), 2)
+    for got, wanted in zip(curve(folder), expected[tuner], strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    assert Path(results[0]["export"]).name == ("adapter" if tuner == "lora" else "model")
+    held = [result["held"] for result in results]
+    if strategy in ("fsdp2", "zero3"):
+        one = runs.run(runs.job(**({"tuner": LORA} if tuner == "lora" else {})), 1)[1][0]["held"]
+        for rank in held:
+            assert rank["parameters"] < 0.6 * one["parameters"]
+            assert rank["optimizer"] < 0.6 * one["optimizer"]
