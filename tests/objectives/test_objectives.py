@@ -9,6 +9,7 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,8 +176,18 @@ def random_cut(dice: random.Random, num_samples: int) -> list[list[int | None]]:
 CASES = [(name, values) for name in VARIANTS for values in VARIANTS[name]]
 
 
-def test_every_objective_is_tested():
+def test_every_objective_is_tested_and_documented():
     assert sorted(VARIANTS) == list(names(ROOM))
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    table = page[: page.index("```yaml")]
+    rows = {row.split("`")[1]: row.split("|") for row in table.splitlines() if row.startswith("| `")}
+    for name in names(ROOM):
+        objective, section = find(ROOM, name, "OBJECTIVE"), options_of(name, {})
+        assert objective.name == name and objective.summary
+        options = set() if section is None else set(type(section).model_fields)
+        assert options == {word.strip("`") for word in rows[name][5].replace(",", " ").split() if "`" in word}
+        needs_one = "yes" if objective.needs_reference(section) else "no"
+        assert rows[name][3].strip() == needs_one
 
 
 @pytest.mark.parametrize(("name", "values"), CASES, ids=[f"{n}-{v}" for n, v in CASES])
