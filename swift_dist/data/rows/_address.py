@@ -136,6 +136,7 @@ def source_files(address: Address, given: str, key: str) -> tuple[SourceFile, ..
     try:
         options = ReadOptions(input=(path,), dataset_config=subset, dataset_split=wanted)
         files = discover(options, ROW_FILES)
+        _check_tables(files)
     except JobError as error:
         remedy = f"name it: {address.path}:SUBSET:SPLIT" if error.key == "dataset_split" else error.remedy
         raise JobError(key, error.message, remedy) from None
@@ -145,6 +146,20 @@ def source_files(address: Address, given: str, key: str) -> tuple[SourceFile, ..
         elif address.split and not (Path(path) / "dataset_dict.json").is_file():
             raise JobError(key, f"{given}: {path} is a dataset without splits", f"give {address.path}")
     return tuple(_as_lines(replace(file, index=index)) for index, file in enumerate(files))
+
+
+def _check_tables(files: Sequence[SourceFile]) -> None:
+    """That what the ends of tables say can be read, of all of them: workers find files as they go.
+
+    Raises:
+        JobError: one is damaged.
+    """
+    tables = [file for file in files if file.format in ("parquet", "arrow")]
+    if tables:
+        from swift_dist.data.tables import row_groups
+
+        for file in tables:
+            row_groups(file, None)
 
 
 def _local(address: Address, given: str, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -11,13 +12,14 @@ from swift_dist.errors import JobError
 from swift_dist.plugins import UnknownPlugin, find, names
 
 ROOM = "swift_dist.data.rows"
-_NO_FORMATS = frozenset({"catalogue", "source"})  # files of this folder that hold none
 
 
 @cache
 def formats() -> tuple[RowFormat, ...]:
     """All formats of this folder, in the order in which they are asked whether a row is theirs."""
-    found = [find(ROOM, name, "FORMAT") for name in names(ROOM) if name not in _NO_FORMATS]
+    # Other files of the folder hold none: sources, the catalogue.
+    modules = [importlib.import_module(f"{ROOM}.{name}") for name in names(ROOM)]
+    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
     return tuple(sorted(found, key=lambda known: (known.rank, known.name)))
 
 
@@ -29,13 +31,13 @@ def find_format(name: str) -> RowFormat:
         JobError: there is none.
     """
     try:
-        if name not in _NO_FORMATS:
-            return find(ROOM, name, "FORMAT")
-        reason = f"{name!r} is no format"
+        return find(ROOM, name, "FORMAT")
     except UnknownPlugin as error:
-        reason = str(error).split(" There are: ")[0]
-    known = ", ".join(known.name for known in formats())
-    raise JobError("data.format", reason, f"auto, or one of {known}, or your own as package.module:ATTRIBUTE") from None
+        known = [known.name for known in formats()]
+        near = [other for other in error.suggestions if other in known]
+        reason = f"{name!r} is no format of rows" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        remedy = f"auto, or one of {', '.join(known)}, or your own as package.module:ATTRIBUTE"
+        raise JobError("data.format", reason, remedy) from None
 
 
 def detect(row: Mapping[str, Any]) -> RowFormat | None:

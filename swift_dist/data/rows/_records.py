@@ -75,14 +75,14 @@ def records(segment: Segment, first_line: int = 0, limit: int | None = None) -> 
         data = data[len(_BOM) :]
     number = first_line - 1
     read = {"json": _json_records, "csv": _csv_records, "tsv": _csv_records}.get(file.format, _lines)
-    for number, record in read(data, first_line, file):
+    for at, record in read(data, first_line, file):
+        if broken and isinstance(record, Damage):
+            break  # what is said below is the reason
+        number = at
         yield number, record
     if broken:
-        yield _end(number, data, file), Damage(f"the rest is lost: {broken}")
-
-
-def _end(last: int, data: bytes, file: SourceFile) -> int:
-    return last + 1 if counts_rows(file) else data.count(b"\n")
+        end = number + 1 if counts_rows(file) else data.count(b"\n")
+        yield end, Damage(f"the rest is lost: {broken}")
 
 
 def _require_unchanged(file: SourceFile) -> None:
@@ -249,12 +249,13 @@ def count_records(unit: RowUnit) -> int:
     return sum(not isinstance(record, Damage) for _, _, record in unit_records(unit))
 
 
-def cut(files: Sequence[SourceFile], size: int = UNIT_BYTES) -> list[RowUnit]:
-    """Units of about `size` bytes that hold every record once, in file order: a function of the files alone.
+def cut(files: Sequence[SourceFile]) -> list[RowUnit]:
+    """Units of about UNIT_BYTES that hold every record once, in file order: a function of the files alone.
 
     Lines of plain files and rows of tables are cut; a compressed file, a list in JSON and a CSV file are one unit.
     Small files share one.
     """
+    size = UNIT_BYTES
     units: list[RowUnit] = []
     group: list[SourceFile] = []
 

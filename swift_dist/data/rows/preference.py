@@ -100,7 +100,7 @@ def _split(
 def _require_prompt(row: Mapping[str, Any], shared: Sequence[Message]) -> None:
     """A prompt beside whole conversations says again what they begin with; else one of the two is wrong."""
     column = first(row, ("prompt", "query", "question"))
-    if column is None:
+    if column is None or not shared:
         return
     said = {message["content"].strip() for message in shared}
     value = row[column]

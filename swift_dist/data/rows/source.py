@@ -161,11 +161,11 @@ def open_sources(entries: tuple[DatasetEntry, ...], section: DataSection, key: s
     sources, columns_seen = [], set()
     for entry in entries:
         address = parse_address(entry.path, key)
-        files = source_files(address, entry.path, key)
         known = address.known
         if known and section.format not in ("auto", known.format):
             remedy = f"data.format: auto, or {address.hub}://{address.path} to read it your way"
             raise JobError("data.format", f"{section.format}, but {entry.path} is {known.format}", remedy)
+        files = source_files(address, entry.path, key)
         columns = tuple(sorted((known.columns if known else section.columns).items()))
         wanted = find_format(known.format if known else section.format) if known or section.format != "auto" else None
         found, seen = _look(files, columns, wanted, entry.path, key)
