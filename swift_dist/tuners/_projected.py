@@ -140,10 +140,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                 next(inner).update({**settings, "weight_decay": 0.0})
 
     def _pass_state_on(self, weight: torch.Tensor, low: torch.Tensor) -> None:
-        """Our state, which a checkpoint may have set, is the truth."""
+        """Our state, which a checkpoint may have set or taken away, is the truth."""
         held = {k: v for k, v in self.state.get(weight, {}).items() if k not in ("projection", "updates")}
         if held:
             self.inner.state[low] = held
+        else:
+            self.inner.state.pop(low, None)
 
     def _take_state_back(self, weight: torch.Tensor, low: torch.Tensor) -> None:
         if self.inner.state.get(low):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _MODEL = "swift_dist_model"  # attribute of each E: a weak reference to the model that it is in
-_DONE = "swift_dist_step"  # attribute of the model: (updates done with the coming one, updates of the run)
+_COMING = "swift_dist_update"  # attribute of the model: number of the update that comes next; None: none does
 
 
 class Options(Section):
@@ -115,7 +115,6 @@ class AdaLora(AdapterTuner):
                 "lower them, or raise train.steps",
             )
         model.peft_config[ADAPTER].total_step = steps
-        setattr(model, _DONE, step + 1)
 
     def before_update(self, model: Any, step: int, steps: int, options: Options) -> None:
         """Add the gradient of the orthogonality term, and take the step into the importance of each weight.
@@ -126,6 +125,7 @@ class AdaLora(AdapterTuner):
             _add_orthogonality(model, options.orthogonality)
         if step + 1 <= steps - options.final_steps:
             _allocator(model).update_ipt(model.base_model.model)
+        setattr(model, _COMING, step + 1)
 
     def state(self, model: Any) -> dict[str, Any]:
         """What the importance of weights is averaged from, and the ranks chosen last."""
@@ -163,9 +163,17 @@ def _allocator(model: Any) -> Any:
 
 
 def _mask(model: Any) -> None:
-    """Set the E of the ranks that are given up to 0, by PEFT's cubic schedule of the budget."""
+    """Set the E of the ranks that are given up to 0, by PEFT's cubic schedule of the budget.
+
+    Once after each `before_update`: strategies also take steps without gradients, for the state that an optimizer makes
+    in its first one.
+    """
+    done = getattr(model, _COMING, None)
+    if done is None:
+        return
+    setattr(model, _COMING, None)
     allocator, config = _allocator(model), model.peft_config[ADAPTER]
-    done, last = getattr(model, _DONE), config.total_step - config.tfinal
+    last = config.total_step - config.tfinal
     inner = model.base_model.model
     if done > last:
         allocator.mask_using_rank_pattern(inner, config.rank_pattern)

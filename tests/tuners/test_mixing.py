@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import swift_dist
 from swift_dist.errors import JobError, RunError
-from swift_dist.tuners import adalora, ia3, lora, neftune
-from swift_dist.tuners._merge import merge
+from swift_dist.tuners import adalora, ia3, lora, merge, neftune
 from tests.tuners.tiny import batch, difference, export, learning, load, logits, stack_of, train
 
 ADAPTERS = {
