@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,8 @@ WEATHER = {
 
 def shown(template: Template, encoded: Any) -> str:
     """The text of a sequence with ⟦ ⟧ around what learns."""
-    text, learns = "", False
-    for token, weight in zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True):
-        if (weight > 0) != learns:
-            text, learns = text + ("⟦" if weight > 0 else "⟧"), weight > 0
-        text += template.tokenizer.decode([token])
-    return text + ("⟧" if learns else "")
+    text = ""
+    for learns, run in groupby(zip(encoded.ids.tolist(), (encoded.weights > 0).tolist(), strict=True), lambda t: t[1]):
+        piece = template.tokenizer.decode([token for token, _ in run])
+        text += f"⟦{piece}⟧" if learns else piece
+    return text
