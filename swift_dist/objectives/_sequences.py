@@ -26,10 +26,10 @@ def sequence_sums(values: torch.Tensor, segments: torch.Tensor, num_sequences: i
     """
     import torch
 
-    order = torch.argsort(segments, stable=True)
-    lengths = torch.bincount(segments, minlength=num_sequences)
-    # unsafe: bincount's lengths are right by construction, and the check would wait for the device.
-    sums = torch.segment_reduce(values[order].double(), "sum", lengths=lengths, unsafe=True)
+    ordered, order = torch.sort(segments, stable=True)
+    # Where each sequence begins; and unsafe: lengths are right by construction. Neither waits for the device.
+    begins = torch.searchsorted(ordered, torch.arange(num_sequences + 1, device=segments.device))
+    sums = torch.segment_reduce(values[order].double(), "sum", lengths=begins.diff(), unsafe=True)
     return sums.to(values.dtype)
 
 
