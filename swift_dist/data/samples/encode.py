@@ -75,7 +75,7 @@ def encode_samples(
         raise JobError(key, "no dataset given", f"give {key}: [ROWS.jsonl, ...]")
     tokenizer = tokenizer_hash(path, job.model.trust_remote_code)
     wanted = [
-        _Wanted(key, source, content_key(source.fingerprint(), tokenizer, job.template, job.data.sequence_length, kind))
+        _Wanted(key, source, content_key(source, tokenizer, job.template, job.data.sequence_length, kind))
         for source in open_sources(entries, job.data, key)
     ]
     missing = {item.store: item for item in wanted if _open(cache / item.store) is None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -76,17 +77,24 @@ def _digest(parts: list[bytes]) -> str:
     return digest.hexdigest()
 
 
-def content_key(
-    fingerprint: str, tokenizer: str, template: TemplateSection, sequence_length: int, kind: SampleKind
-) -> str:
+def _format_hash(name: str) -> str:
+    """Of a format from outside (``package.module:ATTRIBUTE``): of its module, as `_code_hash` is of ours."""
+    if ":" not in name:
+        return ""
+    found = importlib.util.find_spec(name.split(":")[0])
+    return _digest([Path(found.origin).read_bytes()]) if found and found.origin else ""
+
+
+def content_key(source: Any, tokenizer: str, template: TemplateSection, sequence_length: int, kind: SampleKind) -> str:
     """The name of the store of a source.
 
     Args:
-        fingerprint: of the source's content; tokenizer: `tokenizer_hash`.
+        source: a RowSource; tokenizer: `tokenizer_hash`.
     """
     facts: dict[str, Any] = {
         "format": FORMAT,
-        "source": fingerprint,
+        "source": source.fingerprint(),
+        "row_format": _format_hash(source.format),
         "tokenizer": tokenizer,
         "template": template.model_dump(mode="json"),
         "sequence_length": sequence_length,

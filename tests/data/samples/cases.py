@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from swift_dist.config.job import JobConfig
+from swift_dist.data.rows.base import BadRowError, Row
 from swift_dist.data.samples.merge import merge
 from swift_dist.data.samples.store import SampleKind, SampleStore
 from swift_dist.data.samples.truncation import Sample
@@ -89,3 +90,34 @@ def numbered(folder: Path, lengths: Sequence[int], **entry: Any) -> SampleStore:
         for k, length in enumerate(lengths)
     ]
     return make_store(folder, samples, **entry)
+
+
+class ByteTemplate:
+    """A template whose tokens are bytes: ``question|answer``, of which the answer learns. "bad" cannot be encoded."""
+
+    def encode(self, row: Row) -> Encoded:
+        if row.text is not None:
+            return self._of("", row.text) if row.label is None else self._of(row.text, "")
+        return self._of(row.messages[0]["content"] + "|", row.messages[-1]["content"])
+
+    def encode_pair(self, row: Row) -> tuple[Encoded, Encoded]:
+        return self.encode(row), self._of(row.messages[0]["content"] + "|", row.rejected[-1]["content"])
+
+    def encode_prompt_and(self, row: Row, answer_of: Row) -> Encoded:
+        return self._of(row.messages[0]["content"] + "|", answer_of.messages[-1]["content"])
+
+    def encode_words(self, row: Row) -> tuple[Encoded, np.ndarray]:
+        starts = [k for k, letter in enumerate(row.text or "") if k == 0 or (row.text or "")[k - 1] == " "]
+        return self._of(row.text or "", ""), np.array(starts)
+
+    def _of(self, prompt: str, answer: str) -> Encoded:
+        if "bad" in prompt + answer:
+            raise BadRowError("the template refuses it")
+        ids = np.frombuffer((prompt + answer).encode(), np.uint8).astype(np.int32)
+        return Encoded(ids, np.array([0.0] * len(prompt) + [1.0] * len(answer), np.float32))
+
+
+def text_of(encoded: Encoded) -> str:
+    """What `ByteTemplate` encoded, the part that learns in capitals."""
+    letters = zip(encoded.ids.tolist(), encoded.weights.tolist(), strict=True)
+    return "".join(chr(token).upper() if weight else chr(token) for token, weight in letters)
