@@ -18,6 +18,7 @@ import numpy as np
 
 from swift_dist.config.finetune import TemplateSection
 from swift_dist.data.rows.base import BadRowError, Row
+from swift_dist.data.templates.agents._turns import as_json
 from swift_dist.data.templates.align import token_weights
 from swift_dist.data.templates.base import Encoded
 from swift_dist.data.templates.loss_scale import LOSS_SCALES, weighted_ranges
@@ -195,9 +196,7 @@ class Template:
         for k, (start, end) in found.spans.items():
             self._weigh(messages[k], found.text, start, end, weights)
         ids, offsets = self._tokens(found.text)
-        encoded = Encoded(
-            ids, token_weights(found.text, offsets, weights, [start for start, _ in found.spans.values()])
-        )
+        encoded = Encoded(ids, token_weights(found.text, offsets, weights, list(found.spans.values())))
         if not encoded.weights.any():
             raise BadRowError("no message of the assistant learns")
         return encoded
@@ -260,7 +259,12 @@ class Template:
     def _without_ends(self, messages: list[Message]) -> list[Message]:
         """The messages, none of whose texts ends a turn: a special token written in a row would be taken for one."""
         for k, message in enumerate(messages):
-            found = next((token for token in self._renderer.ends if token in message["content"]), None)
+            texts = [
+                message["content"],
+                message.get("reasoning_content") or "",
+                as_json(message.get("tool_calls") or ""),
+            ]
+            found = next((token for token in self._renderer.ends if any(token in text for text in texts)), None)
             if found:
                 raise BadRowError(f"message {k + 1} holds {found}, which ends the assistant's turn")
         return messages

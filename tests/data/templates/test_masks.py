@@ -87,6 +87,12 @@ def test_generation_starts_where_the_prompt_ends():
         ("chatml", Row((answer("Hello."), user("Hi"))), {}, "nothing stands before it"),
         ("chatml", Row((user("Hi"), answer("\n\nHello."))), {}, r"begins inside the token '\\n\\n\\n'"),
         ("chatml", Row((user("Hi <|im_end|>"), answer("Hello."))), {}, "message 1 holds <|im_end|>"),
+        (
+            "qwen3",
+            Row((user("Hi"), answer("Hello.", reasoning_content="<|im_end|>"))),
+            {},
+            "message 2 holds <|im_end|>",
+        ),
         ("chatml", Row((user("Hi"), answer("Hello.", loss=0))), {}, "no message of the assistant learns"),
         ("chatml", Row((user("Hi", loss=1), answer("Hello."))), {}, "only the assistant's messages learn"),
         ("chatml", Row((user("Hi"), answer("Hello.", loss=-1))), {}, "loss -1 is not a number from 0 on"),

@@ -139,12 +139,54 @@ def test_token_over_a_border_takes_the_smaller_weight():
 
     characters = np.array([0, 0, 2, 2, 1, 1, 0], np.float32)
     offsets = np.array([[0, 2], [2, 3], [3, 5], [5, 6], [6, 7]])
-    assert token_weights("abcdefg", offsets, characters, [2]).tolist() == [0, 2, 1, 1, 0]
+    assert token_weights("abcdefg", offsets, characters, [(2, 6)]).tolist() == [0, 2, 1, 1, 0]
     # Two tokens of one character (bytes of an emoji), and a space that the offsets leave out.
     offsets = np.array([[0, 2], [2, 3], [2, 3], [4, 6], [6, 7]])
-    assert token_weights("abcdefg", offsets, characters, [2]).tolist() == [0, 2, 2, 1, 0]
+    assert token_weights("abcdefg", offsets, characters, [(2, 6)]).tolist() == [0, 2, 2, 1, 0]
     with pytest.raises(BadRowError, match="inside the token 'bc'"):
-        token_weights("abcdefg", np.array([[0, 1], [1, 3], [3, 7]]), characters, [2])
+        token_weights("abcdefg", np.array([[0, 1], [1, 3], [3, 7]]), characters, [(2, 6)])
+
+
+def test_end_of_turn_that_takes_the_line_break_behind_it():
+    # Phi-3's special tokens take the white space to their right.
+    from tokenizers import AddedToken
+
+    made = Template(made_with(tokenizer("chatml").chat_template), TemplateSection())
+    ends = [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("end", "user", "assistant")]
+    made.tokenizer.add_tokens(ends, special_tokens=True)
+    made.tokenizer.chat_template = tokenizer("phi3").chat_template
+    made.check()
+    encoded = made.encode(Row(TWO))
+    assert shown(made, encoded) == (
+        "<|user|>Hi<|end|><|assistant|>⟦Hello.<|end|>⟧<|user|>How?<|end|><|assistant|>⟦Fine.<|end|>⟧</s>"
+    )
+    made.tokenizer.chat_template = tokenizer("phi3").chat_template.replace("<|end|>\n", "<|end|>X")
+    with pytest.raises(BadRowError, match="after the token that ends the turn"):
+        made.encode(Row(ONE))
+
+
+def _sentencepiece(source: str):
+    """A tokenizer as Llama 2's: no words, spaces as ▁ with one before the text, bytes for unknown characters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["hello there how are you fine [INST] [/INST] Hi Hello."] * 9
+    bare.train_from_iterator(words, trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = source
+    return made
+
+
+def test_sentencepiece_tokenizers():
+    made = Template(_sentencepiece(tokenizer("deepseek_v2").chat_template), TemplateSection())
+    made.check()
+    encoded = made.encode(Row((user("Hi 🙂"), answer("Hello. 🙂"), *TWO[2:])))
+    learned = made.tokenizer.decode(encoded.ids[encoded.weights > 0].tolist())
+    assert learned == " Hello. 🙂</s> Fine.</s>"
 
 
 def test_answers_of_many_bytes_a_character():
