@@ -19,6 +19,7 @@ import swift_dist.data.templates.template as template_module
 from swift_dist.config.job import JobConfig
 from swift_dist.data.rows import _records
 from swift_dist.data.samples import encode as encode_module
+from swift_dist.data.samples import identity
 from swift_dist.data.samples.encode import encode_samples
 from swift_dist.data.samples.store import SampleStore
 from swift_dist.data.samples.store_lock import StoreLock
@@ -54,6 +55,7 @@ def work_inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "LocalWorker", Inline)
     monkeypatch.setattr(template_module, "load_template", lambda *_: ByteTemplate())
     monkeypatch.setattr(_records, "UNIT_BYTES", 300)
+    monkeypatch.setattr(identity, "_code_hash", lambda: "code")  # whose files somebody may be editing
 
 
 @pytest.fixture
@@ -211,7 +213,7 @@ def test_classified_texts_and_words(tmp_path: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.usefixtures("inline")
-def test_a_store_is_found_by_content(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_store_is_found_by_content(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, path = tmp_path / "cache", write_rows(tmp_path / "r.jsonl", ROWS[:8])
 
     def made(config: JobConfig, kind: Any = "single") -> bool:
@@ -227,6 +229,8 @@ def test_a_store_is_found_by_content(tmp_path: Path, tokenizer: Path) -> None:
     assert made(make_job(tokenizer, path, length=63))
     assert made(make_job(tokenizer, path, truncation="right"))
     (tokenizer / "chat_template.jinja").write_text("x")
+    assert made(make_job(tokenizer, path))
+    monkeypatch.setattr(identity, "_code_hash", lambda: "other code")
     assert made(make_job(tokenizer, path))
     path.write_text(path.read_text().replace("a3", "b3"))
     assert made(make_job(tokenizer, path))
@@ -334,6 +338,16 @@ def test_what_cannot_be_written(tmp_path: Path, tokenizer: Path, monkeypatch: py
     monkeypatch.setattr(encode_module, "merge", full)
     with pytest.raises(RunError, match="No space left"):
         encode(config, "single", tmp_path / "cache")
+
+
+def test_the_code_that_makes_samples_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or real(self))
+    assert identity._code_hash.__wrapped__() == identity._code_hash.__wrapped__()
+    names = {file.relative_to(ROOT / "swift_dist" / "data").as_posix() for file in read}
+    assert {"rows/messages.py", "templates/template.py", "templates/agents/react.py", "readers.py"} <= names
+    assert {"samples/unit_encoder.py", "samples/truncation.py"} <= names
 
 
 def test_jobs_without_tokenizer_or_data(tmp_path: Path) -> None:
