@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch.distributed as dist
 
 from swift_dist.config import JobConfig
 from swift_dist.engines.hf.strategies.base import Setting
+from swift_dist.plugins import find
 
 IMPORTS = (*ranks.IMPORTS, "torch._dynamo", "deepspeed", "deepspeed.runtime.zero.stage3")
 STEPS = 5
@@ -25,11 +23,13 @@ HALF = ("mlp", "norm")
 
 
 def job(deepspeed: str, precision: str = "fp32", **train: Any) -> JobConfig:
+    """`deepspeed`: a preset, or "ddp" or "fsdp2" instead."""
+    chosen = {"ddp": {}, "fsdp2": {"fsdp": "fsdp2"}}.get(deepspeed, {"deepspeed": deepspeed})
     return JobConfig.model_validate(
         {
             "task": "sft",
             "model": {"path": "/models/tiny"},
-            "strategy": {"deepspeed": deepspeed},
+            "strategy": chosen,
             "train": {"steps": STEPS, "micro_batch_size": 1, "precision": precision, **train},
             "optimizer": {"clip_grad": CLIP},
         }
@@ -69,9 +69,8 @@ def model(half: bool = False, **settings: Any) -> torch.nn.Module:
 
 
 def strategy(module: torch.nn.Module, wanted: JobConfig) -> Any:
-    from swift_dist.engines.hf.strategies.deepspeed import STRATEGY
-
-    return STRATEGY(module, Setting(wanted, torch.device("cpu"), None, adamw, groups))
+    made = find("swift_dist.engines.hf.strategies", wanted.strategy.name, "STRATEGY")
+    return made(module, Setting(wanted, torch.device("cpu"), None, adamw, groups))
 
 
 def gradients(made: Any, step: int, size: int = 2, factor: float = 1.0) -> float:
@@ -191,3 +190,151 @@ def _resume(steps: int, folder: str, deepspeed: str, precision: str = "fp32", ha
     numbers = [step(made, number) for number in range(steps, steps + 2)]
     made.close()
     return numbers, loaded
+
+
+def masters(
+    worker: Any, folder: str, save: dict[str, Any], loads: list[dict[str, Any]]
+) -> list[dict[str, torch.Tensor]]:
+    """Save after two steps as ``folder``; load into other weights and save again, as ``folder-<number of the load>``.
+    Returns what each computes with after its load."""
+    with ranks.joined(worker):
+        made = strategy(model(), job(**save))
+        for number in range(2):
+            step(made, number)
+        write(made, folder)
+        made.close()
+        found = []
+        for number, load in enumerate(loads):
+            module = model(seed=8)
+            made = strategy(module, job(**load))
+            read(made, folder)
+            write(made, f"{folder}-{number}")
+            found.append(dict(made.whole_weights(list(module.state_dict()))))
+            made.close()
+        return found
+
+
+class Towers(torch.nn.Module):
+    """A model whose rows use one tower, the other, both or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            self.begin, self.left, self.right, self.end = (torch.nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, rows: torch.Tensor, uses: str) -> torch.Tensor:
+        hidden = torch.tanh(self.begin(rows))
+        if "l" in uses:
+            hidden = hidden + torch.tanh(self.left(hidden))
+        if "r" in uses:
+            hidden = hidden + torch.tanh(self.right(hidden))
+        return self.end(hidden).square().mean()
+
+
+def rows(number: int, rank: int, micro: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * number + 10 * rank + micro)
+    return torch.randn(5, 6, generator=generator)
+
+
+def towers_alone(uses: list[list[list[str]]]) -> dict[str, torch.Tensor]:
+    """One process: a weight that a step does not use has a gradient of 0."""
+    module = Towers()
+    optimizer = adamw(groups(module))
+    for number, by_rank in enumerate(uses):
+        for rank, by_micro in enumerate(by_rank):
+            for micro, which in enumerate(by_micro):
+                module(rows(number, rank, micro), which).backward()
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(number) * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def towers(worker: Any, presets: list[str], uses: list[list[list[str]]]) -> list[Any]:
+    """Per preset the weights after some steps, or the error: ``uses[step][rank][micro-batch]``."""
+    with ranks.joined(worker):
+        return [_towers(name, uses, worker.rank) for name in presets]
+
+
+def _towers(name: str, uses: list[list[list[str]]], rank: int) -> Any:
+    from swift_dist.errors import RunError
+
+    module = Towers()
+    made = strategy(module, job(name))
+    try:
+        for number, by_rank in enumerate(uses):
+            for micro, which in enumerate(by_rank[rank]):
+                made.backward(made.module(rows(number, rank, micro), which))
+            made.update(rate(number), made.gradient_norm())
+        return dict(made.whole_weights(list(module.state_dict())))
+    except RunError as error:
+        return str(error)
+    finally:
+        made.close()
+
+
+def overflow(worker: Any, presets: list[str]) -> list[Any]:
+    """fp16 (which DeepSpeed does not offer on a CPU unless told that it can): a step that overflows, and two beyond."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    with ranks.joined(worker):
+        return [_overflow(name) for name in presets]
+
+
+def _overflow(name: str) -> dict[str, Any]:
+    module = model()
+    made = strategy(module, job(name, "fp16", initial_loss_scale=256.0))
+    first = [step(made, 0)]
+    before = dict(made.whole_weights(list(module.state_dict())))
+    scales = [made.loss_scale]
+    norms = []
+    for _ in range(2):
+        gradients(made, 1, factor=1e7)
+        norms.append(made.gradient_norm())
+        made.skip()
+        scales.append(made.loss_scale)
+    after = dict(made.whole_weights(list(module.state_dict())))
+    numbers = [*first, step(made, 1)]
+    made.close()
+    return {"norms": norms, "scales": scales, "numbers": numbers, "same": _equal(before, after)}
+
+
+def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def manners(worker: Any) -> dict[str, Any]:
+    """What else the engine relies on."""
+    from swift_dist.errors import RunError
+
+    found: dict[str, Any] = {}
+    with ranks.joined(worker):
+        module = model(attention_dropout=0.5)
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made = strategy(module, job("zero3"))
+        made.module.eval()
+        found["modes"] = [made.module.training, module.training]
+        with torch.no_grad():
+            batch = ranks.tokens(0)
+            found["eval"] = [ranks.loss_sum(made.module, batch, 1.0).item() for _ in range(2)]
+        made.module.train()
+        found["modes"] += [made.module.training, module.training]
+        found["wanted"] = ranks.loss_sum(model().eval(), ranks.tokens(0), 1.0).item()
+        found["finite"] = all(map(math.isfinite, step(made, 0)))
+        next(module.parameters()).requires_grad_(False)
+        gradients(made, 1)
+        try:
+            made.gradient_norm()
+        except RunError as error:
+            found["freeze"] = str(error)
+        made.close()
+    worker.attempt = 1
+    with ranks.joined(worker):
+        found["again"] = _train("zero2", drop=False)["numbers"]
+    return found

@@ -192,24 +192,20 @@ def test_ranks_may_be_unknown_before_the_start(written):
 
 
 def test_loss_scale_of_fp16(written):
-    fp16 = {"precision": "fp16", "initial_loss_scale": 1024.0}
-    block = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 7, "hysteresis": 1, "min_loss_scale": "auto"}
-    wanted = job(written({**ZERO_2, "fp16": block}), train=fp16)
-    expected = {
-        "init_scale": 1024.0,
-        "scale_window": 7,
-        "min_scale": 1,
-        "delayed_shift": 1,
-        "consecutive_hysteresis": False,
-    }
-    assert configuration.scaler(wanted, configuration.read(wanted)) == expected
-    assert made(wanted)["fp16"] == {"enabled": True, "loss_scale": 1.0}
-    configuration.check(job(written({**ZERO_2, "fp16": {"initial_scale_power": 10}}), train=fp16))
+    def check(precision: str, **block: Any) -> None:
+        train = {"precision": precision, "initial_loss_scale": 1024.0}
+        configuration.check(job(written({**ZERO_2, "fp16": block}), train=train))
+
+    check("fp16", enabled="auto", loss_scale=0, initial_scale_power=10, loss_scale_window="auto", hysteresis=1)
+    check("bf16", enabled=False, loss_scale=0, initial_scale_power=16, loss_scale_window=1000, hysteresis=2)
     with pytest.raises(JobError, match=r"65536\.0.*train.initial_loss_scale"):
-        configuration.check(job(written({**ZERO_2, "fp16": {"initial_scale_power": 16}}), train=fp16))
-    with pytest.raises(JobError, match="fixed loss scale"):
-        configuration.check(job(written({**ZERO_2, "fp16": {"loss_scale": 128}}), train=fp16))
-    assert configuration.scaler(job("zero2"), {}) == {}
+        check("fp16", initial_scale_power=16)
+    with pytest.raises(JobError, match="loss_scale is 128; only 0 is supported"):
+        check("fp16", loss_scale=128)
+    with pytest.raises(JobError, match="loss_scale_window is 1000"):
+        check("fp16", loss_scale_window=1000)
+    made_of = made(job("zero2", train={"precision": "fp16"}))
+    assert made_of["fp16"] == {"enabled": True, "loss_scale": 1.0}  # the strategy scales
 
 
 def test_the_check_loads_nothing_heavy():

@@ -81,6 +81,14 @@ SECTION_KEYS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
+_LOSS_SCALE = {
+    "loss_scale": 0,  # dynamic
+    "loss_scale_window": 2000,
+    "hysteresis": 1,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
+
 _REFUSED = {
     "optimizer": ("the job's own update rule is used", "leave out the block and set optimizer.name, optimizer.lr, ..."),
     "scheduler": ("the job's own schedule is used", "leave out the block and set schedule.name, schedule.warmup_steps"),
@@ -147,7 +155,7 @@ def settings(job: JobConfig, *, hidden_size: int | None, data_parallel_size: int
     _must_agree("zero_allow_untested_optimizer", given.get("zero_allow_untested_optimizer", AUTO), True, "")
     _must_agree("zero_force_ds_cpu_optimizer", given.get("zero_force_ds_cpu_optimizer", AUTO), False, "")
     _must_agree("zero_optimization.allgather_partitions", zero.get("allgather_partitions", AUTO), True, "")
-    scaler(job, given)
+    _check_loss_scale(job, given)
     _fill(zero, job, hidden_size)
     return _assemble(job, given, zero, stage)
 
@@ -176,34 +184,16 @@ def read(job: JobConfig) -> dict[str, Any]:
     return given
 
 
-def scaler(job: JobConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of DeepSpeed's ``DynamicLossScaler`` for fp16; empty for other precisions.
-
-    Raises:
-        JobError: a fixed loss scale, or a first one that is not the job's.
-    """
+def _check_loss_scale(job: JobConfig, given: Mapping[str, Any]) -> None:
+    """The dynamic loss scale follows one rule under every strategy (`_clip.LossScale`)."""
     if job.train.precision != "fp16":
-        return {}
+        return
     block = given.get("fp16") or {}
-    if block.get("loss_scale", 0) not in (0, AUTO):
-        raise JobError(
-            KEY, "fp16.loss_scale: a fixed loss scale is not supported", "set it to 0 (dynamic), or leave it out"
-        )
-    scale = job.train.initial_loss_scale
     power = block.get("initial_scale_power", AUTO)
     if power != AUTO:
-        _must_agree("fp16.initial_scale_power", 2.0**power, scale, "train.initial_loss_scale")
-
-    def value(key: str, default: Any) -> Any:
-        return default if block.get(key, AUTO) == AUTO else block[key]
-
-    return {
-        "init_scale": scale,
-        "scale_window": value("loss_scale_window", 1000),
-        "min_scale": value("min_loss_scale", 1),
-        "delayed_shift": value("hysteresis", 2),
-        "consecutive_hysteresis": value("consecutive_hysteresis", False),
-    }
+        _must_agree("fp16.initial_scale_power", 2.0**power, job.train.initial_loss_scale, "train.initial_loss_scale")
+    for key, wanted in _LOSS_SCALE.items():
+        _must_agree(f"fp16.{key}", block.get(key, AUTO), wanted, "")
 
 
 def _ranks(job: JobConfig) -> int | None:

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from swift_dist.engines.hf.strategies._clip import multiply
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -184,8 +186,7 @@ class WholeShards(Shards):
         return _grads(self.flats)
 
     def step(self, factor: float) -> None:
-        if factor != 1.0:
-            torch._foreach_mul_(self.gradients(), factor)
+        multiply(self.gradients(), factor)
         self.engine.step()
 
     def drop(self) -> None:
@@ -283,8 +284,7 @@ class Bf16Shards(FlatShards):
         return self.optimizer.fp32_groups_gradient_flat_partition
 
     def step(self, factor: float) -> None:
-        if factor != 1.0:
-            torch._foreach_mul_(self.gradients(), factor)
+        multiply(self.gradients(), factor)
         self.engine.step()
 
     def drop(self) -> None:

@@ -18,15 +18,16 @@ import torch
 import torch.distributed as dist
 
 from swift_dist.engines.hf.strategies import _deepspeed_config as configuration
+from swift_dist.engines.hf.strategies._clip import LossScale, clip_factor, sum_of_squares
 from swift_dist.engines.hf.strategies._deepspeed_shards import Piece, Shards, shards_of
 from swift_dist.engines.hf.strategies._deepspeed_start import Traces, no_builds, prepare_nvme
 from swift_dist.engines.hf.strategies._deepspeed_state import ShardedWeights, weights_of
 from swift_dist.engines.hf.strategies._deepspeed_used import UsedWeights
 from swift_dist.engines.hf.strategies._state import OptimizedWeights
+from swift_dist.engines.hf.strategies._torch import DTYPES, num_bytes
 from swift_dist.engines.hf.strategies.base import Setting
+from swift_dist.engines.hf.strategies.ddp import Autocast
 from swift_dist.errors import JobError, RunError
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeepSpeed:
@@ -62,7 +63,8 @@ class DeepSpeed:
             raise
         self.module: torch.nn.Module = _with_modes(self._engine)
         self._used = UsedWeights(model) if self._shards.reduces_in_backward else None
-        self._scaler = self._make_scaler()
+        fp16 = self.job.train.precision == "fp16"
+        self._scale = LossScale(self.job.train.initial_loss_scale) if fp16 else None
         self._reduced = False
         self._last_norm: float | None = None
         self._most_gradients = 0
@@ -77,11 +79,10 @@ class DeepSpeed:
         if stage and precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise JobError("train.precision", f"DeepSpeed has no fp16 on {self.device.type}", "use bf16 or fp32")
         prepare_nvme(self.config)
-        if not stage and precision != "fp32":
-            model.forward = torch.autocast(self.device.type, _DTYPES[precision])(model.forward)
+        called = model if stage or precision == "fp32" else Autocast(model, self.device.type, DTYPES[precision])
         optimizer = setting.make_optimizer(setting.parameter_groups(model))
         with no_builds():
-            self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)[0]
+            self._engine = deepspeed.initialize(model=called, optimizer=optimizer, config=self.config)[0]
         self._shards: Shards = shards_of(self._engine, self._names)
         if stage and precision != "fp32":
             self._take_masters(whole)
@@ -100,17 +101,9 @@ class DeepSpeed:
                     if piece.flat == number:
                         yield piece, flat
 
-    def _make_scaler(self) -> Any:
-        arguments = configuration.scaler(self.job, configuration.read(self.job))
-        if not arguments:
-            return None
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-        return DynamicLossScaler(**arguments, raise_error_at_min_scale=False)
-
     @property
     def loss_scale(self) -> float | None:
-        return None if self._scaler is None else float(self._scaler.cur_scale)
+        return None if self._scale is None else self._scale.value
 
     def accumulate(self, is_last: bool) -> AbstractContextManager[None]:
         # Stages 2 and 3 reduce in every backward pass (they keep no whole gradients), 0 and 1 after the last one.
@@ -128,15 +121,11 @@ class DeepSpeed:
         if not self._reduced:
             self._shards.finish_gradients()
             self._reduced = True
-        gradients = self._shards.gradients()
         self._note_gradients()
-        squares = torch.zeros(1, dtype=torch.float64, device=self.device)
-        if gradients:
-            norms = torch.stack(torch._foreach_norm([gradient.float() for gradient in gradients]))
-            squares += norms.to(self.device, torch.float64).square().sum()
+        squares = sum_of_squares(self._shards.gradients(), self.device)
         if not self._shards.is_replicated:
             used = self._used.digest() if self._used else 0
-            numbers = torch.cat([squares, squares.new_tensor([used, used**2])])
+            numbers = torch.stack([squares, *squares.new_tensor([used, used**2])])
             dist.all_reduce(numbers)
             squares, digests, of_squares = numbers
             if self._ranks * of_squares.item() != digests.item() ** 2:  # their variance is not 0
@@ -151,18 +140,16 @@ class DeepSpeed:
         assert self._reduced, "gradient_norm comes first"
         for group in self._engine.basic_optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        clip = self.job.optimizer.clip_grad
-        factor = min(1.0, clip / (gradient_norm + 1e-6)) if clip else 1.0
-        self._shards.step(factor / (self.loss_scale or 1.0))
+        self._shards.step(clip_factor(gradient_norm, self.job.optimizer.clip_grad) / (self.loss_scale or 1.0))
         if not self._engine.was_step_applied():
             raise RunError("DeepSpeed left out an update although the gradients are finite")
-        if self._scaler is not None:
-            self._scaler.update_scale(False)
+        if self._scale is not None:
+            self._scale.after_update()
         self._reduced, self._last_norm = False, None
 
     def skip(self) -> None:
-        if self._scaler is not None and self._last_norm is not None and not math.isfinite(self._last_norm):
-            self._scaler.update_scale(True)
+        if self._scale is not None and self._last_norm is not None and not math.isfinite(self._last_norm):
+            self._scale.after_overflow()
         self._shards.drop()
         if self._used:
             self._used.reset()
@@ -184,20 +171,18 @@ class DeepSpeed:
         return ((name, parameter) for parameter, name in self._names.items())
 
     def _note_gradients(self) -> None:
-        self._most_gradients = max(self._most_gradients, _bytes(self._shards.held_gradients()))
+        self._most_gradients = max(self._most_gradients, num_bytes(self._shards.held_gradients()))
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        found = self._weights().collect(is_loading)
-        numbers: dict[str, Any] = {"counts": found.pop("counts")}
-        if self._scaler is not None:
-            numbers["loss_scale"] = self.loss_scale
-        return {**found, "numbers": numbers}
+        state = self._weights().collect(is_loading)
+        counts = state.pop("counts")
+        return {**state, "numbers": {"counts": counts, "loss_scale": self._scale and self._scale.state()}}
 
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         numbers = state["numbers"]
         self._weights().take_over(state, numbers["counts"])
-        if self._scaler is not None and numbers.get("loss_scale") is not None:
-            self._scaler.cur_scale = numbers["loss_scale"]
+        if self._scale is not None and numbers["loss_scale"] is not None:
+            self._scale.load(numbers["loss_scale"])
 
     def _weights(self) -> ShardedWeights | OptimizedWeights:
         optimizer = self._engine.basic_optimizer
@@ -229,9 +214,9 @@ class DeepSpeed:
         masters = [flat for flat in self._shards.flats if flat.untyped_storage().data_ptr() not in known]
         state = [t for s in self._engine.basic_optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         return {
-            "parameters": _bytes(held),
+            "parameters": num_bytes(held),
             "gradients": self._most_gradients,
-            "optimizer": _bytes([*masters, *state]),
+            "optimizer": num_bytes([*masters, *state]),
         }
 
     def close(self) -> None:
@@ -248,7 +233,6 @@ class DeepSpeed:
         engine.optimizer = None
         engine.basic_optimizer.state.clear()
         engine.basic_optimizer.param_groups.clear()
-        self._model.__dict__.pop("forward", None)
         self.__dict__.pop("module")
         self._traces.undo()
 
@@ -270,12 +254,6 @@ def _hidden_size(model: torch.nn.Module) -> int | None:
     config = getattr(config, "text_config", config)
     size = getattr(config, "hidden_size", None)
     return size if isinstance(size, int) else None
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of all their storages, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 STRATEGY = DeepSpeed
