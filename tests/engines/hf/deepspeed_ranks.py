@@ -158,18 +158,19 @@ def _save(steps: int, folder: str, deepspeed: str, precision: str = "fp32", half
 
 
 def write(made: Any, folder: str) -> None:
-    from megatron.core import dist_checkpointing
+    from swift_dist.checkpoint import CheckpointWriter
 
-    if dist.get_rank() == 0:
-        Path(folder).mkdir()
-    dist.barrier()
-    dist_checkpointing.save(made.sharded_state(is_loading=False), folder, validate_access_integrity=True)
+    writer = CheckpointWriter(Path(folder), keep=1, keep_every=0, attempt=0, async_save=False)
+    writer.save(1, made.sharded_state(is_loading=False), {})
+    writer.close()
 
 
 def read(made: Any, folder: str) -> None:
-    from megatron.core import dist_checkpointing
+    from swift_dist.checkpoint import load, newest_whole
 
-    made.load_sharded_state(dist_checkpointing.load(made.sharded_state(is_loading=True), folder))
+    checkpoint = newest_whole(Path(folder))
+    assert checkpoint is not None
+    made.load_sharded_state(load(checkpoint, made.sharded_state(is_loading=True)))
 
 
 def resume(worker: Any, cases: list[dict[str, Any]], steps: int) -> list[Any]:
@@ -183,8 +184,10 @@ def _resume(steps: int, folder: str, deepspeed: str, precision: str = "fp32", ha
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.add_(1.0)
+                parameter.fill_(math.nan)
     made = strategy(module, job(deepspeed, precision))
+    with torch.no_grad():  # what is gathered here must not be used again
+        made.module(input_ids=ranks.tokens(0)[0])
     read(made, folder)
     loaded = dict(made.whole_weights(list(module.state_dict())))
     numbers = [step(made, number) for number in range(steps, steps + 2)]
