@@ -39,6 +39,7 @@ _LOOK_AT = 1000  # rows among which the first good one is looked for
 _LOOK_BYTES = 4 << 20
 _TAKE_SEED = 0  # of the permutation that #N follows: the same rows in every run
 _READ = 1 << 22
+_VERSION = 1  # of what rows are read as: another one makes samples that are stored be made again
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class RowSource:
         """
         import xxhash
 
-        read = {"kinds": [(file.format, file.compression) for file in self.files], "take": self.take}
-        digest = xxhash.xxh3_128(json.dumps([read, sorted(self.columns), self.format]).encode())
+        kinds = [(file.format, file.compression) for file in self.files]
+        read_as = [_VERSION, kinds, self.take, sorted(self.columns), self.format]
+        digest = xxhash.xxh3_128(json.dumps(read_as).encode())
         for file in self.files:
             digest.update(file.size.to_bytes(8, "little"))
             try:
