@@ -100,9 +100,9 @@ class TunerStack:
         for tuner, options in self.members:
             tuner.before_step(model, step, steps, options)
 
-    def before_update(self, model: torch.nn.Module, step: int, steps: int) -> None:
+    def before_update(self, model: torch.nn.Module, step: int, steps: int, *, gradient_scale: float = 1.0) -> None:
         for tuner, options in self.members:
-            tuner.before_update(model, step, steps, options)
+            tuner.before_update(model, step, steps, options, gradient_scale=gradient_scale)
 
     def state(self, model: torch.nn.Module) -> dict[str, Any]:
         states = {tuner.name: tuner.state(model) for tuner, _ in self.members}

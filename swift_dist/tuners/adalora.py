@@ -116,15 +116,22 @@ class AdaLora(AdapterTuner):
             )
         model.peft_config[ADAPTER].total_step = steps
 
-    def before_update(self, model: Any, step: int, steps: int, options: Options) -> None:
+    def before_update(
+        self, model: Any, step: int, steps: int, options: Options, *, gradient_scale: float = 1.0
+    ) -> None:
         """Add the gradient of the orthogonality term, and take the step into the importance of each weight.
 
         PEFT adds that term to a loss that the model itself computes, and ours does not.
         """
+        import torch
+
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / gradient_scale)  # exact: loss scales are powers of 2
         if options.orthogonality:
             _add_orthogonality(model, options.orthogonality)
         if step + 1 <= steps - options.final_steps:
             _allocator(model).update_ipt(model.base_model.model)
+        torch._foreach_mul_(gradients, gradient_scale)
         setattr(model, _COMING, step + 1)
 
     def state(self, model: Any) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _add_orthogonality(model: torch.nn.Module, weight: float) -> None:
             total = total.to(gram.device) + torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device))
         gradients = torch.autograd.grad(total * (weight / len(factors)), [p for _, p in factors])
     for (_, p), gradient in zip(factors, gradients, strict=True):
-        p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        p.grad.add_(gradient)
 
 
 TUNER = AdaLora()

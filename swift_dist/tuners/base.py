@@ -67,8 +67,11 @@ class Tuner:
         """Called on every rank before the first forward pass of optimizer step number `step`, of 0 .. `steps` - 1 (LISA
         moves its freeze)."""
 
-    def before_update(self, model: torch.nn.Module, step: int, steps: int, options: Any) -> None:
-        """Called when the gradients of a step are complete and finite, before they are clipped and used (AdaLoRA)."""
+    def before_update(
+        self, model: torch.nn.Module, step: int, steps: int, options: Any, *, gradient_scale: float = 1.0
+    ) -> None:
+        """Called when the gradients of a step are complete and finite, before they are clipped and used (AdaLoRA).
+        `gradient_scale` is what they are multiplied with: fp16's loss scale."""
 
     def state(self, model: torch.nn.Module) -> dict[str, Any]:
         """Plain values and small tensors that a resume needs beside the weights and the optimizer."""

@@ -12,7 +12,6 @@ from swift_dist.config.finetune import Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._peft import ADAPTER, AdapterTuner, task_type
-from swift_dist.tuners.base import Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,11 +54,6 @@ class Options(Section):
 class Lora(AdapterTuner):
     name = "lora"
     summary = "thin matrices beside the frozen ones (LoRA, arXiv 2106.09685; rsLoRA, DoRA, PiSSA, OLoRA, LoRA+)"
-
-    def refuses(self, strategy: Strategy, options: Options) -> str | None:
-        if options.use_dora and strategy == "zero3":
-            return "DoRA reads the frozen weights outside of their module's forward, where ZeRO-3 holds pieces of them"
-        return None
 
     def peft_config(self, model: torch.nn.Module, options: Options, modules_to_save: list[str] | None) -> PeftConfig:
         return lora_config(model, options, modules_to_save)

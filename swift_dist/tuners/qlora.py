@@ -30,12 +30,8 @@ class QLora(lora.Lora):
     summary = "LoRA beside a base quantised by bitsandbytes (QLoRA, arXiv 2305.14314)"
 
     def refuses(self, strategy: Strategy, options: Any) -> str | None:
-        if strategy in ("zero3", "fsdp2"):
-            return (
-                f"bitsandbytes' weights carry the scales of their blocks beside them, which {strategy} does not shard"
-            )
-        if options.use_dora and strategy == "zero2":
-            return "DoRA on a quantised base fails under ZeRO-2 (PEFT's documentation of DoRA)"
+        if options.bits == 8 and strategy == "fsdp2":
+            return "bitsandbytes keeps the scales of 8-bit weights on the tensor itself, which FSDP2 replaces"
         return None
 
     def load_arguments(self, options: Options) -> dict[str, Any]:

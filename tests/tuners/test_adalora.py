@@ -77,8 +77,14 @@ def test_the_orthogonality_term_has_the_gradient_of_pefts_loss(bases):
     model.train()
     backward(model)
     before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1024)  # fp16's loss scale
     stack.before_step(model, 0, STEPS)
-    stack.before_update(model, 0, STEPS)
+    stack.before_update(model, 0, STEPS, gradient_scale=1024.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(1024)
     ours = {n: p.grad - before[n] for n, p in model.named_parameters() if p.grad is not None}
 
     def gradient_with(weight: float) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ REFUSED = {
     "ia3": set(),
     "llama_pro": set(),
     "neftune": set(),
-    "qlora": {"zero3", "fsdp2"},
+    "qlora": set(),
     "adalora": {"fsdp2", "zero1", "zero2", "zero3"},
     "galore": {"fsdp2", "zero1", "zero2", "zero3"},
     "lisa": {"zero1", "zero2", "zero3"},
@@ -77,11 +77,12 @@ def test_strategies_that_a_tuner_refuses(name):
             stack.refuse(strategy)
 
 
-def test_dora_refuses_what_it_cannot_read():
-    with pytest.raises(JobError, match="outside of their module's forward"):
-        stack_of("lora", lora={"use_dora": True}).refuse("zero3")
-    with pytest.raises(JobError, match="DoRA on a quantised base"):
-        stack_of("qlora", qlora={"use_dora": True}).refuse("zero2")
+def test_qlora_of_8_bits_refuses_what_replaces_its_tensors():
+    stack = stack_of("qlora", qlora={"bits": 8})
+    with pytest.raises(JobError, match="keeps the scales of 8-bit weights on the tensor itself") as caught:
+        stack.refuse("fsdp2")
+    assert "use ddp or zero2 or zero3" in caught.value.remedy
+    stack.refuse("zero3")
 
 
 @pytest.mark.parametrize(
