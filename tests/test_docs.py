@@ -52,6 +52,8 @@ def walk(tmp_path_factory):
         (text / "docs" / f"{number}.md").write_text(section, encoding="utf-8")
     (yaml,) = blocks(ROOT / "README.md", "yaml")
     (folder / "job.yaml").write_text(yaml, encoding="utf-8")
+    (jsonl,) = blocks(ROOT / "README.md", "json")
+    (folder / "rows.jsonl").write_text(jsonl, encoding="utf-8")
     outputs = {}
     for command in commands(ROOT / "README.md"):
         if command.startswith("swift-dist"):
@@ -72,6 +74,8 @@ def test_readme_commands_run_in_order_and_do_what_is_said(walk):
     assert len(attempt["hosts"]) == len(attempt["threads_per_rank"]) == 2 and min(attempt["threads_per_rank"]) > 0
     assert (folder / "my-model" / "model.safetensors").exists() and (folder / "my-model" / "tokenizer.json").exists()
     assert "30/30" in outputs["swift-dist runs list"]
+    assert json.loads((folder / "runs" / "chat" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert len(read_metrics(folder / "runs" / "chat" / "metrics.jsonl")) == 6
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "finetune": {
         *("config", "parallel", "models", "data", "tuners", "objectives"),
-        "engines.hf.strategies.deepspeed",  # what a DeepSpeed configuration may say
+        "engines.hf.strategies._deepspeed_config",  # what a DeepSpeed configuration may say
     },
     "mixing": {"config", "tuners"},
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},

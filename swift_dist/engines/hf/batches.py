@@ -114,7 +114,7 @@ class Forward:
             logits = logits[0, : len(prepared.labels)]
         else:
             logits = logits[chosen]
-        return replace(prepared.batch, logps=token_logps(logits, prepared.labels))
+        return replace(prepared.batch, logps=token_logps(logits, prepared.labels, reuse_logits=True))
 
     def _logits(self, module: torch.nn.Module, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [b, K, V] of the wanted positions, and which of them count [b, K]."""

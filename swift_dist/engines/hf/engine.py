@@ -76,7 +76,10 @@ class HFEngine:
         if job.train.recompute == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.forward = Forward(base, needs)
+        model.use_liger(base, job, self.device)
         self.model = model.apply_tuners(base, self.tuners, job.train.seed)
+        if job.train.compile:
+            model.compile_layers(self.model)
         self.flops_per_token = _flops_per_token(self.model)
         wants = self.objective.needs_reference(self.objective_options)
         self.reference = Reference(job, hf_config, self) if wants else None

@@ -114,6 +114,39 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     return "packed"
 
 
+def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:
+    """Put Liger's kernels in the place of norms, rotary embeddings and gated MLPs (not of the loss: objectives take
+    log-probabilities). By default where they are installed, on CUDA.
+
+    Raises:
+        JobError: they are asked for and cannot be used.
+    """
+    import importlib.util
+
+    on_cuda, installed = device.type == "cuda", importlib.util.find_spec("liger_kernel") is not None
+    if job.model.liger and not (on_cuda and installed):
+        raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
+    if job.model.liger is False or not (on_cuda and installed):
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """torch.compile each layer by itself, for any length: all layers share what was compiled for one.
+
+    Raises:
+        JobError: the model does not say what its layers are.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise JobError("train.compile", f"{type(model).__name__} does not name its layers", "leave it out")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
 def pad_id(model: Any) -> int:
     """The token that fills rows up, which a classification head must know: it reads the last token that is another."""
     config = model.config.get_text_config()

@@ -164,3 +164,42 @@ def test_preferences_train_alike_on_one_rank_and_two(runs: Runs, objective: str)
     for got, wanted in zip(curve(two), curve(one), strict=True):
         assert got == pytest.approx(wanted, rel=2e-5)
     assert curve(one)[-1] != curve(one)[0]
+
+
+def test_pretraining_is_that_of_the_megatron_engine(runs: Runs, gang: Any) -> None:
+    """The same job on both engines: the same samples, loss and gradient norm of every step."""
+    from swift_dist.data.prepare import PrepareOptions, prepare
+
+    text = runs.folder / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": m["messages"][1]["content"]}) + "\n" for m in chat_model.preferences(80))
+    )
+    prefix = str(runs.folder / "text")
+    prepare(PrepareOptions(input=(str(text),), tokenizer=runs.model, output=prefix, append_eod=True, workers=1))
+    data = {"train": [prefix], "sequence_length": 32, "workers": None}
+    curves = []
+    for engine, world, more in (("megatron", 1, {}), ("hf", 2, {"strategy": {"fsdp": "fsdp2"}})):
+        folder, _ = runs.run(runs.job("pretrain", engine=engine, data=data, **more), world)
+        curves.append(curve(folder))
+    for got, wanted in zip(*curves, strict=True):
+        assert got == pytest.approx(wanted, rel=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers", "several classes"])
+def test_labels_train_alike_on_one_rank_and_two(runs: Runs, kind: str) -> None:
+    labels = {
+        "classes": lambda i: i % 3,
+        "numbers": lambda i: i / 7,
+        "several classes": lambda i: [i % 3, 2][: 1 + i % 2],
+    }
+    rows = [
+        {"messages": row["messages"][:1], "label": labels[kind](index)}
+        for index, row in enumerate(chat_model.preferences(24))
+    ]
+    data = {"train": [str(chat_model.save_rows(runs.folder / f"{kind}.jsonl", rows))]}
+    model = {"num_labels": 1 if kind == "numbers" else 3}
+    common = {"objective": {"name": "classification"}, "data": data, "model": model}
+    one = runs.run(runs.job(**common), 1)[0]
+    two = runs.run(runs.job(strategy={"deepspeed": "zero2"}, **common), 2)[0]
+    for got, wanted in zip(curve(two), curve(one), strict=True):
+        assert got == pytest.approx(wanted, rel=2e-5)
