@@ -127,8 +127,10 @@ def find_tuners(section: Any) -> TunerStack:
     """The tuners that a job's ``tuner`` section names, with their options there.
 
     Raises:
-        JobError: one is unknown or named twice, or two of them contradict each other.
+        JobError: one is unknown or named twice, two of them contradict each other, or there are options of one that is
+            not named.
     """
+    _refuse_unread(section)
     members: list[tuple[Tuner, Any]] = []
     for name in section.name:
         try:
@@ -148,6 +150,17 @@ def _own_defaults(name: str) -> Any:
     """Options of a tuner from outside: its file's defaults."""
     options = getattr(importlib.import_module(name.partition(":")[0]), "Options", None)
     return options() if options is not None else None
+
+
+def _refuse_unread(section: Any) -> None:
+    for name in type(section).model_fields:
+        options = getattr(section, name)
+        if name not in section.name and hasattr(options, "model_fields") and options != type(options)():
+            raise JobError(
+                f"tuner.{name}",
+                f"has options, and tuner.name ({', '.join(section.name)}) does not name it",
+                f"name it, or give those of tuner.{section.name[0]} instead",
+            )
 
 
 def _refuse_contradictions(tuners: list[Tuner]) -> None:

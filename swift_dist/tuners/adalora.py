@@ -206,7 +206,7 @@ def _add_orthogonality(model: torch.nn.Module, weight: float) -> None:
             total = total.to(gram.device) + torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device))
         gradients = torch.autograd.grad(total * (weight / len(factors)), [p for _, p in factors])
     for (_, p), gradient in zip(factors, gradients, strict=True):
-        p.grad.add_(gradient)
+        p.grad = gradient if p.grad is None else p.grad.add_(gradient)
 
 
 TUNER = AdaLora()

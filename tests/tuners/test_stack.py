@@ -32,6 +32,12 @@ def test_lists_that_make_no_sense_are_refused(name, says):
     assert caught.value.key == "tuner.name" and caught.value.remedy
 
 
+def test_options_of_a_tuner_that_is_not_named_are_refused():
+    with pytest.raises(JobError, match=r"tuner.lora: has options, and tuner.name \(qlora\) does not name it"):
+        stack_of("qlora", lora={"rank": 4})
+    stack_of("qlora", lora={"rank": 8})  # as a run folder's job.yaml writes it: the default
+
+
 def test_additions_alone_stand_beside_full_fine_tuning():
     stack = stack_of("galore,neftune")
     assert [tuner.name for tuner, _ in stack.members] == ["full", "galore", "neftune"]
