@@ -12,7 +12,7 @@ from swift_dist.data.rows import BadRowError, Row
 from swift_dist.data.rows._fields import KNOWN_COLUMNS
 from swift_dist.data.rows._formats import detect, formats
 
-_KEYS = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "loss", "type", "text", "id"]
+_KEYS = "role content from value tool_calls function name arguments loss type text id".split()
 _WORDS = [
     *("user", "assistant", "system", "tool", "tool_call", "human", "gpt", "function_call", "observation", "function"),
     *("", " ", "x", "[]", "[1]", "{}", "true", "1", "NaN", '{"name": "f"}', '[{"role": "user", "content": "q"}]'),
