@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from swift_dist.config import JobConfig
 from swift_dist.engines.hf.strategies.base import Setting
+from swift_dist.errors import JobError, RunError
 from swift_dist.plugins import find
 
 IMPORTS = (*ranks.IMPORTS, "torch._dynamo", "deepspeed", "deepspeed.runtime.zero.stage3")
@@ -265,8 +267,6 @@ def towers(worker: Any, presets: list[str], uses: list[list[list[str]]]) -> list
 
 
 def _towers(name: str, uses: list[list[list[str]]], rank: int) -> Any:
-    from swift_dist.errors import RunError
-
     module = Towers()
     made = strategy(module, job(name))
     try:
@@ -314,8 +314,6 @@ def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> b
 
 def manners(worker: Any) -> dict[str, Any]:
     """What else the engine relies on."""
-    from swift_dist.errors import RunError
-
     found: dict[str, Any] = {}
     with ranks.joined(worker):
         module = model(attention_dropout=0.5)
@@ -341,3 +339,65 @@ def manners(worker: Any) -> dict[str, Any]:
     with ranks.joined(worker):
         found["again"] = _train("zero2", drop=False)["numbers"]
     return found
+
+
+class Disk:
+    """DeepSpeed's ``aio_handle`` without its C++: reads and writes are done when they are asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._pending, self._pinned = 0, []
+
+    def new_cpu_locked_tensor(self, numel: int, example: torch.Tensor) -> torch.Tensor:
+        self._pinned.append(torch.zeros(numel, dtype=example.dtype))
+        return self._pinned[-1]
+
+    def free_cpu_locked_tensor(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return any(t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for t in self._pinned)
+
+    def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        torch.save(tensor.clone(), path)
+        self._pending += 1
+        return 0
+
+    def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
+        tensor.copy_(torch.load(path)[: tensor.numel()])
+        self._pending += 1
+        return 0
+
+    def wait(self) -> int:
+        done, self._pending = self._pending, 0
+        return done
+
+
+def nvme(worker: Any, folder: str, save: str) -> dict[str, Any]:
+    """Train with state on a disk, save, load it into another, go on."""
+    import types
+
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
+
+    AsyncIOBuilder.load = lambda self, verbose=False: types.SimpleNamespace(aio_handle=Disk)
+    AsyncIOBuilder.is_compatible = lambda self, verbose=False: True
+    for module in (optimizer_utils, partitioned_param_swapper):
+        module.MIN_AIO_BYTES = module.MIN_SWAPPABLE_BYTES = 256  # of a tensor that goes to the disk
+    device = {"device": "nvme", "nvme_path": folder, "pin_memory": False}
+    zero = {"stage": 3, "sub_group_size": 10_000, "offload_optimizer": device}
+    zero["offload_param"] = {**device, "buffer_size": 8192, "buffer_count": 40}
+    file = Path(folder) / f"nvme{worker.rank}.json"
+    file.write_text(json.dumps({"aio": {"block_size": 64}, "zero_optimization": zero}))
+    found: dict[str, Any] = {}
+    with ranks.joined(worker):
+        try:
+            strategy(model(), job(str(file)))
+        except JobError as error:
+            found["refused"] = str(error)
+        get_accelerator().is_fp16_supported = lambda: True
+        found["numbers"] = _save(2, save, str(file))
+        found["files"] = len(list(Path(folder).rglob("*.swp")))
+        found["again"] = _resume(2, save, str(file))[0]
+        found["elsewhere"] = _resume(2, save, "zero2")[0]
+        return found

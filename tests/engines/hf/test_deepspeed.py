@@ -160,6 +160,18 @@ def test_an_fp16_overflow_is_skipped_and_lowers_the_scale(ranks):
         torch.testing.assert_close(torch.tensor(case["numbers"]), torch.tensor(wanted[:2]), rtol=0.02, atol=0.02)
 
 
+def test_state_on_a_disk(ranks, tmp_path):
+    """zero3_nvme, with DeepSpeed's asynchronous I/O (minutes to compile) replaced by plain files."""
+    (tmp_path / "disk").mkdir()
+    found = ranks.run(RANKS, "nvme", 2, folder=str(tmp_path / "disk"), save=str(tmp_path / "checkpoints"))[0]
+    wanted, _ = alone(False)
+    assert "round weights on NVMe to bf16" in found["refused"]  # where a device has no fp16, told nothing else
+    assert found["files"] > 20
+    close(found["numbers"], wanted[:4])
+    close(found["again"], wanted[2:4])
+    close(found["elsewhere"], wanted[2:4])
+
+
 def test_weights_that_a_step_does_not_use(ranks):
     """Their gradient is 0, and not that of an earlier step, as DeepSpeed alone would have it."""
     alike = [[["l", ""]] * 2, [["", ""]] * 2, [["", "lr"]] * 2, [["r", ""]] * 2]

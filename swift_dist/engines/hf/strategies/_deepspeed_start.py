@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swift_dist.errors import RunError
+from swift_dist.errors import JobError, RunError
 
 STALE_LOCK_SECONDS = 1800.0
 """A build's lock that nobody has touched for this long is one of a killed process."""
@@ -80,17 +80,29 @@ def no_builds() -> Iterator[None]:
             vars(ops)["__compatible_ops__"] = known
 
 
-def prepare_nvme(config: dict[str, Any]) -> None:
+def prepare_nvme(config: dict[str, Any], precision: str) -> None:
     """Offload to a disk needs DeepSpeed's asynchronous I/O, which is compiled on first use (minutes).
 
     Raises:
+        JobError: weights would be rounded. DeepSpeed 0.19 (``_set_dtype`` in partition_parameters.py) keeps weights
+            on a disk in bf16 wherever the device has no fp16, whatever it was told.
         RunError: it cannot be compiled here.
     """
     zero = config["zero_optimization"]
-    if not any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+    on_disk = {
+        name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("device") == "nvme"
+    }
+    if not on_disk:
         return
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if "offload_param" in on_disk and precision != "bf16" and not get_accelerator().is_fp16_supported():
+        raise JobError(
+            "train.precision",
+            f"{precision}: DeepSpeed would round weights on NVMe to bf16, because this device has no fp16",
+            "use train.precision: bf16, or leave zero_optimization.offload_param out",
+        )
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise RunError(
             "offload to NVMe needs DeepSpeed's asynchronous I/O, which cannot be compiled on this node",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class ShardedWeights:
         if counts.keys() != set(self.learning):
             other = sorted(counts.keys() ^ set(self.learning))[0]
             raise RunError(f"the checkpoint and the job do not agree on whether {other} learns", "use the same tuner")
-        for part, pieces in (("model", self._buffer_pieces()), *self._pieces(changes=True)):
+        # one after the other: what lies on a disk is in memory only until the next one is asked for
+        for part, pieces in chain([("model", self._buffer_pieces())], self._pieces(changes=True)):
             for key, piece in pieces.items():
                 tensor = loaded[part][key]
                 if tensor.data_ptr() != piece.data.data_ptr():  # read in place, as a rule

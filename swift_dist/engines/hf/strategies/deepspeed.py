@@ -78,7 +78,7 @@ class DeepSpeed:
 
         if stage and precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise JobError("train.precision", f"DeepSpeed has no fp16 on {self.device.type}", "use bf16 or fp32")
-        prepare_nvme(self.config)
+        prepare_nvme(self.config, precision)
         called = model if stage or precision == "fp32" else Autocast(model, self.device.type, DTYPES[precision])
         optimizer = setting.make_optimizer(setting.parameter_groups(model))
         with no_builds():
@@ -233,7 +233,8 @@ class DeepSpeed:
         engine.optimizer = None
         engine.basic_optimizer.state.clear()
         engine.basic_optimizer.param_groups.clear()
-        self.__dict__.pop("module")
+        for name in ("module", "_model", "_names"):
+            self.__dict__.pop(name)
         self._traces.undo()
 
 
