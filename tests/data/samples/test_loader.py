@@ -230,6 +230,8 @@ def test_validation_counts_every_sample_once(tmp_path: Path) -> None:
     def seen(count: int | None) -> list[int]:
         return sorted(numbers(batch for loader in loaders for batch in loader.validation_batches(count)))
 
+    by_seed = [open_data([store], [validation], train={"seed": seed}) for seed in (1, 2)]
+    assert len({tuple(numbers(loader.validation_batches(1))) for loader in by_seed}) == 1
     assert seen(None) == seen(99) == list(range(19)) and len(seen(1)) == 8
     assert [len(batch) for batch in loaders[0].validation_batches()] == [4, 4, 2]
     with pytest.raises(JobError, match=r"data\.validation.*no dataset given"):

@@ -87,6 +87,18 @@ def test_weights_are_shares(how):
     assert sum(sources.values()) == 1010 and abs(sources[0] - 757.5) < 3
 
 
+@pytest.mark.parametrize("shares", [Shares(weights=(1.0, 2.0)), Shares(epochs=(0.5, 2.25)), Shares(epochs=(2.0, 1.0))])
+@pytest.mark.parametrize("window", [50, 1 << 20])
+def test_packs_hold_the_samples_of_their_pass(shares, window):
+    """Passes whose samples, and so whose number of packs, differ."""
+    sizes = [10, 90]
+    items, order = make("packed", sizes, shares=shares, window=window), SampleOrder(sizes, 1, shares)
+    for number in range(4):
+        source, index = order.locate(number * order.period, order.period)
+        wanted = Counter(zip(source.tolist(), index.tolist(), strict=True))
+        assert Counter(chain.from_iterable(epoch(items, number))) == wanted
+
+
 def test_packs_are_full_and_shuffled():
     items, lengths = make("packed", [3000]), lengths_of([3000])[0]
     used = np.array([sum(int(lengths[index]) for _, index in pack) for pack in epoch(items, 0)])
