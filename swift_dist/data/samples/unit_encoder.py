@@ -63,7 +63,6 @@ class UnitFacts:
     """What the driver hears of a finished unit."""
 
     id: UnitId
-    rows: int
     tokens: int
     input_bytes: int
 
@@ -138,7 +137,7 @@ class UnitEncoder:
                     arrays.add(sample, content)
         write_part(Path(self.recipe.parts[unit.source]) / part_name(unit.unit), arrays)
         size = self.recipe.units[unit.source][unit.unit].input_bytes
-        return UnitFacts(unit, arrays.rows, sum(map(len, arrays.ids)), size)
+        return UnitFacts(unit, sum(map(len, arrays.ids)), size)
 
     def _samples(self, row: Row) -> tuple[list[Sample], int]:
         """A row's samples and the hash of its content."""

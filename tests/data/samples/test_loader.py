@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from swift_dist.data.samples.loader import SampleData
+from swift_dist.data.samples.opening import open_samples, stores_as_values
 from swift_dist.data.samples.store import SampleStore
 from swift_dist.data.samples.truncation import Sample
 from swift_dist.data.templates.base import Encoded
@@ -173,6 +175,8 @@ def test_packs_fill_rows_and_count_their_samples(tmp_path: Path) -> None:
     assert sum(lengths) / (64 * len(real)) > 0.98
     assert all(len(micro["sample_weights"]) == len(micro["lengths"]) for micro in rows)
     assert max(len(micro["lengths"]) for micro in real) > 2
+    padded = open_data([store], data={"packing": True}, layout="padded").micro_batches(0)
+    assert all(len(micro["tokens"]) == len(micro["lengths"]) for micro in padded)  # a row each: nothing is mixed
     with pytest.raises(JobError, match=r"data\.group_by_length"):
         open_data([store], data={"packing": True, "group_by_length": True})
 
@@ -319,6 +323,20 @@ def test_without_epochs_there_is_no_end(tmp_path: Path) -> None:
 def test_ranks_that_cannot_share_a_global_batch(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"train\.global_batch_size.*multiple of micro_batch_size 1 x 3"):
         open_data([numbered(tmp_path / "a", [3] * 5)], size=3)
+
+
+def test_samples_travel_as_plain_values(tmp_path: Path) -> None:
+    store, validation = numbered(tmp_path / "s", [3, 4] * 8, epochs=2.0), numbered(tmp_path / "v", [5] * 8)
+    values = json.loads(json.dumps(stores_as_values([store], [validation])))
+    config = job(data={"sequence_length": 64, "prefetch": 0}, train={"global_batch_size": 8, "epochs": 1})
+    opened = open_samples(values, config, dp_rank=0, dp_size=1, layout="packed", pad_id=PAD)
+    here = open_data([store], [validation])
+    assert opened.fingerprint() == here.fingerprint() and opened.num_steps == here.num_steps == 4
+    assert numbers([opened.micro_batches(3)]) == numbers([here.micro_batches(3)])
+    assert numbers(opened.validation_batches()) == numbers(here.validation_batches())
+    (tmp_path / "v" / "tokens.bin").unlink()
+    with pytest.raises(RunError, match=r"encoded rows cannot be read.*tokens\.bin is missing"):
+        open_samples(values, config, dp_rank=0, dp_size=1, layout="packed", pad_id=PAD)
 
 
 def test_prefetched_batches_are_the_same(tmp_path: Path) -> None:
