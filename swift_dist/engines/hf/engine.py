@@ -157,7 +157,8 @@ class HFEngine:
         """Let tuners see the step's gradients; returns the norm of what they made of them."""
         if not self.tuners.changes_gradients:
             return norm
-        self.tuners.before_update(self.model, step, self.job.train.steps or 0)
+        scale = self.strategy.loss_scale or 1.0
+        self.tuners.before_update(self.model, step, self.job.train.steps or 0, gradient_scale=scale)
         return self.strategy.gradient_norm()
 
     def _overflowed(self, loss: float, grad_norm: float) -> bool:
