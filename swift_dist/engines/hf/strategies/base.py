@@ -41,7 +41,7 @@ class Setting:
 class Strategy(Protocol):
     """``STRATEGY`` of its file is a class with this interface, made as ``STRATEGY(model, setting)``. Collective: every
     rank calls every method alike. `model` holds the same whole weights on every rank (fp32, or frozen ones in the
-    compute precision), on the CPU or, where it does not fit there, on the meta device with `load_weights` to follow.
+    compute precision), on the CPU.
     """
 
     module: torch.nn.Module

@@ -55,7 +55,6 @@ class FSDP2(TorchStrategy):
     @contextlib.contextmanager
     def _reducing(self, is_last: bool) -> Iterator[None]:
         assert isinstance(self.model, FSDPModule)
-        self._gathered.follow()
         self.model.set_requires_gradient_sync(is_last or not self._keeps_whole_gradients)
         yield
         if is_last:
@@ -111,10 +110,11 @@ class FSDP2(TorchStrategy):
 
 
 class GatheredWeights:
-    """The whole weights that FSDP2 computes with, and what the sharded ones do not tell: which of them got gradients.
+    """The whole weights that FSDP2 computes with: which of them got gradients, and which keep them between
+    micro-batches.
 
-    FSDP2 makes each when a layer is first gathered, and never looks again at whether it learns. Only this class knows
-    FSDP2's internals (torch 2.13).
+    Made while everything that may learn does: FSDP2 takes the dtypes of gradients from that moment, and a layer that
+    is frozen in the first step would have none. Only this class knows FSDP2's internals (torch 2.13).
 
     Args:
         model: a root that `shard` was applied to.
@@ -126,11 +126,10 @@ class GatheredWeights:
         model._get_fsdp_state()._lazy_init()
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         groups = {id(g): g for module in modules for g in module._get_fsdp_state()._fsdp_param_groups}
-        self._groups = list(groups.values())
         for module in modules:
             module.unshard()
             module.reshard()
-        by_weight = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
+        by_weight = {id(p.sharded_param): p for group in groups.values() for p in group.fsdp_params}
         self._params = [by_weight[id(weight)] for weight in weights]
         self._used = [False] * len(self._params)
         self._hooks = [
@@ -146,12 +145,6 @@ class GatheredWeights:
         found, self._used = self._used, [False] * len(self._params)
         return found
 
-    def follow(self) -> None:
-        """Let the gathered weights learn where the sharded ones do now."""
-        changed = [p for p in self._params if p._unsharded_param.requires_grad != p.sharded_param.requires_grad]
-        for param in changed:
-            param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)
-
     def gradients(self) -> list[torch.Tensor]:
         """What is kept whole between micro-batches."""
         kept = [t for p in self._params for t in (p._unsharded_param.grad, p.unsharded_accumulated_grad)]
@@ -166,7 +159,7 @@ class GatheredWeights:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._params, self._groups, self._hooks = [], [], []
+        self._params, self._hooks = [], []
 
 
 def shard(model: torch.nn.Module, job: JobConfig, mesh: DeviceMesh, *, is_frozen: bool = False) -> None:
@@ -210,8 +203,8 @@ def parts(model: torch.nn.Module) -> list[torch.nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
     if not found:
-        lists: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        found = list(max(lists, key=len)) if lists else []
+        lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        found = max(lists, key=len, default=[])
     inside = {id(below) for module in found for below in module.modules() if below is not module}
     found = [module for module in found if id(module) not in inside]
     return found + _embeddings_and_head(model, {*inside, *map(id, found)})
