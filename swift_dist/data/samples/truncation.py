@@ -118,29 +118,29 @@ def classified(sequence: Encoded, label: Any, limit: int, how: Truncation) -> Sa
     return Sample((_shortened(sequence, limit, how),), label)
 
 
-def classified_words(
-    sequence: Encoded, starts: np.ndarray, labels: Sequence[int], limit: int, how: Truncation
-) -> Sample:
+def classified_words(sequence: Encoded, labels: Sequence[int], limit: int, how: Truncation) -> Sample:
     """A sequence whose words have a label each; those below 0 do not count.
 
     Args:
-        starts: int [words], the token that stands for each word.
+        sequence: in which the token that stands for a word has a weight: of its own label, not of predicting it.
+        labels: of the words, in order.
 
     Returns:
-        The sample, of whose sequence the tokens that count have the weight 1: of their own label, not of predicting
-        them.
+        The sample, with weights and labels of the words that count and are left.
 
     Raises:
         LeftOutError: too long, or no word that counts is left.
     """
     short = _shortened(sequence, limit, how)
     begin = len(sequence) - len(short) if how == "left" else 0
-    kept = [(int(s) - begin, x) for s, x in zip(starts, labels, strict=True) if x >= 0 and 0 <= s - begin < len(short)]
+    weights, kept = np.zeros(len(short), np.float32), []
+    for place, label in zip(np.flatnonzero(sequence.weights).tolist(), labels, strict=True):
+        if label >= 0 and 0 <= place - begin < len(short):
+            weights[place - begin] = sequence.weights[place]
+            kept.append(label)
     if not kept:
         raise _nothing_learns(limit if len(sequence) > limit else None)
-    weights = np.zeros(len(short), np.float32)
-    weights[[place for place, _ in kept]] = 1.0
-    return Sample((Encoded(short.ids, weights),), [label for _, label in kept])
+    return Sample((Encoded(short.ids, weights),), kept)
 
 
 def _prompt_length(sequence: Encoded) -> int:

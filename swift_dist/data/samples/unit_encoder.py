@@ -18,6 +18,7 @@ from swift_dist.data.rows.base import BadRowError, Row
 from swift_dist.data.samples import truncation
 from swift_dist.data.samples.store import SampleKind
 from swift_dist.data.samples.truncation import LeftOutError, Sample
+from swift_dist.data.templates.base import Encoded
 
 _LISTED = 1000  # bad rows of one unit whose reason is kept; the others are counted
 
@@ -149,10 +150,13 @@ class UnitEncoder:
         if kind in ("classification", "token_classification") and row.label is None:
             raise BadRowError("it has no label")
         if kind == "token_classification":
-            whole, starts = template.encode_words(row)
-            return [truncation.classified_words(whole, starts, row.label, limit, how)], content_hash(whole.ids)
-        whole = template.encode(row)
+            whole = template.encode_words(row)
+            return [truncation.classified_words(whole, row.label, limit, how)], content_hash(whole.ids)
+        # encode() would take a text with as many labels as words for one whose words are classified.
+        is_text = kind == "classification" and row.text is not None
+        whole = template.encode_text(row.text) if is_text else template.encode(row)
         if kind == "classification":
+            whole = Encoded(whole.ids, np.zeros_like(whole.weights))
             return [truncation.classified(whole, row.label, limit, how)], content_hash(whole.ids)
         return truncation.single(whole, limit, how), content_hash(whole.ids)
 

@@ -97,8 +97,11 @@ class ByteTemplate:
 
     def encode(self, row: Row) -> Encoded:
         if row.text is not None:
-            return self._of("", row.text) if row.label is None else self._of(row.text, "")
+            return self.encode_text(row.text)
         return self._of(row.messages[0]["content"] + "|", row.messages[-1]["content"])
+
+    def encode_text(self, text: str) -> Encoded:
+        return self._of("", text)
 
     def encode_pair(self, row: Row) -> tuple[Encoded, Encoded]:
         return self.encode(row), self._of(row.messages[0]["content"] + "|", row.rejected[-1]["content"])
@@ -106,9 +109,10 @@ class ByteTemplate:
     def encode_prompt_and(self, row: Row, answer_of: Row) -> Encoded:
         return self._of(row.messages[0]["content"] + "|", answer_of.messages[-1]["content"])
 
-    def encode_words(self, row: Row) -> tuple[Encoded, np.ndarray]:
-        starts = [k for k, letter in enumerate(row.text or "") if k == 0 or (row.text or "")[k - 1] == " "]
-        return self._of(row.text or "", ""), np.array(starts)
+    def encode_words(self, row: Row) -> Encoded:
+        text = " " + (row.text or "")
+        starts = [float(text[k] == " ") for k in range(len(text) - 1)]
+        return Encoded(self._of(row.text or "", "").ids, np.array(starts, np.float32))
 
     def _of(self, prompt: str, answer: str) -> Encoded:
         if "bad" in prompt + answer:

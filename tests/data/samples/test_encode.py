@@ -374,3 +374,14 @@ def test_real_processes_and_a_real_template(tmp_path: Path, monkeypatch: pytest.
     assert encoded.ids.tolist() == loaded.apply_chat_template(ROWS[7]["messages"], return_dict=False)
     learnt = encoded.ids[encoded.weights > 0].tolist()
     assert loaded.decode(learnt) == "a7<|im_end|>" and store.num_samples == 40
+    kinds: dict[Any, tuple[list, list]] = {
+        "pair": ([{"prompt": "q", "chosen": "yes", "rejected": "no"}], ["yes<|im_end|>", "no<|im_end|>"]),
+        "kto": ([kto_row("q", "a0", True), kto_row("q", "a1", False)], ["a0<|im_end|>", "a1<|im_end|>"]),
+        "classification": ([{"text": "fine", "label": [1]}], [""]),
+        "token_classification": ([{"tokens": ["in", "new", "york"], "ner_tags": [0, -100, 2]}], ["iy"]),
+    }
+    for kind, (rows, learns) in kinds.items():
+        config = make_job(tokenizer, write_rows(tmp_path / f"{kind}.jsonl", rows), length=128)
+        found = encode(config, kind, tmp_path / "none").sequences(0)
+        assert [loaded.decode(s.ids[s.weights > 0]) for s in found] == learns, kind
+        assert (loaded.decode(found[0].ids) == "fine<|im_end|>") == (kind == "classification")

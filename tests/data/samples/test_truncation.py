@@ -99,13 +99,12 @@ def test_a_mismatched_answer_is_cut_and_never_leaves_its_sample_out(how, mismatc
     [("right", [0, 1, 2], [1, 0, 0], [7]), ("left", [3, 4, 5], [0, 1, 0], [9])],
 )
 def test_labels_of_words_go_with_their_tokens(how, ids, weights, labels):
-    whole = Encoded(np.arange(6, dtype=np.int32), np.zeros(6, np.float32))
-    sample = truncation.classified_words(whole, np.array([0, 2, 4]), [7, -100, 9], 3, how)
+    whole = sequence(6, weights=[1, 0, 1, 0, 1, 0])
+    sample = truncation.classified_words(whole, [7, -100, 9], 3, how)
     assert sample.sequences[0].ids.tolist() == ids and sample.sequences[0].weights.tolist() == weights
     assert sample.label == labels
 
 
 def test_words_that_do_not_count_are_no_sample():
-    whole = Encoded(np.arange(4, dtype=np.int32), np.zeros(4, np.float32))
     with pytest.raises(BadRowError, match="nothing to learn"):
-        truncation.classified_words(whole, np.array([0, 2]), [-100, -100], 4, "delete")
+        truncation.classified_words(sequence(4, weights=[1, 0, 1, 0]), [-100, -100], 4, "delete")
