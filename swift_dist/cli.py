@@ -51,6 +51,15 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb("pretrain", "train a model on prepared data, from scratch or continued", "swift_dist.config", "JobConfig", ""),
     Verb("sft", "fine-tune a model on conversations or labels", "swift_dist.config", "JobConfig", ""),
+    Verb(
+        "sft --list-tuners",
+        "tuners, and the strategies under which each trains as in one process",
+        "swift_dist.tuners._listing",
+        "ListOptions",
+        "run",
+        (),
+        "render",
+    ),
     Verb("rlhf", "fine-tune a model on preferences (DPO, KTO, ...)", "swift_dist.config", "JobConfig", ""),
     Verb(
         "convert hf-to-megatron",

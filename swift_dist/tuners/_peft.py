@@ -164,3 +164,10 @@ def _as_job_error(key: str) -> Iterator[None]:
         raise JobError(
             key, str(error), "see the model's module names, for example in model.safetensors.index.json"
         ) from None
+
+
+def never_adapted(model: torch.nn.Module) -> tuple[str, ...]:
+    """Last words of the names of modules that no product can be put beside: Mamba's kernels read the weights themselves
+    (PEFT 0.21 refuses them by these names, for these models)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return ("out_proj", "conv1d") if kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h") else ()

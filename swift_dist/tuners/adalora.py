@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from swift_dist.config.finetune import Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
-from swift_dist.tuners._peft import ADAPTER, AdapterTuner, task_type
+from swift_dist.tuners._peft import ADAPTER, AdapterTuner, never_adapted, task_type
 from swift_dist.tuners.base import Strategy
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class AdaLora(AdapterTuner):
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules="all-linear" if all_linear else list(options.target_modules),
-            exclude_modules=list(options.exclude_modules) or None,
+            exclude_modules=[*options.exclude_modules, *never_adapted(model)] or None,
             tinit=options.warmup_steps,
             tfinal=options.final_steps,
             deltaT=options.interval,

@@ -11,7 +11,7 @@ from pydantic import Field
 from swift_dist.config.finetune import Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
-from swift_dist.tuners._peft import ADAPTER, AdapterTuner, task_type
+from swift_dist.tuners._peft import ADAPTER, AdapterTuner, never_adapted, task_type
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +143,7 @@ def lora_config(model: torch.nn.Module, options: Options, modules_to_save: list[
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules="all-linear" if options.target_modules == ALL_LINEAR else list(options.target_modules),
-        exclude_modules=list(options.exclude_modules) or None,
+        exclude_modules=[*options.exclude_modules, *never_adapted(model)] or None,
         bias=options.bias,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
