@@ -78,7 +78,9 @@ def cache_folder(job: JobConfig, output: str) -> Path:
     return Path(job.data.cache).absolute() if job.data.cache else Path(output).absolute().parent / ".cache"
 
 
-def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dict[str, Any] | None, str | None]:
+def with_rows(
+    job: JobConfig, hf_config: Mapping[str, Any], output: str, encode: bool
+) -> tuple[JobConfig, dict[str, Any] | None, str | None]:
     """The job with train.steps, where its encoded rows lie, and their fingerprint.
 
     Raises:
@@ -86,9 +88,12 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
     """
     from swift_dist.data.samples.encode import encode_samples
     from swift_dist.data.samples.opening import open_samples, stores_as_values
+    from swift_dist.data.samples.store import check_vocabulary
 
     if not job.data.train:
         raise JobError("data.train", "no training data", "--dataset FILE of rows, or a hub id")
+    if _objective(job).needs != "tokens" and job.model.num_labels is None:
+        job = updated(job, model=updated(job.model, num_labels=_num_labels(hf_config)))
     if job.train.steps is None and job.train.epochs is None:
         job = updated(job, train=updated(job.train, epochs=1.0))
     if not encode:
@@ -96,6 +101,10 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
     kind, cache = sample_kind(job), cache_folder(job, output)
     train = encode_samples(job, kind, cache)
     validation = encode_samples(job, kind, cache, key="data.validation") if job.data.validation else []
+    size = vocabulary(hf_config)
+    if size is not None:
+        check_vocabulary(train, size)
+        check_vocabulary(validation, size, "data.validation")
     samples = stores_as_values(train, validation)
     data = open_samples(samples, job, dp_rank=0, dp_size=1, layout="padded", pad_id=0)
     try:
@@ -114,6 +123,16 @@ def with_rows(job: JobConfig, output: str, encode: bool) -> tuple[JobConfig, dic
         log.info("%g epochs are %d steps", job.train.epochs, steps)
         job = updated(job, train=updated(job.train, steps=steps))
     return job, samples, fingerprint
+
+
+def vocabulary(hf_config: Mapping[str, Any]) -> int | None:
+    """Token ids that the model knows; of a model with several parts, its text part's."""
+    return hf_config.get("vocab_size") or (hf_config.get("text_config") or {}).get("vocab_size")
+
+
+def _num_labels(hf_config: Mapping[str, Any]) -> int:
+    """Outputs of a classification head by its config.json, whose default is transformers'."""
+    return len(hf_config.get("id2label") or ()) or hf_config.get("num_labels") or 2
 
 
 def sample_kind(job: JobConfig) -> SampleKind:

@@ -45,6 +45,8 @@ class ResolvedJob:
 
     def payload(self) -> dict[str, Any]:
         """What every rank is handed: plain values, so that any transport carries them."""
+        from swift_dist.finetune import vocabulary
+
         return {
             "job": self.job.model_dump(mode="json"),
             "hf_config": self.hf_config,
@@ -52,11 +54,6 @@ class ResolvedJob:
             "samples": self.samples,
             "vocab_size": self.shape.vocab_size if self.shape else vocabulary(self.hf_config),
         }
-
-
-def vocabulary(hf_config: Mapping[str, Any]) -> int | None:
-    """Token ids that the model knows; of a model with several parts, its text part's."""
-    return hf_config.get("vocab_size") or (hf_config.get("text_config") or {}).get("vocab_size")
 
 
 def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, encode: bool = True) -> ResolvedJob:
@@ -124,7 +121,7 @@ def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> Res
 
 
 def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) -> ResolvedJob:
-    from swift_dist.finetune import check_plugins, known_shape, with_rows
+    from swift_dist.finetune import check_plugins, known_shape, vocabulary, with_rows
     from swift_dist.models import read_hf_config
     from swift_dist.optim.schedule import build_schedule
 
@@ -144,7 +141,7 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     if job.task == "pretrain":
         job, fingerprint = _with_data(job, vocabulary(hf_config))
     else:
-        job, samples, fingerprint = with_rows(job, output, encode)
+        job, samples, fingerprint = with_rows(job, hf_config, output, encode)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
     if job.train.steps is not None:

@@ -53,7 +53,6 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "parallel", "models", "data", "tuners", "objectives"),
         "engines.hf.strategies._deepspeed_config",  # what a DeepSpeed configuration may say
     },
-    "mixing": {"config", "tuners"},
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
     "torchrun": {
         *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")

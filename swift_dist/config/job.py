@@ -48,8 +48,8 @@ class ModelSection(Section):
 
 class DatasetEntry(Section):
     path: str = Field(
-        description="pretraining: prefix of a prepared dataset (PREFIX.bin and PREFIX.idx); fine-tuning: file, folder or "
-        "hub id of rows, path:subset#N takes N of a subset"
+        description="pretraining: prefix of a prepared dataset (PREFIX.bin and PREFIX.idx); fine-tuning: file, folder "
+        "or hub id of rows, path:subset#N takes N of a subset"
     )
     weight: float | None = Field(None, gt=0, description="share in the blend, relative to the other weights")
     epochs: float | None = Field(
