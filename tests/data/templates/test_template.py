@@ -36,10 +36,16 @@ def test_pair_with_answers_of_several_messages():
 
 
 def test_pair_whose_prompt_depends_on_the_answer_is_refused():
-    source = tokenizer("chatml").chat_template
-    made = Template(made_with("{{ messages[-1]['content'] | length }}" + source), TemplateSection())
-    with pytest.raises(BadRowError):
-        made.encode_pair(PAIR)
+    # Marks are believed, so nothing else notices that the template looks ahead.
+    marked = "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    source = (
+        "{% if messages[-1]['content'] == 'Fine.' %}!{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' %}" + marked + "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    with pytest.raises(BadRowError, match="writes the prompt differently"):
+        Template(made_with(source), TemplateSection()).encode_pair(PAIR)
     with pytest.raises(BadRowError, match="no preference pair"):
         template("chatml").encode_pair(Row(ONE))
 
@@ -145,6 +151,14 @@ def test_token_over_a_border_takes_the_smaller_weight():
     assert token_weights("abcdefg", offsets, characters, [(2, 6)]).tolist() == [0, 2, 2, 1, 0]
     with pytest.raises(BadRowError, match="inside the token 'bc'"):
         token_weights("abcdefg", np.array([[0, 1], [1, 3], [3, 7]]), characters, [(2, 6)])
+
+
+def test_space_that_offsets_leave_out_belongs_to_the_token_after_it():
+    from swift_dist.data.templates.align import token_weights
+
+    characters = np.array([0, 0, 1, 1], np.float32)
+    with pytest.raises(BadRowError, match="inside the token ' b'"):
+        token_weights("a bc", np.array([[0, 1], [2, 3], [3, 4]]), characters, [(2, 4)])
 
 
 def test_end_of_turn_that_takes_the_line_break_behind_it():
