@@ -49,6 +49,15 @@ VERBS: tuple[Verb, ...] = (
         ("input...",),
         "render",
     ),
+    Verb(
+        "data preview",
+        "rows of fine-tuning data as tokens, coloured by what learns",
+        "swift_dist.data.preview",
+        "PreviewOptions",
+        "preview",
+        ("input...",),
+        "render",
+    ),
     Verb("pretrain", "train a model on prepared data, from scratch or continued", "swift_dist.config", "JobConfig", ""),
     Verb("sft", "fine-tune a model on conversations or labels", "swift_dist.config", "JobConfig", ""),
     Verb(
