@@ -123,7 +123,7 @@ def _require_same(job: JobConfig, folder: RunFolder) -> None:
     Raises:
         JobError: this node was given another one.
     """
-    for key, (mine, theirs) in differences(job, load_job(folder.job_path)).items():
+    for key, (mine, theirs) in differences(job, load_job(folder.job_path, task=None)).items():
         raise JobError(
             key,
             f"{mine or 'not given'} on this node, {theirs or 'not given'} on the first",
