@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from swift_dist.config import JobConfig
 from swift_dist.engines.hf.strategies import fsdp2
 from swift_dist.engines.hf.strategies.base import Setting
+from swift_dist.engines.tracebacks import no_references_in_tracebacks
 from swift_dist.optim import make_optimizer, parameter_groups
 from swift_dist.plugins import find
 
@@ -328,3 +333,28 @@ def refused(worker: Any, settings: dict[str, Any]) -> str:
         except JobError as error:
             return str(error)
     return ""
+
+
+def lose_a_peer(worker: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The last of four ranks dies in the middle of training; the others notice and leave, and two of them go on as a
+    smaller gang in the same process."""
+    with ranks.joined(worker):
+        held = strategy(job(**settings), ranks.tiny())
+        step(held, 0, worker)
+        if worker.rank == worker.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            with no_references_in_tracebacks():
+                for number in range(1, 100):
+                    step(held, number, worker)
+            raise AssertionError("nobody noticed")
+        except RuntimeError as error:
+            message = str(error)
+        held.close()
+        del held
+    seconds = time.monotonic() - began
+    again = copy.copy(worker)
+    again.attempt, again.world_size = 1, 2
+    numbers = train(again, [{"job": settings}], 1)[0][0] if worker.rank < 2 else None
+    return {"message": message, "seconds": seconds, "numbers": numbers}

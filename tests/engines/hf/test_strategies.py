@@ -60,24 +60,23 @@ def test_four_ranks_shard_in_pairs_and_offloaded(gang: Any) -> None:
         compare(by_case, case)
 
 
-OTHERS = [
-    (1, DDP),
-    (2, {"strategy": {"fsdp": "fsdp2", "cpu_offload": True}}),
-    (4, {"strategy": {"fsdp": "fsdp2", "hybrid_shard_size": 2}}),
+OTHERS: list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]] = [
+    (DDP, [(4, FSDP), (1, {"strategy": {"fsdp": "fsdp2", "cpu_offload": True}})]),
+    (FSDP, [(1, DDP), (4, {"strategy": {"fsdp": "fsdp2", "hybrid_shard_size": 2}})]),
 ]
 
 
-@pytest.mark.parametrize("saved_by", [DDP, FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(("saved_by", "others"), OTHERS, ids=["ddp", "fsdp2"])
 def test_a_run_goes_on_under_other_ranks_and_the_other_strategy(
-    gang: Any, tmp_path: Path, saved_by: dict[str, Any]
+    gang: Any, tmp_path: Path, saved_by: dict[str, Any], others: list[tuple[int, dict[str, Any]]]
 ) -> None:
     cases = [{"family": "qwen2"}, {"learns": "lora"}, {"moves": True}]
     places = {"folder": str(tmp_path), "saved_at": 2, "steps": 4}
     straight = gang.run(RANKS, "save", 2, cases=[{**case, "job": saved_by} for case in cases], **places)[0]
     assert all("lora" in key for key in straight[1][1]), "a base is not saved with its adapter"
-    for world, strategy in OTHERS:
-        others = [{**case, "job": strategy} for case in cases]
-        for rank in gang.run(RANKS, "resume", world, cases=others, **places):
+    for world, strategy in others:
+        resumed = [{**case, "job": strategy} for case in cases]
+        for rank in gang.run(RANKS, "resume", world, cases=resumed, **places):
             for got, (expected, _), case in zip(rank, straight, cases, strict=True):
                 assert torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=0, atol=1e-5), (case, strategy)
 
@@ -133,6 +132,16 @@ def test_a_frozen_model_is_sharded_too(gang: Any) -> None:
     for off, held, whole in gang.run(RANKS, "frozen", 2):
         assert off <= 1e-5
         assert held == pytest.approx(whole / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", [DDP, FSDP], ids=["ddp", "fsdp2"])
+def test_a_dead_peer_is_noticed_and_left(gang: Any, strategy: dict[str, Any]) -> None:
+    *found, killed = gang.run(RANKS, "lose_a_peer", 4, settings=strategy)
+    assert killed is None
+    expected = by_rank.alone({"job": strategy}, 1)[0]
+    assert all(result["seconds"] < 30 for result in found), "no timeout was waited for"
+    for result in found[:2]:
+        assert torch.allclose(torch.tensor(result["numbers"]), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_right_is_refused(gang: Any) -> None:
