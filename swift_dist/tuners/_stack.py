@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 from swift_dist.plugins import UnknownPlugin, find
 from swift_dist.tuners.base import Strategy, Tuner
@@ -155,7 +156,7 @@ def _own_defaults(name: str) -> Any:
 def _refuse_unread(section: Any) -> None:
     for name in type(section).model_fields:
         options = getattr(section, name)
-        if name not in section.name and hasattr(options, "model_fields") and options != type(options)():
+        if name not in section.name and isinstance(options, Section) and options != type(options)():
             raise JobError(
                 f"tuner.{name}",
                 f"has options, and tuner.name ({', '.join(section.name)}) does not name it",
