@@ -110,10 +110,11 @@ class Forward:
             logits = module(**prepared.arguments).logits[:, prepared.columns]
             return replace(prepared.batch, scores=logits[prepared.chosen].float())
         logits, chosen = self._logits(module, prepared)
-        if logits.shape[0] == 1:  # a packed row: every column is chosen, nothing is copied
-            logits = logits[0, : len(prepared.labels)]
-        else:
+        if logits.shape[0] > 1:
             logits = logits[chosen]
+        else:  # a packed row: every column is chosen, and a view costs no copy in either direction (a slice costs one)
+            logits = logits.view(-1, logits.shape[-1])
+            logits = logits if len(logits) == len(prepared.labels) else logits[: len(prepared.labels)]
         return replace(prepared.batch, logps=token_logps(logits, prepared.labels, reuse_logits=True))
 
     def _logits(self, module: torch.nn.Module, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
