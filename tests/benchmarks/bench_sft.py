@@ -57,7 +57,7 @@ KINDS = ("swift-dist", "TRL", "TRL padding-free")
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
-    """Of one round; words of prompt and answer are log-normal with medians 40 and 60 and sigma 1, at most six medians."""
+    """Of one round; words of prompt and answer are log-normal: medians 40 and 60, sigma 1, at most six medians."""
     import chat_model
 
     rng = random.Random(0)
