@@ -354,6 +354,10 @@ def lose_a_peer(worker: Any, settings: dict[str, Any]) -> dict[str, Any]:
         held.close()
         del held
     seconds = time.monotonic() - began
+    # a process that ends closes its sockets, whatever it holds: all stay until each has noticed
+    (worker.run_dir / f"left-{worker.rank}").touch()
+    while len(list(worker.run_dir.glob("left-*"))) < worker.world_size - 1 and time.monotonic() - began < 90:
+        time.sleep(0.01)
     again = copy.copy(worker)
     again.attempt, again.world_size = 1, 2
     numbers = train(again, [{"job": settings}], 1)[0][0] if worker.rank < 2 else None
