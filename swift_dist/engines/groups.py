@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import types
 from datetime import timedelta
 
@@ -48,6 +49,7 @@ def leave_world() -> None:
     if dist.get_backend() == "nccl":
         with contextlib.suppress(RuntimeError, ValueError):  # a group that a dead peer broke may refuse
             dist.distributed_c10d._abort_process_group()
+    _forget_meshes()
     names = dict(dist.distributed_c10d._world.pg_names)
     groups = sorted(names, key=names.__getitem__, reverse=True)
     names.clear()
@@ -57,6 +59,20 @@ def leave_world() -> None:
         # A group with an operation in flight waits here until a peer closes its end. All ranks close in the same order,
         # so no two wait for each other.
         groups.pop()
+
+
+def _forget_meshes() -> None:
+    """Take the process groups away from all device meshes, which torch's caches keep alive.
+
+    A mesh holds them in a dict of which Python's garbage collector does not know (its keys and values hold nothing), so
+    `_take_away` cannot find it.
+    """
+    module = sys.modules.get("torch.distributed.device_mesh")
+    if module is None:
+        return
+    for found in gc.get_objects():
+        if type(found) is module.DeviceMesh:
+            found._pg_registry.clear()
 
 
 def _take_away(groups: list[dist.ProcessGroup]) -> None:

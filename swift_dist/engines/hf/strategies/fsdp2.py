@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -108,7 +107,6 @@ class FSDP2(TorchStrategy):
             self._hook.remove()
         self.__dict__.pop("_mesh", None)
         super().close()
-        _forget_groups()
 
 
 class GatheredWeights:
@@ -240,17 +238,6 @@ def _mesh(job: JobConfig, device: torch.device, group: dist.ProcessGroup | None)
             "choose a divisor of the number of ranks (the GPUs of a node), or leave it out",
         )
     return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
-
-
-def _forget_groups() -> None:
-    """Take the process groups away from all meshes, which torch's caches keep alive.
-
-    A mesh holds them in a dict of which Python's garbage collector does not know (its keys and values hold nothing), so
-    `leave_world` cannot find it, and peers that wait for this rank would wait until their timeout.
-    """
-    for found in gc.get_objects():
-        if type(found) is DeviceMesh:
-            found._pg_registry.clear()
 
 
 STRATEGY = FSDP2
