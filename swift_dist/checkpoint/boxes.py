@@ -11,7 +11,10 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The boxes that make up the flat range [start, stop) of a row-major array, in order; at most 2 * dims - 1 (a scalar: one)."""
+    """The boxes that make up the flat range [start, stop) of a row-major array, in order.
+
+    They are at most 2 * dims - 1; of a scalar one.
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
