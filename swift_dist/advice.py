@@ -34,8 +34,8 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
     if not done or steps is None or done < steps:
         return None
     exported = next((folder.path / name for name in EXPORTS if (folder.path / name).is_dir()), None)
-    if resolved.job.engine == "hf" and exported is None:
-        return None  # it ended before its weights were written
+    if resolved.job.engine == "hf" and (exported is None or not _last_ended_well(folder)):
+        return None  # it ended before its weights were written; those that are there are of fewer steps
     log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
     status = folder.status()
     loss = status.loss if status else None
@@ -48,6 +48,12 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
         "checkpoint": done,
         "restarts": 0,
     }
+
+
+def _last_ended_well(folder: RunFolder) -> bool:
+    """Whether the newest attempt came to its end, where it writes its weights."""
+    attempts = folder.manifest().get("attempts") or [{}]
+    return attempts[-1].get("state") == "done"
 
 
 def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:

@@ -36,10 +36,24 @@ def check_plugins(job: JobConfig) -> None:
         raise JobError("objective.name", f"{objective.name} does not learn from preferences", "swift-dist sft")
     if job.objective.reference and not objective.needs_reference(getattr(job.objective, objective.name, None)):
         raise JobError("objective.reference", f"{objective.name} needs no reference model", "leave it out")
+    _check_head(job, objective.name)
     if job.strategy.deepspeed:
         from swift_dist.engines.hf.strategies import _deepspeed_config
 
         _deepspeed_config.check(job)
+
+
+def _check_head(job: JobConfig, objective: str) -> None:
+    """What is said of a head that classifies is read."""
+    kind = sample_kind(job)
+    read = {"classification": ("num_labels", "problem_type"), "token_classification": ("num_labels",)}.get(kind, ())
+    for name in ("num_labels", "problem_type"):
+        if getattr(job.model, name) is not None and name not in read:
+            raise JobError(
+                f"model.{name}",
+                f"{getattr(job.model, name)!r} has no effect: objective.name is {objective}",
+                "--objective.name classification, or leave it out",
+            )
 
 
 def _objective(job: JobConfig) -> Any:
@@ -88,11 +102,11 @@ def with_rows(
     """
     from swift_dist.data.samples.encode import encode_samples
     from swift_dist.data.samples.opening import open_samples, stores_as_values
-    from swift_dist.data.samples.store import check_vocabulary
+    from swift_dist.data.samples.store import check_labels, check_vocabulary
 
     if not job.data.train:
         raise JobError("data.train", "no training data", "--dataset FILE of rows, or a hub id")
-    if _objective(job).needs != "tokens" and job.model.num_labels is None:
+    if classifies(job) and job.model.num_labels is None:
         job = updated(job, model=updated(job.model, num_labels=_num_labels(hf_config)))
     if job.train.steps is None and job.train.epochs is None:
         job = updated(job, train=updated(job.train, epochs=1.0))
@@ -105,6 +119,10 @@ def with_rows(
     if size is not None:
         check_vocabulary(train, size)
         check_vocabulary(validation, size, "data.validation")
+    if classifies(job):
+        assert job.model.num_labels is not None
+        for key, stores in (("data.train", train), ("data.validation", validation)):
+            check_labels(stores, job.model.num_labels, job.model.problem_type, key)
     samples = stores_as_values(train, validation)
     data = open_samples(samples, job, dp_rank=0, dp_size=1, layout="padded", pad_id=0)
     try:
@@ -133,6 +151,11 @@ def vocabulary(hf_config: Mapping[str, Any]) -> int | None:
 def _num_labels(hf_config: Mapping[str, Any]) -> int:
     """Outputs of a classification head by its config.json, whose default is transformers'."""
     return len(hf_config.get("id2label") or ()) or hf_config.get("num_labels") or 2
+
+
+def classifies(job: JobConfig) -> bool:
+    """Whether rows have labels that outputs of the model's head stand for (a reward's head has one output)."""
+    return sample_kind(job) in ("classification", "token_classification")
 
 
 def sample_kind(job: JobConfig) -> SampleKind:

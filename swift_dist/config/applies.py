@@ -44,7 +44,27 @@ def require_read(job: JobConfig) -> None:
                 f"{value!r} has no effect on {job.task} with the {job.engine} engine",
                 f"leave it out{reader and f'; {reader} reads it'}",
             )
+    _require_strategy(job)
     _require_chosen(job)
+
+
+def _require_strategy(job: JobConfig) -> None:
+    """What only FSDP2 reads is not given to another strategy, nor a disk to what is no DeepSpeed."""
+    readers = {
+        "fsdp": ("reshard_after_forward", "hybrid_shard_size", "cpu_offload"),
+        "deepspeed": ("nvme_path",),
+    }
+    defaults = type(job.strategy)()
+    for strategy, names in readers.items():
+        for name in names:
+            value = getattr(job.strategy, name)
+            if value != getattr(defaults, name) and not getattr(job.strategy, strategy):
+                remedy = {"fsdp": "--fsdp fsdp2", "deepspeed": "--deepspeed zero3_nvme"}[strategy]
+                raise JobError(
+                    f"strategy.{name}",
+                    f"{value!r} has no effect without strategy.{strategy}",
+                    f"{remedy}, or leave it out",
+                )
 
 
 def _value(job: JobConfig, name: str) -> Any:

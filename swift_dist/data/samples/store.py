@@ -161,6 +161,11 @@ class SampleStore:
         found = found.tolist() if self.facts["labels_are_float"] else found.astype(np.int64).tolist()
         return found[0] if self.facts["labels"] == "scalar" else found
 
+    @property
+    def largest_label(self) -> int:
+        """The largest class; -1 without labels."""
+        return int(self._labels[0].max(initial=-1)) if self.has_labels else -1
+
     @cached_property
     def _labels(self) -> tuple[np.ndarray, np.ndarray]:
         return self._map("labels"), self._map("label_ends")
@@ -188,6 +193,55 @@ class SampleStore:
             f"length {lengths['median']} median, {lengths['p95']} p95, {lengths['max']} max; "
             f"{facts['learning_tokens'] / max(1, self.num_tokens):.1%} of the tokens learn"
         )
+
+
+def check_labels(
+    stores: Sequence[SampleStore], num_labels: int, problem_type: str | None = None, key: str = "data.train"
+) -> None:
+    """Refuse labels that the model's head has no output for, or that are not what the job says they are.
+
+    Args:
+        stores: of kind "classification" or "token_classification".
+        num_labels: outputs of the head; a single one for a whole sequence is a number to regress to.
+        problem_type: ``model.problem_type``; None: by the labels.
+
+    Raises:
+        JobError: names the label, or the contradiction.
+    """
+    for store in stores:
+        if store.kind == "classification" and _problem(store, num_labels, problem_type, key) == "regression":
+            continue
+        largest = store.largest_label
+        if largest >= num_labels or (store.kind == "classification" and num_labels == 1):
+            raise JobError(
+                key,
+                f"{store.name} has class {largest}, but the model has {num_labels} outputs, for classes 0 to "
+                f"{num_labels - 1}",
+                f"--num_labels {max(largest, 1) + 1}, or correct the rows",
+            )
+
+
+def _problem(store: SampleStore, num_labels: int, problem_type: str | None, key: str) -> str:
+    """What the labels of whole sequences are, in transformers' words."""
+    if store.facts["labels"] == "list":
+        found, what = "multi_label_classification", "a list of classes"
+    elif store.facts["labels_are_float"]:
+        found, what = "regression", "a number that is no class"
+    elif num_labels == 1 or problem_type == "regression":
+        found, what = "regression", f"a number, for a model with {num_labels} outputs"
+    else:
+        found, what = "single_label_classification", "a class"
+    if problem_type not in (None, found):
+        raise JobError(
+            "model.problem_type",
+            f"{problem_type}, but each row of {store.name} has {what} ({found})",
+            f"--model.problem_type {found}, or correct {key}",
+        )
+    if found == "regression" and num_labels != 1:
+        raise JobError(
+            "model.num_labels", f"{num_labels}, but each row of {store.name} has one number", "--num_labels 1"
+        )
+    return found
 
 
 def check_vocabulary(stores: Sequence[SampleStore], vocab_size: int, key: str = "data.train") -> None:

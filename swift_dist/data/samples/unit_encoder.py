@@ -117,11 +117,13 @@ class UnitEncoder:
 
     def __init__(self, recipe: Recipe, template: Any, read_rows: Callable[[Any, Any], Iterator]) -> None:
         self.recipe, self._template, self._read_rows = recipe, template, read_rows
+        self._needs_check = recipe.kind not in ("classification", "token_classification")  # there no mask is needed
 
     def encode(self, unit: UnitId) -> UnitFacts:
         """Write the part file of a unit.
 
         Raises:
+            JobError: rows are conversations, and the chat template gives no exact masks.
             OSError: it cannot be read or written.
         """
         arrays = _Arrays()
@@ -167,6 +169,9 @@ class UnitEncoder:
             if arrays is not None:
                 arrays.rows += 1
             if not isinstance(row, BadRow):
+                if self._needs_check and row.text is None:
+                    self._template.check()
+                    self._needs_check = False
                 yield where, row
             elif arrays is not None:
                 arrays.leave_out(where, BadRowError(row.reason))

@@ -95,6 +95,8 @@ def numbered(folder: Path, lengths: Sequence[int], **entry: Any) -> SampleStore:
 class ByteTemplate:
     """A template whose tokens are bytes: ``question|answer``, of which the answer learns. "bad" cannot be encoded."""
 
+    def check(self) -> None: ...
+
     def encode(self, row: Row) -> Encoded:
         if row.text is not None:
             return self.encode_text(row.text)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swift_dist.data.samples.store import DamagedStoreError, SampleStore, check_vocabulary
+from swift_dist.data.samples.store import DamagedStoreError, SampleStore, check_labels, check_vocabulary
 from swift_dist.data.samples.truncation import Sample
 from swift_dist.errors import JobError
 from tests.data.samples.cases import make_store, numbered, sequence
@@ -98,3 +98,41 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     check_vocabulary([store], 3)
     with pytest.raises(JobError, match="has token 2, the model's vocabulary has 2"):
         check_vocabulary([store], 2)
+
+
+def labelled(folder: Path, labels: list, kind: str = "classification") -> SampleStore:
+    return make_store(folder, [Sample((sequence(3),), label) for label in labels], kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "problem_type", "says"),
+    [
+        ([0, 3], 3, None, "has class 3, but the model has 3 outputs, for classes 0 to 2"),
+        ([[0], [1, 5]], 3, None, "has class 5"),
+        ([[0], []], 1, None, "the model has 1 outputs"),
+        ([0.5, 1.0], 3, None, "model.num_labels: 3, but each row of .* has one number"),
+        ([0, 1], 3, "regression", "model.num_labels: 3"),
+        ([0, 1], 3, "multi_label_classification", "model.problem_type: multi_label_classification, but .* a class"),
+        ([[0], [1]], 3, "single_label_classification", "model.problem_type: single_label.* a list of classes"),
+        ([0, 1], 1, "single_label_classification", "model.problem_type: single_label.* a number"),
+    ],
+)
+def test_labels_that_the_head_has_no_output_for(
+    tmp_path: Path, labels: list, num_labels: int, problem_type: str | None, says: str
+) -> None:
+    with pytest.raises(JobError, match=says):
+        check_labels([labelled(tmp_path / "s", labels)], num_labels, problem_type)
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_labels", "problem_type"),
+    [
+        ([0, 2], 3, None),
+        ([0, 2], 3, "single_label_classification"),
+        ([7, 100], 1, None),
+        ([0.5, 3.0], 1, "regression"),
+        ([[0, 2], []], 3, "multi_label_classification"),
+    ],
+)
+def test_labels_that_fit_the_head(tmp_path: Path, labels: list, num_labels: int, problem_type: str | None) -> None:
+    check_labels([labelled(tmp_path / "s", labels)], num_labels, problem_type)

@@ -121,7 +121,15 @@ def check(job: JobConfig) -> None:
     Raises:
         JobError: no such preset or file; a key that is not known, or that contradicts the job.
     """
-    settings(job, hidden_size=1, data_parallel_size=_ranks(job))
+    zero = settings(job, hidden_size=1, data_parallel_size=_ranks(job)).get("zero_optimization") or {}
+    blocks = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    path = job.strategy.nvme_path
+    if path and not any(block.get("nvme_path") == path for block in blocks):
+        raise JobError(
+            "strategy.nvme_path",
+            f"{path!r} has no effect: {job.strategy.deepspeed} offloads nothing to it",
+            "--deepspeed zero3_nvme, or leave it out",
+        )
 
 
 def settings(job: JobConfig, *, hidden_size: int | None, data_parallel_size: int | None) -> dict[str, Any]:
