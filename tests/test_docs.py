@@ -69,7 +69,7 @@ def test_readme_commands_run_in_order_and_do_what_is_said(walk):
     rows = [row for row in read_metrics(folder / "runs" / "mine" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert [row["resumed_from"] for row in rows if "resumed_from" in row] == [20]
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.4
     attempt = json.loads((folder / "runs" / "mine" / "manifest.json").read_text())["attempts"][0]
     assert len(attempt["hosts"]) == len(attempt["threads_per_rank"]) == 2 and min(attempt["threads_per_rank"]) > 0
     assert (folder / "my-model" / "model.safetensors").exists() and (folder / "my-model" / "tokenizer.json").exists()

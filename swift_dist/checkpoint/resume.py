@@ -60,8 +60,8 @@ RULES: dict[str, Rule] = {
     "data.sequence_length": Rule.FIXED,
     "data.mask_eod_loss": Rule.FIXED,  # the objective
     "data.prefetch": Rule.FREE,
-    "data.format": Rule.DATA,
-    "data.columns": Rule.DATA,
+    "data.format": Rule.FREE,  # in the fingerprint of the rows
+    "data.columns": Rule.FREE,  # likewise
     "data.split_ratio": Rule.FIXED,  # what is held out would be trained on
     "data.bad_rows": Rule.FREE,
     "data.packing": Rule.FIXED,  # the order
