@@ -14,12 +14,10 @@ from swift_dist.data.tokenizer_files import check_local_tokenizer
 from swift_dist.optim.schedule import build_schedule
 from swift_dist.resolve import ResolvedJob
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import exported
 from swift_dist.runs.progress import human_count
 
 log = logging.getLogger(__name__)
-
-EXPORTS = ("model", "adapter")
-"""Folders of a run that hold its final weights in Hugging Face's or PEFT's form."""
 
 
 def steps_done(folder: RunFolder) -> int:
@@ -33,8 +31,8 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
     done, steps = steps_done(folder), resolved.job.train.steps
     if not done or steps is None or done < steps:
         return None
-    exported = next((folder.path / name for name in EXPORTS if (folder.path / name).is_dir()), None)
-    if resolved.job.engine == "hf" and (exported is None or not _last_ended_well(folder)):
+    export = exported(folder)
+    if resolved.job.engine == "hf" and (export is None or not _last_ended_well(folder)):
         return None  # it ended before its weights were written; those that are there are of fewer steps
     log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
     status = folder.status()
@@ -42,7 +40,7 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
     return {
         "state": "done",
         "output": str(folder.path),
-        "export": exported and str(exported),
+        "export": export,
         "step": done,
         "loss": loss,
         "checkpoint": done,

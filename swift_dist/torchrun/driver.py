@@ -31,7 +31,7 @@ from swift_dist.launchers.torchrun import differences, torchrun_words
 from swift_dist.lifetime import end_with_parent
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
-from swift_dist.runs.outcome import newest_step
+from swift_dist.runs.outcome import exported, newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 from swift_dist.torchrun.meeting import Meeting, found, served
@@ -67,6 +67,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     return {
         "state": result["state"],
         "output": str(folder.path),
+        "export": exported(folder) if result["state"] == "done" else None,
         "step": result["step"],
         "loss": result["loss"],
         "checkpoint": result["checkpoint"] if result["checkpoint"] is not None else newest_step(folder),

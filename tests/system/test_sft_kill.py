@@ -1,4 +1,4 @@
-"""Fine-tuning through the command line, killed and interrupted at chosen moments: in bits the weights of a quiet run."""
+"""Fine-tuning through the command line, killed and interrupted at chosen moments: in every bit the quiet end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,10 +71,21 @@ def partial(output: Path) -> list[Path]:
     return [*output.glob(".model.partial"), *output.glob(".adapter.partial")]
 
 
-class SftKiller(Killer):
-    def export(self) -> None:
-        """While the final weights are being written."""
-        self._strike("export", lambda rank: rank.phase == "final" and bool(partial(self.run_dir)), 0.0)
+def stop_at_export(command: Command, output: Path, steps: int = STEPS) -> list[int]:
+    """Stop every rank while the final weights are being written; returns their processes.
+
+    The moment is short: from the last steps on, the ranks are let go for some milliseconds at a time.
+    """
+    command.until(lambda: any(r.step >= steps - 2 for r in command.ranks()), "the last steps", pause=0.005)
+    pids = [rank.pid for rank in command.ranks()]
+    while not partial(output):
+        assert command.process.poll() is None, f"ended before its export:\n{command.stderr}"
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.005)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+    return pids
 
 
 @pytest.mark.parametrize("strategy", BOTH)
@@ -81,10 +93,13 @@ def test_killed_ranks(files: Files, quiet: Quiet, start: Start, tmp_path: Path, 
     """In a step, while a checkpoint is written, while the final weights are: it goes on by itself."""
     expected, output = quiet(strategy), tmp_path / "run"
     command = start(*files.words(*STRATEGIES[strategy]), "--output", str(output))
-    killer = SftKiller(command, output, seed=random.randrange(10**6))
+    killer = Killer(command, output, seed=random.randrange(10**6))
     killer.step(2, 10)
     killer.writing()
-    killer.export()
+    pids = stop_at_export(command, output)
+    os.kill(random.choice(pids), signal.SIGKILL)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
     assert command.wait() == 0, command.stderr
     result = command.result()
     assert (result["state"], result["step"], result["checkpoint"]) == ("done", STEPS, STEPS)
@@ -132,10 +147,7 @@ def test_killed_while_exporting_a_run_that_went_on(
     output, steps = tmp_path / "run", 2 * STEPS
     words = [*files.words(*STRATEGIES[strategy], "--train.epochs", "2"), "--output", str(output)]
     command = start(*words)
-    command.until(lambda: partial(output), "the export", pause=0.002)
-    for pid in [rank.pid for rank in command.ranks()]:
-        os.kill(pid, signal.SIGSTOP)  # a rank that outlives its driver by a moment would finish the export
-    assert partial(output)
+    stop_at_export(command, output, steps)  # they stay stopped: one that outlived its driver could finish the export
     command.process.kill()
     command.kill_everything()
     assert open_checkpoint(output).step == steps

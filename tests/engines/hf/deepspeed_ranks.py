@@ -319,6 +319,7 @@ def manners(worker: Any) -> dict[str, Any]:
         module = model(attention_dropout=0.5)
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         made = strategy(module, job("zero3"))
+        found["numbers"] = [_numbers(module)]
         made.module.eval()
         found["modes"] = [made.module.training, module.training]
         with torch.no_grad():
@@ -338,7 +339,16 @@ def manners(worker: Any) -> dict[str, Any]:
     worker.attempt = 1
     with ranks.joined(worker):
         found["again"] = _train("zero2", drop=False)["numbers"]
+        module = model(attention_dropout=0.5)
+        made = strategy(module, job("zero3"))
+        found["numbers"].append(_numbers(module))
+        made.close()
     return found
+
+
+def _numbers(module: Any) -> list[int]:
+    """Those that DeepSpeed gave to modules and weights."""
+    return [part.ds_id for part in (*module.modules(), *module.parameters())]
 
 
 class Disk:

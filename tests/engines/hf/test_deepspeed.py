@@ -202,6 +202,8 @@ def test_what_the_engine_relies_on(ranks):
     assert found["finite"]  # with activations recomputed
     assert found["freeze"].startswith("the weights that learn have changed")
     close(found["again"], alone(False)[0])  # a second group in the same process
+    first, second = found["numbers"]  # a rank that stayed counts as one that is new
+    assert first == second and len(set(first)) > 20
 
 
 def test_only_locks_of_killed_builds_are_cleared(tmp_path, monkeypatch):

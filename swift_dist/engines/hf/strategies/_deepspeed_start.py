@@ -26,8 +26,8 @@ class Traces:
     - It takes its device from the environment, also while it trains: ``LOCAL_RANK`` and ``DS_ACCELERATOR``.
     - ZeRO-3 replaces ``torch.nn.functional.linear`` "until manually reset".
     - Its modules keep process groups, which a later engine of this process would find gone.
-    - ZeRO-3 numbers weights through all models of a process, and ranks compare their numbers: of a gang in which one
-      rank was replaced, the others would go on counting.
+    - ZeRO-3 numbers weights and modules through all models of a process, and ranks compare their numbers: of a gang in
+      which one rank was replaced, the others would go on counting.
     - It logs a great deal on standard output, and calls collectives by names that torch warns about at every call.
 
     Args:
@@ -54,6 +54,8 @@ class Traces:
         from deepspeed.utils import groups
 
         partition_parameters.Init.param_id = 0
+        modules = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0]  # its counter
+        modules[:] = [0]
         parameter_offload.FWD_MODULE_STACK.clear()  # a forward that a peer's death cut short leaves its modules there
         torch.nn.functional.linear = self._linear
         self._logger.setLevel(self._level)
