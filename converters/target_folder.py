@@ -5,6 +5,8 @@
     .plan.json           what the work is for: another command does not go on with it
     .written.jsonl       one line for each file that is whole and on the disk, with what was seen of it
     <files>
+
+The three go when the folder has its name. A kill in that instant leaves them there; nothing reads them.
 """
 
 from __future__ import annotations
@@ -175,15 +177,16 @@ class TargetFolder:
                     path.unlink()
             for name in small:
                 sync(self.path / name)
-            for name in (_WRITTEN, _PLAN):
-                (self.path / name).unlink(missing_ok=True)
             for folder in [*(path for path in self.path.rglob("*") if path.is_dir()), self.path]:
                 sync(folder)
             with suppress(FileNotFoundError):
                 self.target.rmdir()  # an empty folder may be there
             self.path.rename(self.target)
-            (self.target / _LOCK).unlink(missing_ok=True)  # not before: nobody may take up the work until it is gone
-            sync(self.target.parent)
+            # Not before: a run that is killed until then goes on with every file, and nobody else takes up the work.
+            for name in (_WRITTEN, _PLAN, _LOCK):
+                (self.target / name).unlink(missing_ok=True)
+            for folder in (self.target, self.target.parent):
+                sync(folder)
         except OSError as error:
             raise as_run_error(error) from None
 
