@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from swift_dist.config import JobConfig, Section
 from swift_dist.config.aliases import JOB_ALIASES
 from swift_dist.config.job import ClusterSection
 from swift_dist.config.keys import walk
+from swift_dist.data.rows._formats import formats
+from swift_dist.data.rows.catalogue import CATALOGUE
 from swift_dist.doctor.wanted import port_bands
 from swift_dist.plugins import find, names
 
@@ -103,7 +106,25 @@ def doctor_parts() -> dict[str, str]:
     return {"checks": "\n".join(rows)}
 
 
-PAGES = {"cli.md": cli_parts, "environment.md": environment_parts, "doctor.md": doctor_parts}
+def rows_parts() -> dict[str, str]:
+    """Of rows.md: the formats with their examples, and the catalogue."""
+    shapes = ["| `data.format` | rows | example |", "|---|---|---|"]
+    for known in formats():
+        example = json.dumps(known.example, ensure_ascii=False)
+        shapes.append(f"| `{known.name}` | {known.summary} | `{example}` |")
+    sets = [
+        "| name | format | Hugging Face | ModelScope | subset | splits | columns |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in CATALOGUE:
+        splits = ", ".join(filter(None, (entry.split, entry.validation)))
+        renamed = ", ".join(f"{ours}: {theirs}" for ours, theirs in entry.columns.items() if ours != theirs)
+        cells = (f"`{entry.name}`", entry.format, entry.hf, entry.ms, entry.subset, splits, renamed)
+        sets.append("| " + " | ".join(cell or "" for cell in cells) + " |")
+    return {"formats": "\n".join(shapes), "catalogue": "\n".join(sets)}
+
+
+PAGES = {"rows.md": rows_parts, "cli.md": cli_parts, "environment.md": environment_parts, "doctor.md": doctor_parts}
 
 
 def rewritten(page: str, name: str, parts: dict[str, str]) -> str:

@@ -91,7 +91,7 @@ def words(job: JobConfig) -> list[str]:
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in _changes(job)
-        if name != "task"
+        if name != "task" and (name != "engine" or value != type(job)(task=job.task).engine)
     ]
 
 

@@ -7,16 +7,21 @@ engine writes checkpoints that convert, serve and resume anywhere.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "job_config", "pretrain"]
+__all__ = ["__version__", "from_pretrained", "job_config", "prepare_model", "pretrain", "rlhf", "sft"]
 
 if TYPE_CHECKING:
-    from swift_dist.api import job_config, pretrain
+    from swift_dist.api import job_config, pretrain, rlhf, sft
+    from swift_dist.mixing import from_pretrained, prepare_model
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `swift-dist --help` and every rank's start do not pay for what they do not use.
-    if name in ("job_config", "pretrain"):
+    if name in ("job_config", "pretrain", "rlhf", "sft"):
         from swift_dist import api
 
         return getattr(api, name)
+    if name in ("from_pretrained", "prepare_model"):
+        from swift_dist import mixing
+
+        return getattr(mixing, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

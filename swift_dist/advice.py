@@ -14,6 +14,7 @@ from swift_dist.data.tokenizer_files import check_local_tokenizer
 from swift_dist.optim.schedule import build_schedule
 from swift_dist.resolve import ResolvedJob
 from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import exported
 from swift_dist.runs.progress import human_count
 
 log = logging.getLogger(__name__)
@@ -30,18 +31,35 @@ def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | N
     done, steps = steps_done(folder), resolved.job.train.steps
     if not done or steps is None or done < steps:
         return None
+    export = exported(folder)
+    if resolved.job.engine == "hf" and (export is None or not _last_ended_well(folder)):
+        return None  # it ended before its weights were written; those that are there are of fewer steps
     log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
     status = folder.status()
     loss = status.loss if status else None
-    return {"state": "done", "output": str(folder.path), "step": done, "loss": loss, "checkpoint": done, "restarts": 0}
+    return {
+        "state": "done",
+        "output": str(folder.path),
+        "export": export,
+        "step": done,
+        "loss": loss,
+        "checkpoint": done,
+        "restarts": 0,
+    }
+
+
+def _last_ended_well(folder: RunFolder) -> bool:
+    """Whether the newest attempt came to its end, where it writes its weights."""
+    attempts = folder.manifest().get("attempts") or [{}]
+    return attempts[-1].get("state") == "done"
 
 
 def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:
     """Say what begins, and what is odd about it."""
     done, world = steps_done(folder), resolved.layout.world_size
     begins = f"goes on from step {done}" if done else "begins"
-    size = human_count(resolved.shape.num_parameters())
-    log.info("%s %s: %s parameters, %d rank%s", folder.path, begins, size, world, "s" * (world > 1))
+    size = f"{human_count(resolved.shape.num_parameters())} parameters, " if resolved.shape else ""
+    log.info("%s %s: %s%d rank%s", folder.path, begins, size, world, "s" * (world > 1))
     for line in advice(resolved, folder, num_cpus):
         log.warning("warning: %s", line)
 
@@ -76,7 +94,7 @@ def _about_the_tokenizer(job: JobConfig) -> Iterator[str]:
     another version of it may give the same tokenizer another hash, so this is no reason to refuse.)"""
     path = job.model.tokenizer
     sha256 = check_local_tokenizer(path, "model.tokenizer") if path else None
-    for entry in job.data.train if sha256 else ():
+    for entry in job.data.train if sha256 and job.task == "pretrain" else ():
         made_with = (read_manifest(entry.path) or {}).get("tokenizer") or {}
         recorded = made_with.get("sha256")
         if recorded and recorded != sha256:
@@ -94,8 +112,7 @@ def _about_the_machine(num_ranks: int, num_cpus: int | None) -> Iterator[str]:
 def _about_the_schedule(resolved: ResolvedJob, folder: RunFolder) -> Iterator[str]:
     done, job, old = steps_done(folder), resolved.job, folder.job() if folder.exists() else {}
     old_steps = (old.get("train") or {}).get("steps")
-    assert job.train.steps is not None
-    if not done or not old_steps or done >= job.train.steps:
+    if not done or not old_steps or job.train.steps is None or done >= job.train.steps:
         return
     section = build(ScheduleSection, [old.get("schedule") or {}])
     before = build_schedule(section, peak=job.optimizer.lr, train_steps=old_steps)(done)

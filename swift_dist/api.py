@@ -39,3 +39,17 @@ def pretrain(source: JobConfig | Mapping[str, Any] | str | Path | None = None, *
     from swift_dist.job import run
 
     return run(job_config(source, **overrides))
+
+
+def sft(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """`swift-dist sft`, as `pretrain` is `swift-dist pretrain`; its result names the ``export`` too."""
+    from swift_dist.job import run
+
+    return run(job_config(source, task="sft", **overrides))
+
+
+def rlhf(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> dict[str, Any]:
+    """`swift-dist rlhf`, as `sft`."""
+    from swift_dist.job import run
+
+    return run(job_config(source, task="rlhf", **overrides))

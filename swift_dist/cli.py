@@ -49,7 +49,27 @@ VERBS: tuple[Verb, ...] = (
         ("input...",),
         "render",
     ),
+    Verb(
+        "data preview",
+        "rows of fine-tuning data as tokens, coloured by what learns",
+        "swift_dist.data.preview",
+        "PreviewOptions",
+        "preview",
+        ("input...",),
+        "render",
+    ),
     Verb("pretrain", "train a model on prepared data, from scratch or continued", "swift_dist.config", "JobConfig", ""),
+    Verb("sft", "fine-tune a model on conversations or labels", "swift_dist.config", "JobConfig", ""),
+    Verb(
+        "sft --list-tuners",
+        "tuners, and the strategies under which each trains as in one process",
+        "swift_dist.tuners._listing",
+        "ListOptions",
+        "run",
+        (),
+        "render",
+    ),
+    Verb("rlhf", "fine-tune a model on preferences (DPO, KTO, ...)", "swift_dist.config", "JobConfig", ""),
     Verb(
         "convert hf-to-megatron",
         "Hugging Face folder -> torch_dist checkpoint, for any layout",
@@ -170,6 +190,7 @@ VERBS: tuple[Verb, ...] = (
     ),
 )
 VERB_ALIASES = {"pt": "pretrain"}
+JOB_VERBS = ("pretrain", "sft", "rlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +241,7 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
     if any(w in ("-h", "--help") for w in rest):
         print(_help(verb))
         return None
-    if verb.name == "pretrain":
+    if verb.name in JOB_VERBS:
         return _train(verb.name, rest, as_json)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is an interruption, too
@@ -357,7 +378,7 @@ def _help(verb: Verb) -> str:
     from swift_dist.config.keys import walk
 
     section = getattr(importlib.import_module(verb.module), verb.options)
-    is_job = verb.name == "pretrain"
+    is_job = verb.name in JOB_VERBS
     bare = "[job.yaml | recipe]" if is_job else " ".join(p.upper() for p in verb.positional)
     aliases: dict[str, list[str]] = {}
     for alias, name in JOB_ALIASES.items() if is_job else ():

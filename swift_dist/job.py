@@ -57,7 +57,7 @@ def run(job: JobConfig) -> dict[str, Any]:
         folder = RunFolder.for_job(job)
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
         devices = cluster.devices()
-        resolved = _resolve(job, folder, devices)
+        resolved = _resolve(job, folder, devices, encode=True)
         if (result := already_done(folder, resolved)) is not None:
             return {**result, "seconds": round(time.monotonic() - began, 3)}
         stopwatch.lap("checks")
@@ -101,9 +101,16 @@ def _resolve_elsewhere(job: JobConfig, folder: RunFolder, nproc_per_node: int) -
     return _resolve(job, folder, Devices(job.cluster.accelerator != "cpu", nproc_per_node))
 
 
-def _resolve(job: JobConfig, folder: RunFolder, devices: Devices) -> ResolvedJob:
+def _resolve(job: JobConfig, folder: RunFolder, devices: Devices, encode: bool = False) -> ResolvedJob:
+    """`encode`: rows of a fine-tuning job, which only a job that runs needs encoded."""
     check_trackers(job.report)
-    resolved = resolve(job, nproc_per_node=devices.nproc_per_node, on_cuda=devices.use_gpu, output=str(folder.path))
+    resolved = resolve(
+        job,
+        nproc_per_node=devices.nproc_per_node,
+        on_cuda=devices.use_gpu,
+        output=str(folder.path),
+        encode=encode,
+    )
     if folder.exists():
         check_resume(resolved, folder.path, folder.job())
     return resolved
@@ -141,6 +148,7 @@ def _train(
     return {
         "state": outcome.state,
         "output": str(folder.path),
+        "export": last.get("export"),
         "step": last.get("step"),
         "loss": last.get("loss"),
         "checkpoint": last.get("checkpoint", newest_step(folder)),
@@ -173,7 +181,7 @@ def describe(job: JobConfig, where: Where = "ray") -> dict[str, Any]:
     return {
         "job": resolved.job.model_dump(mode="json"),
         "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
-        "parameters": resolved.shape.num_parameters(),
+        "parameters": resolved.shape.num_parameters() if resolved.shape else None,
         "cluster": runs_on,
         "needs": str(demand),
         "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
@@ -201,7 +209,8 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     yield yaml.safe_dump(plan["job"], sort_keys=False).rstrip()
     layout = ", ".join(f"{name} {value}" for name, value in plan["layout"].items() if value is not None)
     yield f"# layout: {layout}"
-    yield f"# parameters: {plan['parameters']:,}"
+    if plan["parameters"]:
+        yield f"# parameters: {plan['parameters']:,}"
     yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
@@ -219,6 +228,8 @@ def render_result(result: dict[str, Any]) -> str:
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
     text = f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    if result.get("export"):
+        text += f"\nweights: {result['export']}"
     if result["state"] == "interrupted":
         text += f"\ncheckpoint: step {result['checkpoint']}; the same command with this --output goes on from it"
     return text

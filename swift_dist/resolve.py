@@ -6,19 +6,18 @@ Everything that can be wrong with a job is found here, before anything is starte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from swift_dist.config import DatasetEntry, JobConfig, Section
+from swift_dist.config import DatasetEntry, JobConfig
+from swift_dist.config.section import updated
 from swift_dist.errors import JobError
 from swift_dist.parallel import ModelShape, ParallelLayout
 
 if TYPE_CHECKING:
     from swift_dist.checkpoint import Checkpoint
     from swift_dist.checkpoint.resume import Difference
-
-S = TypeVar("S", bound=Section)
 
 NOT_GEOMETRY = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 """Entries of a config.json that say nothing about the weights or what is computed with them."""
@@ -31,27 +30,33 @@ class ResolvedJob:
     Args:
         job: the job with absolute paths, `train.steps`, `output` and `cluster.nproc_per_node` filled in.
         hf_config: the model's config.json.
-        shape: its geometry.
+        shape: its geometry; None for a model that only transformers knows.
         layout: the parallel layout over all ranks.
-        data_fingerprint: identity of the training data (None without data).
+        data_fingerprint: identity of the training data (None without data, and before rows are encoded).
+        samples: where encoded rows lie (`data.samples.encode.Samples` as plain values); None for prepared text.
     """
 
     job: JobConfig
     hf_config: dict[str, Any]
-    shape: ModelShape
+    shape: ModelShape | None
     layout: ParallelLayout
     data_fingerprint: str | None
+    samples: dict[str, Any] | None = None
 
     def payload(self) -> dict[str, Any]:
         """What every rank is handed: plain values, so that any transport carries them."""
+        from swift_dist.finetune import vocabulary
+
         return {
             "job": self.job.model_dump(mode="json"),
             "hf_config": self.hf_config,
             "data_fingerprint": self.data_fingerprint,
+            "samples": self.samples,
+            "vocab_size": self.shape.vocab_size if self.shape else vocabulary(self.hf_config),
         }
 
 
-def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) -> ResolvedJob:
+def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, encode: bool = True) -> ResolvedJob:
     """Check a job against its model and data and fill what was left open.
 
     Args:
@@ -59,19 +64,37 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
         nproc_per_node: ranks per machine (``cluster.nproc_per_node`` or what the machine offers).
         on_cuda: whether the ranks compute on NVIDIA GPUs.
         output: the run folder.
+        encode: fine-tuning: encode the rows now where the cache does not hold them; False leaves `samples` None, and
+            train.steps where the job has epochs.
 
     Raises:
         JobError: with the first thing that is wrong, and its remedy.
     """
+    from swift_dist.config.applies import require_read
+
+    require_read(job)
+    job = absolute_paths(job)
+    if job.engine == "megatron":
+        resolved = _resolve_megatron(job, nproc_per_node, on_cuda)
+    else:
+        resolved = _resolve_hf(job, nproc_per_node, output, encode)
+    job = updated(
+        resolved.job,
+        output=str(Path(output).absolute()),
+        cluster=updated(job.cluster, nproc_per_node=nproc_per_node),
+    )
+    return replace(resolved, job=job)
+
+
+def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> ResolvedJob:
     from swift_dist.engines.megatron import requirements
     from swift_dist.models import find_family, read_hf_config
     from swift_dist.optim.schedule import build_schedule
     from swift_dist.parallel import require_valid
 
-    if job.engine != "megatron":
-        raise JobError("engine", f"{job.engine!r} cannot pretrain yet: only megatron can", "--engine megatron")
+    if job.task != "pretrain":
+        raise JobError("engine", f"megatron does not do {job.task} yet", "--engine hf, which is its default")
     requirements.check(job, on_cuda=on_cuda)
-    job = absolute_paths(job)
     hf_config = read_hf_config(job.model)
     family = find_family(hf_config)
     family.require_trainable()
@@ -89,17 +112,41 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str) 
         global_batch_size=job.train.global_batch_size,
         fp8=job.train.fp8 != "none",
     )
-    job, fingerprint = _with_data(job, shape)
+    job, fingerprint = _with_data(job, shape.vocab_size)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
     assert job.train.steps is not None
     build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
-    job = updated(
-        job,
-        output=str(Path(output).absolute()),
-        cluster=updated(job.cluster, nproc_per_node=nproc_per_node),
-    )
     return ResolvedJob(job, hf_config, shape, layout, fingerprint)
+
+
+def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) -> ResolvedJob:
+    from swift_dist.finetune import check_plugins, known_shape, vocabulary, with_rows
+    from swift_dist.models import read_hf_config
+    from swift_dist.optim.schedule import build_schedule
+
+    hf_config = read_hf_config(job.model)
+    check_plugins(job)
+    layout = ParallelLayout(world_size=job.cluster.nnodes * nproc_per_node)
+    per_round = job.train.micro_batch_size * layout.dp
+    if job.train.global_batch_size % per_round:
+        raise JobError(
+            "train.global_batch_size",
+            f"{job.train.global_batch_size} is not a multiple of micro_batch_size {job.train.micro_batch_size} x "
+            f"{layout.dp} data-parallel ranks",
+            f"use a multiple of {per_round}",
+        )
+    samples: dict[str, Any] | None = None
+    fingerprint: str | None = None
+    if job.task == "pretrain":
+        job, fingerprint = _with_data(job, vocabulary(hf_config))
+    else:
+        job, samples, fingerprint = with_rows(job, hf_config, output, encode)
+    _check_tokenizer(job)
+    _check_weights(job, hf_config)
+    if job.train.steps is not None:
+        build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
+    return ResolvedJob(job, hf_config, known_shape(hf_config), layout, fingerprint, samples)
 
 
 def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any]) -> None:
@@ -138,11 +185,6 @@ def _geometry_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     return [Difference(f"model.config.{k}", old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
 
 
-def updated(section: S, **changes: Any) -> S:
-    """A copy of a section with some fields changed, validated."""
-    return type(section).model_validate({**dict(section), **changes})
-
-
 def absolute_paths(job: JobConfig) -> JobConfig:
     """Every path that exists here made absolute, so that ranks with another working folder find it.
 
@@ -152,18 +194,28 @@ def absolute_paths(job: JobConfig) -> JobConfig:
     def local(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path and Path(path).exists() else path
 
-    def entries(items: tuple[DatasetEntry, ...]) -> tuple[DatasetEntry, ...]:
-        return tuple(updated(item, path=str(Path(item.path).absolute())) for item in items)
+    def entries(items: tuple[DatasetEntry, ...], key: str) -> tuple[DatasetEntry, ...]:
+        if job.task == "pretrain":
+            return tuple(updated(item, path=str(Path(item.path).absolute())) for item in items)
+        from swift_dist.data.rows.paths import absolute_address
+
+        return tuple(updated(item, path=absolute_address(item.path, key)) for item in items)
 
     return updated(
         job,
         model=updated(job.model, path=local(job.model.path), tokenizer=local(job.model.tokenizer)),
-        data=updated(job.data, train=entries(job.data.train), validation=entries(job.data.validation)),
+        data=updated(
+            job.data,
+            train=entries(job.data.train, "data.train"),
+            validation=entries(job.data.validation, "data.validation"),
+        ),
         checkpoint=updated(job.checkpoint, load=local(job.checkpoint.load)),
+        objective=updated(job.objective, reference=local(job.objective.reference)),
+        strategy=updated(job.strategy, deepspeed=local(job.strategy.deepspeed)),
     )
 
 
-def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
+def _with_data(job: JobConfig, vocab_size: int | None) -> tuple[JobConfig, str]:
     """Open the data sets: they exist, are whole, fit the vocabulary; how many steps they make, and their identity."""
     from swift_dist.data.loader import TrainingData
     from swift_dist.data.mixture import check_data
@@ -175,7 +227,7 @@ def _with_data(job: JobConfig, shape: ModelShape) -> tuple[JobConfig, str]:
         job.data,
         global_batch_size=size,
         steps=job.train.steps,
-        vocab_size=shape.vocab_size,
+        vocab_size=vocab_size,
         eval_steps=job.train.eval_steps if job.train.eval_interval else 0,
     )
     data = TrainingData(job.data, seed=job.train.seed, global_batch_size=size, micro_batch_size=1, dp_rank=0, dp_size=1)

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"config", "parallel", "models"},
     "data": {"config", "workers"},
     "tuners": {"config", "models"},
+    "mixing": {"config", "tuners"},  # the Python API of several adapters on one model
     "objectives": {"config", "models"},
     "optim": {"config", "models"},
     "checkpoint": {"config", "parallel", "converters"},
@@ -44,7 +45,14 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "runs", "sequence_parallel", "engines"),
     },
     "cluster": {"config", "parallel", "runs"},
-    "resolve": {"config", "parallel", "models", "data", "optim", "checkpoint", "engines.megatron.requirements"},
+    "resolve": {
+        *("config", "parallel", "models", "data", "optim", "checkpoint", "finetune"),
+        "engines.megatron.requirements",
+    },
+    "finetune": {
+        *("config", "parallel", "models", "data", "tuners", "objectives"),
+        "engines.hf.strategies._deepspeed_config",  # what a DeepSpeed configuration may say
+    },
     "advice": {"config", "checkpoint", "data", "optim", "resolve", "runs"},
     "torchrun": {
         *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.checkpoint.agree import agree_on_checkpoint
 from swift_dist.checkpoint.folder import Checkpoint, newest_whole, open_checkpoint
 from swift_dist.checkpoint.resume import Difference, require_same_training, resume_difference
 
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Difference",
+    "agree_on_checkpoint",
     "load",
     "newest_whole",
     "open_checkpoint",

@@ -166,7 +166,8 @@ def move_into_place(temporary: Path, final: Path) -> None:
 
 
 def prune(directory: Path, *, keep: int, keep_every: int, attempt: int, current: int) -> list[int]:
-    """Remove whole checkpoints except the `keep` newest, every multiple of `keep_every` (0: none) and `current`.
+    """Remove whole checkpoints except the `keep` newest, every multiple of `keep_every` (0: none), `current`, and the
+    one that the newest's metadata names as ``keep_step`` (the best by evaluation).
 
     Damaged folders neither count as kept nor are removed. A folder loses its name first, so that a reader never
     takes a half-removed one for a checkpoint.
@@ -174,17 +175,18 @@ def prune(directory: Path, *, keep: int, keep_every: int, attempt: int, current:
     Returns:
         the removed steps.
     """
-    whole = []
+    whole, best = [], None
     for step, folder in step_folders(directory):
         try:
-            read_record(folder)
+            checkpoint = read_record(folder)
         except ValueError as error:
             logger.warning("checkpoint %s is damaged and left alone: %s", folder.name, error)
         else:
             whole.append((step, folder))
+            best = checkpoint.metadata.get("keep_step") if len(whole) == 1 else best
     removed = []
     for step, folder in whole[keep:]:
-        if step == current or (keep_every and step % keep_every == 0):
+        if step in (current, best) or (keep_every and step % keep_every == 0):
             continue
         doomed = folder.with_name(f"{folder.name}.pruned-{attempt}")
         try:

@@ -51,12 +51,28 @@ RULES: dict[str, Rule] = {
     "model.init": Rule.FIXED,  # where the weights came from
     "model.tokenizer": Rule.FREE,  # travels with exports only
     "model.trust_remote_code": Rule.FREE,
+    "model.attention": Rule.FREE,  # computes the same
+    "model.num_labels": Rule.FIXED,
+    "model.problem_type": Rule.FIXED,
+    "model.liger": Rule.FREE,
     "data.train": Rule.DATA,
     "data.validation": Rule.FREE,  # never reaches the weights
     "data.sequence_length": Rule.FIXED,
     "data.mask_eod_loss": Rule.FIXED,  # the objective
     "data.prefetch": Rule.FREE,
+    "data.format": Rule.FREE,  # in the fingerprint of the rows
+    "data.columns": Rule.FREE,  # likewise
+    "data.split_ratio": Rule.FIXED,  # what is held out would be trained on
+    "data.bad_rows": Rule.FREE,
+    "data.packing": Rule.FIXED,  # the order
+    "data.padding_free": Rule.FREE,
+    "data.group_by_length": Rule.FIXED,  # the order
+    "data.workers": Rule.FREE,
+    "data.cache": Rule.FREE,
     "train.steps": Rule.FREE,
+    "train.epochs": Rule.FREE,  # as train.steps
+    "train.early_stopping_patience": Rule.FREE,
+    "train.compile": Rule.FREE,
     "train.micro_batch_size": Rule.FREE,  # the sum over a global batch is the same
     "train.global_batch_size": Rule.FIXED,
     "train.seed": Rule.FIXED,
@@ -97,7 +113,12 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep": Rule.FREE,
     "checkpoint.keep_every": Rule.FREE,
     "checkpoint.async_save": Rule.FREE,
+    "checkpoint.keep_best": Rule.FREE,
     "checkpoint.load": Rule.FIXED,  # it would not be read again: the run has its own checkpoints by now
+    # a checkpoint names each weight by itself, however it was spread over the ranks
+    **{key: Rule.FREE for key in job_keys() if key.startswith("strategy.")},
+    # the objective
+    **{key: Rule.FIXED for key in job_keys() if key.startswith(("template.", "tuner.", "objective."))},
     # where it runs, how it gets there and what is told of it never reach the weights
     **{key: Rule.FREE for key in job_keys() if key.startswith(("cluster.", "launch.", "report."))},
 }

@@ -6,8 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from swift_dist.config.finetune import ObjectiveBase, StrategySection, TemplateSection, TunerBase
 from swift_dist.config.launch import LaunchSection
+from swift_dist.config.plugged import plugged
 from swift_dist.config.section import Section
+
+TunerSection: Any = plugged("swift_dist.tuners", TunerBase, "TunerSection")
+ObjectiveSection: Any = plugged("swift_dist.objectives", ObjectiveBase, "ObjectiveSection")
 
 
 class ModelSection(Section):
@@ -17,6 +22,15 @@ class ModelSection(Section):
         None, description="start from random weights or from those at model.path (default: pretrained if path is given)"
     )
     tokenizer: str | None = Field(None, description="tokenizer folder or id that travels with exports (default: path)")
+    attention: str | None = Field(
+        None,
+        description="hf engine: transformers' attention implementation (default: chosen for the layout of batches)",
+    )
+    num_labels: int | None = Field(None, gt=0, description="classes of a classification head (default: config.json's)")
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = Field(
+        None, description="of a classification head (default: config.json's, else by the labels)"
+    )
+    liger: bool | None = Field(None, description="hf engine: Liger's kernels (default: where they import, on CUDA)")
     trust_remote_code: bool = Field(False, description="allow Python code from the model folder to run")
 
     @model_validator(mode="after")
@@ -33,7 +47,10 @@ class ModelSection(Section):
 
 
 class DatasetEntry(Section):
-    path: str = Field(description="prefix of a prepared dataset (PREFIX.bin and PREFIX.idx)")
+    path: str = Field(
+        description="pretraining: prefix of a prepared dataset (PREFIX.bin and PREFIX.idx); fine-tuning: file, folder "
+        "or hub id of rows, path:subset#N takes N of a subset"
+    )
     weight: float | None = Field(None, gt=0, description="share in the blend, relative to the other weights")
     epochs: float | None = Field(
         None, gt=0, description="how often each of its samples is seen; sets its share instead"
@@ -58,12 +75,26 @@ class DataSection(Section):
     sequence_length: int = Field(1024, gt=0, description="tokens in one sample")
     mask_eod_loss: bool = Field(False, description="no loss where the input is an end-of-document token")
     prefetch: int = Field(4, ge=0, description="global batches read ahead by a background thread (0: none)")
+    format: str = Field(
+        "auto", description="rows: their format, a file of swift_dist/data/rows (auto: by their columns)"
+    )
+    columns: dict[str, str] = Field({}, description="rows: {name that a format knows: name in the file}")
+    split_ratio: float = Field(0.0, ge=0, lt=1, description="rows: share of data.train taken for validation instead")
+    bad_rows: Literal["skip", "stop"] = Field("skip", description="rows that cannot be used: count them, or stop")
+    packing: bool = Field(False, description="rows: fill samples of sequence_length with several, attention kept apart")
+    padding_free: bool | None = Field(
+        None, description="rows: lay a micro-batch out without padding (default: where the model's attention allows it)"
+    )
+    group_by_length: bool = Field(False, description="rows: of about the same length in one micro-batch")
+    workers: int | None = Field(None, gt=0, description="rows: processes that encode them (default: CPUs)")
+    cache: str | None = Field(None, description="rows: folder of encoded rows (default: .cache beside the run folder)")
 
 
 class TrainSection(Section):
     steps: int | None = Field(
         None, gt=0, description="optimizer steps (may be left out where every dataset has epochs)"
     )
+    epochs: float | None = Field(None, gt=0, description="fine-tuning: passes over the rows, instead of steps")
     micro_batch_size: int = Field(1, gt=0, description="samples in one forward pass of one data-parallel rank")
     global_batch_size: int = Field(8, gt=0, description="samples in one optimizer step over all ranks")
     seed: int = Field(1234, ge=0, description="of initial weights, dropout and data order")
@@ -76,6 +107,10 @@ class TrainSection(Section):
     nan_policy: Literal["stop", "skip"] = Field("stop", description="a NaN or infinite loss or gradient: stop, or skip")
     spike_factor: float | None = Field(None, gt=1, description="a loss above this times its recent median is a spike")
     spike_policy: Literal["stop", "skip"] = Field("stop", description="what a spike does: stop, or skip the update")
+    early_stopping_patience: int | None = Field(
+        None, gt=0, description="evaluations without a better eval_loss after which the run ends"
+    )
+    compile: bool = Field(False, description="hf engine: torch.compile each layer")
     max_skipped: int = Field(10, ge=0, description="skipped steps after which the run stops")
     initial_loss_scale: float = Field(65536.0, gt=0, description="fp16: first dynamic loss scale")
 
@@ -131,6 +166,7 @@ class CheckpointSection(Section):
     interval: int = Field(0, ge=0, description="steps between checkpoints (0: only the final one)")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="checkpoints whose step is a multiple of this stay for ever (0: none)")
+    keep_best: bool = Field(False, description="also keep the checkpoint with the lowest eval_loss")
     async_save: bool = Field(True, description="write in the background while training goes on")
     load: str | None = Field(None, description="go on from this checkpoint of another run: weights, optimizer, steps")
 
@@ -184,17 +220,30 @@ class ReportSection(Section):
 class JobConfig(Section):
     """One job: everything that `swift-dist pretrain job.yaml` reads."""
 
-    task: Literal["pretrain"] = Field("pretrain", description="what the job does")
-    engine: Literal["megatron", "hf"] = Field("megatron", description="what runs the model")
+    task: Literal["pretrain", "sft", "rlhf"] = Field("pretrain", description="what the job does")
+    engine: Literal["megatron", "hf"] | None = Field(
+        None, description="what runs the model (default: megatron for pretrain, else hf)"
+    )
     output: str | None = Field(None, description="run folder (default: runs/<task>-<time>)")
     resume: Literal["auto", "never"] = Field("auto", description="continue what the run folder holds, or refuse to")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
+    template: TemplateSection = TemplateSection()
+    tuner: TunerSection = TunerSection()
+    objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    strategy: StrategySection = StrategySection()
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
     report: ReportSection = ReportSection()
     launch: LaunchSection = LaunchSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_of_the_task(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("engine") is None:
+            return {**values, "engine": "megatron" if values.get("task", "pretrain") == "pretrain" else "hf"}
+        return values

@@ -253,8 +253,13 @@ def _merge_free_form(values: dict[str, Any], keys: Mapping[str, Key]) -> dict[st
     return merged
 
 
-def load_job(path: str | Path | None, words: Sequence[str] = (), task: str = "pretrain") -> JobConfig:
+def load_job(path: str | Path | None, words: Sequence[str] = (), task: str | None = "pretrain") -> JobConfig:
     """A job from a YAML file (or none) and command-line overrides.
+
+    Args:
+        path: of the file.
+        words: overrides.
+        task: what the verb says; None: what the file says.
 
     Raises:
         JobError: for anything that is wrong in either.
@@ -265,8 +270,10 @@ def load_job(path: str | Path | None, words: Sequence[str] = (), task: str = "pr
     if free_form and layers and isinstance(layers[0].get("model"), dict):
         # --model.config.x overrides one entry of the file's geometry, not all of it
         overrides["model.config"] = {**(layers[0]["model"].get("config") or {}), **free_form}
+    if task not in (None, "pretrain"):
+        layers.insert(0, {"task": task})  # what the verb says; a file may say it, too
     job = build(JobConfig, [*layers, overrides], JOB_ALIASES)
-    if job.task != task:
+    if task is not None and job.task != task:
         raise JobError("task", f"the job says {job.task!r} but the verb is {task!r}", f"swift-dist {job.task} ...")
     return job
 

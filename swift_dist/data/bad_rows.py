@@ -19,7 +19,7 @@ def describe(rows: Sequence[BadRow]) -> list[str]:
     for row in rows:
         if row.base >= 0:
             bases.setdefault(row.file, set()).add(row.base)
-    before = {file: _newlines_before(Path(file), sorted(wanted)) for file, wanted in bases.items()}
+    before = {file: newlines_before(Path(file), sorted(wanted)) for file, wanted in bases.items()}
     texts = []
     for row in rows:
         number = row.line + 1 + (before[row.file][row.base] if row.base >= 0 else 0)
@@ -27,7 +27,8 @@ def describe(rows: Sequence[BadRow]) -> list[str]:
     return texts
 
 
-def _newlines_before(path: Path, offsets: Sequence[int]) -> dict[int, int]:
+def newlines_before(path: Path, offsets: Sequence[int]) -> dict[int, int]:
+    """How many newlines stand before each byte of a file, in one pass. offsets: ascending."""
     counts, count, at = {}, 0, 0
     with path.open("rb") as stream:
         for offset in offsets:

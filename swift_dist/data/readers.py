@@ -54,7 +54,7 @@ def documents(unit: Unit, options: ReadOptions) -> Iterator[Document | BadRow]:
         if unit.data is not None:
             start, data, base, broken = segment.start, unit.data, -1, unit.broken
         else:
-            start, data, broken = _read(segment, kind)
+            start, data, broken = read_segment(segment, kind)
             base = start
         text = _Text(segment.file, start, data, base, unit.first_line)
         if start == 0 and data.startswith(_BOM):
@@ -67,28 +67,40 @@ def documents(unit: Unit, options: ReadOptions) -> Iterator[Document | BadRow]:
             yield text.bad(len(text.data), broken)
 
 
-def _read(segment: Segment, kind: str) -> tuple[int, bytes, str]:
-    """First byte, bytes, and damage of the documents of a segment that is read here."""
+def read_segment(segment: Segment, kind: str, limit: int | None = None) -> tuple[int, bytes, str]:
+    """First byte, bytes, and damage of the documents of a segment that is read here.
+
+    Args:
+        kind: what ends a document ("line", "paragraph" or "file"); "bytes": nothing does, all is given.
+        limit: bytes (decompressed) after which reading may stop, at the end of a line.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     file = segment.file
     with Path(file.path).open("rb") as stream:
         if not file.compression:
-            if kind == "file":
-                return 0, stream.read(), ""
+            if kind in ("file", "bytes"):
+                return 0, stream.read(-1 if limit is None else limit), ""
             start = next_boundary(stream, segment.start, kind, file.size)
-            stop = next_boundary(stream, segment.stop, kind, file.size)
+            stop = segment.stop if limit is None else min(segment.stop, segment.start + limit)
+            stop = next_boundary(stream, stop, kind, file.size)
             stream.seek(start)
             return start, stream.read(stop - start), ""
-        held = bytearray()
+        held, damage = bytearray(), ""
         try:
             for block in decompress(stream, file.compression):
                 held += block
+                if limit is not None and len(held) >= limit:
+                    return 0, bytes(held[: held.rfind(b"\n") + 1] or held), ""
         except Exception as error:
             if not is_damage(error):
                 raise
-            # What follows the last newline is half a row; half a file is no document at all.
-            keep = 0 if kind == "file" else held.rfind(b"\n") + 1
-            return 0, bytes(held[:keep]), str(error)
-    return 0, bytes(held), ""
+            damage = str(error)
+    # What follows the last newline is half a row; half a file is no document at all.
+    if damage and kind != "bytes":
+        held = held[: 0 if kind == "file" else held.rfind(b"\n") + 1]
+    return 0, bytes(held), damage
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def _json_documents(text: _Text, key: str) -> Iterator[Document | BadRow]:
             else:
                 yield Document(text.file, text.start + offset, value)
         else:
-            yield text.bad(offset, f"{key!r} holds {_kind(value)}, not text")
+            yield text.bad(offset, f"{key!r} holds {kind_of(value)}, not text")
         offset = end + 1
 
 
@@ -135,7 +147,7 @@ def _why(line: bytes, key: str, error: Exception) -> str:
         found = ", ".join(list(json.loads(line))[:8])
         return f"no key {key!r}, only {found or 'none'}"
     if isinstance(error, TypeError):
-        return f"not a JSON object but {_kind(json.loads(line))}"
+        return f"not a JSON object but {kind_of(json.loads(line))}"
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     return f"not JSON: {error}"
@@ -149,7 +161,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
     names = {
         dict: "an object",
         list: "an array",
@@ -195,7 +208,7 @@ def _table_documents(segment: Segment, options: ReadOptions) -> Iterator[Documen
             if isinstance(value, str):
                 yield Document(segment.file, number, value)
             else:
-                reason = f"{options.text_key!r} holds {_kind(value)}, not text"
+                reason = f"{options.text_key!r} holds {kind_of(value)}, not text"
                 yield BadRow(segment.file.path, reason, -1, number, table=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = f"unreadable from here on: {str(error).splitlines()[0]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,10 +17,10 @@ from swift_dist.errors import JobError
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["jsonl", "text", "parquet", "arrow"]
+Format = Literal["jsonl", "json", "csv", "tsv", "text", "parquet", "arrow"]
 Compression = Literal["", "gz", "zst"]
 
-_FORMATS: dict[str, Format] = {
+DOCUMENT_FILES: Mapping[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -30,6 +30,17 @@ _FORMATS: dict[str, Format] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+ROW_FILES: Mapping[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json"})  # of a hub's repository, beside its data
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 _SAVED_DATASET = ("dataset_info.json", "state.json")
 _LARGEST_TEXT_FILE = 1 << 28  # bytes; one document is tokenised at once
@@ -76,14 +87,17 @@ class SourceFile:
         return self.path
 
 
-def discover(options: ReadOptions) -> list[SourceFile]:
+def discover(options: ReadOptions, known: Mapping[str, Format] = DOCUMENT_FILES) -> list[SourceFile]:
     """The files of the input, in the order given, those of a folder sorted by path.
+
+    Args:
+        known: what files hold, by the ends of their names.
 
     Raises:
         JobError: an input does not exist, cannot be read, is empty or of no known format.
     """
     found: list[SourceFile] = []
-    for path, known in _paths(options):
+    for path, said in _paths(options, known):
         try:
             stat = path.stat()
             with path.open("rb"):
@@ -92,7 +106,7 @@ def discover(options: ReadOptions) -> list[SourceFile]:
             raise JobError(
                 "input", f"{path} cannot be read: {error.strerror}", "check the path and its permissions"
             ) from None
-        format_, compression = _kind(path, known or options.format)
+        format_, compression = _kind(path, said or options.format, known)
         if format_ == "text" and options.text_unit == "file" and stat.st_size > _LARGEST_TEXT_FILE:
             raise JobError(
                 "text_unit",
@@ -107,7 +121,7 @@ def discover(options: ReadOptions) -> list[SourceFile]:
     return found
 
 
-def _paths(options: ReadOptions) -> Iterator[tuple[Path, Format | None]]:
+def _paths(options: ReadOptions, known: Mapping[str, Format]) -> Iterator[tuple[Path, Format | None]]:
     for given in options.input:
         if given.startswith(("hf://", "ms://")):
             from swift_dist.data.hub import arrow_files
@@ -124,23 +138,24 @@ def _paths(options: ReadOptions) -> Iterator[tuple[Path, Format | None]]:
         elif (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in _SAVED_DATASET):
             yield from ((file, "arrow") for file in _saved_dataset(path, options.dataset_split))
         else:
-            yield from ((file, None) for file in _folder(path, options))
+            yield from ((file, None) for file in _folder(path, options, known))
 
 
-def _kind(path: Path, format_: str) -> tuple[Format, Compression]:
+def _kind(path: Path, format_: str, known: Mapping[str, Format]) -> tuple[Format, Compression]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     name = suffixes[-2] if compression and len(suffixes) > 1 else ("" if compression or not suffixes else suffixes[-1])
     if format_ != "auto":
         return format_, compression  # type: ignore[return-value]
-    if name not in _FORMATS:
-        raise JobError(
-            "format", f"cannot tell from its name what {path} holds", "--format jsonl, text or parquet says it"
-        )
-    return _FORMATS[name], compression
+    if name not in known:
+        remedy = f"known are {' '.join(known)}, also with .gz or .zst"
+        if known is DOCUMENT_FILES:
+            remedy = "--format jsonl, text or parquet says it"
+        raise JobError("format", f"cannot tell from its name what {path} holds", remedy)
+    return known[name], compression
 
 
-def _folder(folder: Path, options: ReadOptions) -> Sequence[Path]:
+def _folder(folder: Path, options: ReadOptions, known: Mapping[str, Format]) -> Sequence[Path]:
     """Files of a folder and its subfolders that can be read, by path. Hidden files are left out."""
     files, ignored = [], 0
     for path in sorted(folder.rglob("*")):
@@ -149,7 +164,7 @@ def _folder(folder: Path, options: ReadOptions) -> Sequence[Path]:
         wanted = options.glob is None or fnmatch.fnmatch(path.name, options.glob)
         if wanted and options.format == "auto" and options.glob is None:
             stem = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
-            wanted = stem.suffix.lower() in _FORMATS
+            wanted = stem.suffix.lower() in known and path.name not in _NOT_DATA
         if wanted:
             files.append(path)
         else:
@@ -158,7 +173,8 @@ def _folder(folder: Path, options: ReadOptions) -> Sequence[Path]:
         raise JobError(
             "input",
             f"no file in {folder} has a known name" + (f" that matches {options.glob}" if options.glob else ""),
-            f"known are {' '.join(_FORMATS)}, also with .gz or .zst; --format text takes every file",
+            f"known are {' '.join(known)}, also with .gz or .zst"
+            + ("; --format text takes every file" if known is DOCUMENT_FILES else ""),
         )
     if ignored:
         logger.info("%s: %d files, %d others left out", folder, len(files), ignored)

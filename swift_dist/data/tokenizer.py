@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,12 +16,22 @@ from swift_dist.errors import JobError
 
 logger = logging.getLogger(__name__)
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""OpenAI's ChatML, as the model cards of Qwen and Yi have it."""
+
 
 class TrainTokenizerOptions(ReadOptions):
     output: str = Field(description="folder to write: tokenizer.json and its configuration")
     vocab_size: int = Field(32000, gt=256, description="tokens, the 256 bytes and the special token included")
     min_frequency: int = Field(2, gt=0, description="how often a pair must occur to become a token")
     eos_token: str = Field("<|endoftext|>", min_length=1, description="the special token that ends a document")
+    chat_template: Literal["none", "chatml"] = Field(
+        "none", description="chat template and its special tokens, for models that are to be fine-tuned to chat"
+    )
     max_megabytes: float = Field(1000, gt=0, description="text to train on; of more, an evenly spread sample is taken")
     overwrite: bool = Field(False, description="replace an existing folder")
 
@@ -50,7 +60,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> dict[str, Any]:
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size,
         min_frequency=options.min_frequency,
-        special_tokens=[options.eos_token],
+        special_tokens=[options.eos_token, *(CHATML_TOKENS if options.chat_template == "chatml" else ())],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -83,6 +93,8 @@ def _save(tokenizer: Any, options: TrainTokenizerOptions, output: Path) -> None:
     try:
         tokenizer.save(str(temporary / "tokenizer.json"))
         (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if options.chat_template == "chatml":
+            (temporary / "chat_template.jinja").write_text(CHATML)
         if output.exists():
             shutil.rmtree(output)
         temporary.rename(output)

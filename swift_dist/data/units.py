@@ -86,7 +86,7 @@ def plan(files: Sequence[SourceFile], options: ReadOptions, size: int) -> tuple[
     for file in files:
         if file.format in ("parquet", "arrow"):
             close_group()
-            units += _table_units(file, options, size)
+            units += table_units(file, options.text_key, size)
         elif boundary_kind(file, options) == "file" or file.size <= size // (8 if file.compression else 2):
             if sum(other.size for other in group) + file.size > size:
                 close_group()
@@ -103,10 +103,15 @@ def plan(files: Sequence[SourceFile], options: ReadOptions, size: int) -> tuple[
     return units, streams
 
 
-def _table_units(file: SourceFile, options: ReadOptions, size: int) -> list[Unit]:
+def table_units(file: SourceFile, column: str | None, size: int) -> list[Unit]:
+    """Units of a table, cut between row groups. column: the one that is measured; None: all.
+
+    Raises:
+        JobError: the table is unreadable or lacks the text column.
+    """
     from swift_dist.data.tables import row_groups
 
-    groups = row_groups(file, options.text_key)
+    groups = row_groups(file, column)
     total = sum(text_bytes for _, text_bytes in groups) or 1
     units: list[Unit] = []
     start = stop = held = 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.engines.base import DataCoordinates, Engine, MicroBatch, StepResult
-from swift_dist.errors import JobError
+from swift_dist.engines.base import DataCoordinates, Engine, Evaluation, MicroBatch, StepResult
 
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
     from swift_dist.runs.worker import Worker
 
-__all__ = ["DataCoordinates", "Engine", "MicroBatch", "StepResult", "build_engine"]
+__all__ = ["DataCoordinates", "Engine", "Evaluation", "MicroBatch", "StepResult", "build_engine"]
 
 
 def build_engine(job: JobConfig, hf_config: dict[str, Any], worker: Worker) -> Engine:
@@ -20,8 +19,10 @@ def build_engine(job: JobConfig, hf_config: dict[str, Any], worker: Worker) -> E
     Raises:
         JobError: the job asks for something that this engine or this machine does not have.
     """
-    if job.engine != "megatron":
-        raise JobError("engine", f"{job.engine!r} does not pretrain yet", "use engine: megatron")
+    if job.engine == "hf":
+        from swift_dist.engines.hf.engine import HFEngine
+
+        return HFEngine(job, hf_config, worker)
     from swift_dist.engines.megatron.engine import MegatronEngine
     from swift_dist.models import find_family
     from swift_dist.parallel import ParallelLayout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +45,7 @@ class StepResult:
         skipped: the weights were left as they were.
         reason: why, if skipped.
         stop: some rank was asked to stop.
+        metrics: what else the objective reports, by name: means over the global batch.
     """
 
     loss: float
@@ -54,6 +55,15 @@ class StepResult:
     skipped: bool = False
     reason: str = ""
     stop: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss (nan: nothing was evaluated) and what else the objective reports, the same on every rank."""
+
+    loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -69,15 +79,22 @@ class Engine(Protocol):
         """One optimizer step (number `step`, from 0) on this rank's micro-batches ([] where it needs no data)."""
         ...
 
-    def evaluate(self, batches: Iterable[list[MicroBatch]]) -> float:
-        """Mean loss over the counting tokens of some global batches, with dropout off."""
+    def evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
+        """Mean loss over some global batches, with dropout off."""
         ...
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def load_pretrained(self, folder: Path) -> None: ...
+    def load_pretrained(self, folder: Path) -> None:
+        """Take the weights of a Hugging Face folder (nothing for an engine that was made with them)."""
+        ...
+
+    def export(self, run_dir: Path) -> Path | None:
+        """Write the final weights in a form that others read, into `run_dir`; None: the checkpoints are what it
+        leaves (`swift-dist convert` makes other forms of them)."""
+        ...
 
     def close(self) -> None:
         """Leave the process groups and free everything, also after a peer died. May be called twice."""

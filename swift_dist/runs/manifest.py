@@ -106,7 +106,9 @@ def hash_model(job: JobConfig) -> dict[str, Any]:
 
 
 def hash_data(job: JobConfig) -> dict[str, Any]:
-    """Digests of every prepared dataset's files, by prefix."""
+    """Digests of every prepared dataset's files, by prefix. (Rows have theirs in the checkpoints' fingerprint.)"""
+    if job.task != "pretrain":
+        return {}
     prefixes = [entry.path for entry in (*job.data.train, *job.data.validation)]
     return {p: _hash_files(Path(f"{p}{suffix}") for suffix in (".idx", ".bin")) for p in dict.fromkeys(prefixes)}
 

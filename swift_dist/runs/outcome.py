@@ -8,6 +8,9 @@ from typing import Any
 
 from swift_dist.runs.folder import RunFolder
 
+EXPORTS = ("model", "adapter")
+"""Folders of a run that hold its final weights in Hugging Face's or PEFT's form."""
+
 
 def newest_step(folder: RunFolder) -> int | None:
     """The step that checkpoints/latest names."""
@@ -15,6 +18,11 @@ def newest_step(folder: RunFolder) -> int | None:
         return int((folder.checkpoints / "latest").read_text().strip().removeprefix("step_"))
     except (OSError, ValueError):
         return None
+
+
+def exported(folder: RunFolder) -> str | None:
+    """The folder of a run's final weights, if there is one."""
+    return next((str(folder.path / name) for name in EXPORTS if (folder.path / name).is_dir()), None)
 
 
 def read_outcome(run: Path, after: int = 0) -> dict[str, Any] | None:
@@ -33,6 +41,7 @@ def read_outcome(run: Path, after: int = 0) -> dict[str, Any] | None:
     return {
         "state": newest["state"],
         "output": str(run),
+        "export": exported(folder) if newest["state"] == "done" else None,
         "step": status.step,
         "loss": status.loss,
         "checkpoint": newest_step(folder),

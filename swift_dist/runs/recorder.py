@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from swift_dist.config import JobConfig
@@ -26,6 +27,8 @@ class StepNumbers(Protocol):
     def skipped(self) -> bool: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 class Recorder:
@@ -77,14 +80,16 @@ class Recorder:
             "memory_gib": memory_gib(self._device),
             "data_wait_seconds": round(data_wait, 6),
         }
+        row |= result.metrics
         if result.skipped:
             row.update(skipped=True, reason=result.reason)
         self._reporters.log(self._log.append(row))
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """The validation loss after `step` steps."""
+    def evaluation(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """The validation loss after `step` steps, and the objective's other means."""
         if self._writes:
-            self._reporters.log(self._log.append({"step": step, "eval_loss": loss}))
+            others = {f"eval_{name}": value for name, value in (metrics or {}).items()}
+            self._reporters.log(self._log.append({"step": step, "eval_loss": loss, **others}))
 
     def close(self) -> None:
         """Flush everything; trackers get a bounded time."""

@@ -39,11 +39,18 @@ _GROUPS = {
     "mfu": "speed/mfu",
     "memory_gib": "memory/gib",
 }
+_PLACES = ("step", "tokens", "skipped", "reason")
 
 
 def scalars(row: Row) -> dict[str, float]:
     """The numbers of a row under the names that every tracker shows (``train/loss``, ``eval/loss``, ...)."""
-    return {name: row[key] for key, name in _GROUPS.items() if row.get(key) is not None}
+    known = {name: row[key] for key, name in _GROUPS.items() if row.get(key) is not None}
+    others = {
+        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
+        for key, value in row.items()
+        if key not in _GROUPS and key not in _PLACES and isinstance(value, float)
+    }
+    return known | others
 
 
 def check_trackers(report: ReportSection) -> None:

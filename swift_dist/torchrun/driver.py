@@ -31,7 +31,7 @@ from swift_dist.launchers.torchrun import differences, torchrun_words
 from swift_dist.lifetime import end_with_parent
 from swift_dist.resolve import ResolvedJob, check_resume, resolve
 from swift_dist.runs.folder import RunFolder
-from swift_dist.runs.outcome import newest_step
+from swift_dist.runs.outcome import exported, newest_step
 from swift_dist.runs.progress import Monitor
 from swift_dist.runs.reporters import check_trackers
 from swift_dist.torchrun.meeting import Meeting, found, served
@@ -67,6 +67,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     return {
         "state": result["state"],
         "output": str(folder.path),
+        "export": exported(folder) if result["state"] == "done" else None,
         "step": result["step"],
         "loss": result["loss"],
         "checkpoint": result["checkpoint"] if result["checkpoint"] is not None else newest_step(folder),
@@ -123,7 +124,7 @@ def _require_same(job: JobConfig, folder: RunFolder) -> None:
     Raises:
         JobError: this node was given another one.
     """
-    for key, (mine, theirs) in differences(job, load_job(folder.job_path)).items():
+    for key, (mine, theirs) in differences(job, load_job(folder.job_path, task=None)).items():
         raise JobError(
             key,
             f"{mine or 'not given'} on this node, {theirs or 'not given'} on the first",

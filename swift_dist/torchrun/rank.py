@@ -91,7 +91,7 @@ def main(path: str) -> int:
     write_json(reports / f"place_{worker.rank}.json", place)
     report = reports / f"rank_{worker.rank}.json"
     try:
-        job = load_job(folder.job_path)
+        job = load_job(folder.job_path, task=None)
         resolved = resolve(job, nproc_per_node=worker.local_world_size, on_cuda=on_cuda, output=str(folder.path))
         from swift_dist import train
 

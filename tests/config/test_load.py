@@ -55,6 +55,13 @@ def test_dumped_job_loads_back_equal(tmp_path):
     assert again == job
 
 
+@pytest.mark.parametrize("task", ["pretrain", "sft", "rlhf"])
+def test_ranks_take_the_task_from_the_file(tmp_path, task):
+    job = load_job(None, ["--dataset", "x"], task)
+    assert job.task == task
+    assert load_job(write(tmp_path / "job.yaml", dump_job(job)), task=None) == job
+
+
 @pytest.mark.parametrize(
     ("words", "key", "says"),
     [

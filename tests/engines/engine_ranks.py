@@ -111,7 +111,7 @@ def evaluate_after(worker: Any, job: dict[str, Any], steps: int) -> tuple[float,
             step(engine, number)
         whole = cases.batch(steps, engine.hf_config["vocab_size"])
         mine = cases.share(whole, engine.data.dp_rank, engine.data.dp_size) if engine.data.needs_data else []
-        evaluated = engine.evaluate([mine])
+        evaluated = engine.evaluate([mine]).loss
         return evaluated, step(engine, steps).loss
     finally:
         engine.close()

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,7 @@ class Numbers:
     lr: float = 0.1
     tokens: int = 4096
     skipped: bool = False
+    metrics: dict = field(default_factory=dict)
     reason: str = ""
 
 

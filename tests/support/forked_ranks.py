@@ -1,7 +1,7 @@
 """Forks ranks from one process that has imported torch, megatron-core and the engine: a case starts in milliseconds.
 
-`fork_server.py`, a program of `gang.Gang`, runs `main`. Each line on stdin is a JSON request, each answer a line on
-stdout:
+`fork_server.py`, a program of `gang.Gang`, runs `main`; its arguments are further modules to import. Each line on
+stdin is a JSON request, each answer a line on stdout:
 ``{"start": {"file", "function", "world", "folder", "arguments"}}`` forks the ranks and answers with their process ids;
 each calls ``function(worker, **arguments)`` and leaves ``<folder>/result-<rank>.pickle``.
 ``{"wait": pids, "seconds": s}`` answers with exit statuses; a rank that is not done by then is killed (null).
@@ -125,6 +125,8 @@ def wait(pids: list[int], seconds: float) -> list[int | None]:
 
 
 def main() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = start(request["start"]) if "start" in request else wait(request["wait"], request["seconds"])

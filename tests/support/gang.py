@@ -13,12 +13,16 @@ from typing import Any
 
 
 class Gang:
-    """Runs ``function(worker, **arguments)`` of a file on some number of ranks. Arguments must be JSON."""
+    """Runs ``function(worker, **arguments)`` of a file on some number of ranks. Arguments must be JSON.
 
-    def __init__(self) -> None:
+    Args:
+        imports: further modules that the process imports before any rank is forked.
+    """
+
+    def __init__(self, imports: tuple[str, ...] = ()) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            [sys.executable, str(Path(__file__).with_name("fork_server.py")), *imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import math
-import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from swift_dist.config import JobConfig
-from swift_dist.engines.base import DataCoordinates, MicroBatch, StepResult
+from swift_dist.engines.base import DataCoordinates, Evaluation, MicroBatch, StepResult
 from swift_dist.engines.megatron import cpu_shim
+from swift_dist.engines.tracebacks import no_references_in_tracebacks
 from swift_dist.models import Family
 from swift_dist.optim import build_schedule
 from swift_dist.parallel import ParallelLayout
@@ -95,7 +94,7 @@ class MegatronEngine:
             GuardError: a NaN, an infinity or a loss spike where the job's policy is to stop.
             RuntimeError: a peer died. Call `close`, so that other ranks that wait for this one notice too.
         """
-        with _no_references_in_tracebacks():
+        with no_references_in_tracebacks():
             return self._train_step(micro_batches, step, stop)
 
     def _train_step(self, micro_batches: list[MicroBatch], step: int, stop: bool) -> StepResult:
@@ -172,10 +171,10 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 
-    def evaluate(self, batches: Iterable[list[MicroBatch]]) -> float:
+    def evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
         """Mean loss over the counting tokens of some global batches, with dropout off; nan if there are none."""
-        with torch.no_grad(), _no_references_in_tracebacks():
-            return self._evaluate(batches)
+        with torch.no_grad(), no_references_in_tracebacks():
+            return Evaluation(self._evaluate(batches))
 
     def _evaluate(self, batches: Iterable[list[MicroBatch]]) -> float:
         self._gather_params()
@@ -226,6 +225,10 @@ class MegatronEngine:
 
         state.load_pretrained(self, folder)
 
+    def export(self, run_dir: Path) -> Path | None:
+        """Nothing: a model that was trained on many ranks is gathered by `swift-dist convert`, not on one of them."""
+        return None
+
     def close(self) -> None:
         """Leave the process groups and free the model. Never waits for a peer; may be called twice."""
         if self._closed:
@@ -244,20 +247,3 @@ class MegatronEngine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _no_references_in_tracebacks() -> Iterator[None]:
-    """Let an error pass without the local variables of the frames it came through.
-
-    They hold process groups, and as long as somebody holds the error, the groups' sockets would stay open after
-    `close`: ranks that wait for this one would wait on.
-    """
-    try:
-        yield
-    except BaseException as error:
-        seen: BaseException | None = error
-        while seen is not None:
-            traceback.clear_frames(seen.__traceback__)
-            seen = seen.__context__
-        raise

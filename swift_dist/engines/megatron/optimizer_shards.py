@@ -18,32 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offset, size) in each dimension."""
-
-
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """The boxes that make up the flat range [start, stop) of a row-major array, in order; at most 2 * dims - 1."""
-    if start >= stop:
-        return
-    if len(shape) == 1:
-        yield (start,), (stop - start,)
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows are first .. last - 1
-    if first > last:  # the range lies within one row and touches neither end
-        yield from _in_row(shape, last, start - last * row, stop - last * row)
-        return
-    yield from _in_row(shape, first - 1, start - (first - 1) * row, row)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    yield from _in_row(shape, last, 0, stop - last * row)
-
-
-def _in_row(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[Box]:
-    if start < math.prod(shape[1:]):
-        for offset, size in boxes(shape[1:], start, stop):
-            yield (index, *offset), (1, *size)
+from swift_dist.checkpoint.boxes import boxes
 
 
 def shards(

@@ -1,0 +1,98 @@
+"""Which keys a task reads. A key that is set and that nothing would read is refused: it is never ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swift_dist.config.job import JobConfig
+from swift_dist.config.keys import walk
+from swift_dist.errors import JobError
+
+_ROWS = tuple(
+    f"data.{name}"
+    for name in "format columns split_ratio bad_rows packing padding_free group_by_length workers cache".split()
+)
+_FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
+_MEGATRON = ("parallel.", "train.fp8")
+_HF = ("strategy.", "train.compile", "model.attention", "model.liger")
+
+NOT_READ: dict[tuple[str, str], tuple[str, ...]] = {
+    ("pretrain", "megatron"): (*_FINE_TUNING, *_HF),
+    ("pretrain", "hf"): (*_FINE_TUNING, *_MEGATRON),
+    ("sft", "hf"): (*_MEGATRON, "data.mask_eod_loss"),
+    ("rlhf", "hf"): (*_MEGATRON, "data.mask_eod_loss"),
+}
+"""(task, engine) -> keys, or sections with their point, that it does not read."""
+
+
+def require_read(job: JobConfig) -> None:
+    """Refuse a key that differs from its default and that nothing in this job would read.
+
+    Raises:
+        JobError: naming it.
+    """
+    defaults = JobConfig(task=job.task, engine=job.engine)
+    unread = NOT_READ.get((job.task, job.engine or ""), ())
+    for key in walk(JobConfig):
+        if not key.name.startswith(unread) or not unread:
+            continue
+        value = _value(job, key.name)
+        if value != _value(defaults, key.name):
+            reader = _who_reads(key.name)
+            raise JobError(
+                key.name,
+                f"{value!r} has no effect on {job.task} with the {job.engine} engine",
+                f"leave it out{reader and f'; {reader} reads it'}",
+            )
+    _require_strategy(job)
+    _require_chosen(job)
+
+
+def _require_strategy(job: JobConfig) -> None:
+    """What only FSDP2 reads is not given to another strategy, nor a disk to what is no DeepSpeed."""
+    readers = {
+        "fsdp": ("reshard_after_forward", "hybrid_shard_size", "cpu_offload"),
+        "deepspeed": ("nvme_path",),
+    }
+    defaults = type(job.strategy)()
+    for strategy, names in readers.items():
+        for name in names:
+            value = getattr(job.strategy, name)
+            if value != getattr(defaults, name) and not getattr(job.strategy, strategy):
+                remedy = {"fsdp": "--fsdp fsdp2", "deepspeed": "--deepspeed zero3_nvme"}[strategy]
+                raise JobError(
+                    f"strategy.{name}",
+                    f"{value!r} has no effect without strategy.{strategy}",
+                    f"{remedy}, or leave it out",
+                )
+
+
+def _value(job: JobConfig, name: str) -> Any:
+    value: Any = job
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _who_reads(name: str) -> str:
+    return ", ".join(
+        f"{task} with --engine {engine}" for (task, engine), keys in NOT_READ.items() if not name.startswith(keys)
+    )
+
+
+def _require_chosen(job: JobConfig) -> None:
+    """The options of a tuner or objective that the job does not name are read by nobody either."""
+    if job.task == "pretrain":
+        return
+    for room, names in (("tuner", job.tuner.name), ("objective", (job.objective.resolved_name(job.task),))):
+        section = getattr(job, room)
+        for plugin in type(section).model_fields:
+            options = getattr(section, plugin)
+            if not hasattr(options, "model_fields_set") or plugin in names or options == type(options)():
+                continue
+            changed = next(n for n in type(options).model_fields if getattr(options, n) != getattr(type(options)(), n))
+            raise JobError(
+                f"{room}.{plugin}.{changed}",
+                f"has no effect: {room}.name is {' '.join(names)}",
+                f"--{room}.name {plugin}, or leave it out",
+            )

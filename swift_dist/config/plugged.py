@@ -1,0 +1,24 @@
+"""Sections made of plug-ins: the options of every file of a room, each declared in its own file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from pydantic import Field, create_model
+
+from swift_dist.config.section import Section
+from swift_dist.plugins import names
+
+
+def plugged(room: str, base: type[Section] = Section, name: str | None = None) -> Any:
+    """`base` with a field ``<name>`` for every file of `room` that has ``Options``, a Section with defaults.
+
+    Their fields are found when this runs, so type checkers do not know them.
+    """
+    fields: dict[str, Any] = {}
+    for plugin in names(room):
+        options = getattr(importlib.import_module(f"{room}.{plugin}"), "Options", None)
+        if options is not None and options.model_fields:
+            fields[plugin] = (options, Field(options()))
+    return create_model(name or base.__name__, __base__=base, **fields)

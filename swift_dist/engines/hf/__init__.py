@@ -1,0 +1,1 @@
+"""The hf engine: transformers' models under DDP, FSDP2 or DeepSpeed."""

@@ -1,0 +1,128 @@
+"""From a micro-batch of tokens to the model's arguments and to what an objective reads."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from swift_dist.engines.base import MicroBatch
+from swift_dist.engines.hf.attention import boundaries
+from swift_dist.engines.hf.logps import token_logps
+from swift_dist.objectives.base import Batch, Needs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch on its device.
+
+    Args:
+        arguments: of the model's forward.
+        batch: the objective's view, without log-probabilities and scores.
+        labels: int64 [N], the tokens to predict where the weight is not 0.
+        columns: int64 [K], the positions whose logits are wanted, of every row of the micro-batch.
+        chosen: bool [b, K], which of those are among the N.
+        num_tokens: tokens that are no padding.
+    """
+
+    arguments: dict[str, Any]
+    batch: Batch
+    labels: torch.Tensor
+    columns: torch.Tensor
+    chosen: torch.Tensor
+    num_tokens: int
+
+
+def prepare(micro_batch: MicroBatch, device: torch.device, needs: Needs) -> Prepared:
+    """Move a micro-batch to `device` and take it apart.
+
+    Args:
+        micro_batch: as `data.samples.loader.SampleData` lays it out, or as `data.loader.TrainingData` does (whole
+            sequences of packed text, which count as one sample each).
+    """
+    if "loss_mask" in micro_batch:
+        micro_batch = _of_text(micro_batch)
+    held = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+    weights, segments = held["weights"], held["segments"]
+    arguments: dict[str, Any] = {"input_ids": held["tokens"], "use_cache": False}
+    if "attention_mask" in held:
+        arguments["attention_mask"] = held["attention_mask"]
+    elif len(held["tokens"]) == 1:
+        arguments |= {"position_ids": held["position_ids"], **_boundaries(micro_batch, device)}
+    mask = weights != 0
+    columns = mask.any(dim=0).nonzero().squeeze(1)
+    batch = Batch(
+        weights=weights[mask],
+        segments=segments[mask],
+        lengths=held["lengths"],
+        sample_weights=held["sample_weights"],
+        labels=held.get("sequence_labels"),
+    )
+    if needs == "token_scores":
+        batch = replace(batch, labels=held["labels"][mask])
+    num_tokens = int((micro_batch["segments"] >= 0).sum())
+    return Prepared(arguments, batch, held["labels"][mask], columns, mask[:, columns], num_tokens)
+
+
+def _boundaries(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    """Where the sequences of a packed row lie; what fills the row up is a sequence of its own."""
+    lengths = [int(length) for length in micro_batch["lengths"]]
+    rest = micro_batch["tokens"].shape[1] - sum(lengths)
+    return boundaries([*lengths, rest] if rest else lengths, device)
+
+
+def _of_text(micro_batch: MicroBatch) -> MicroBatch:
+    tokens = micro_batch["tokens"]
+    rows, length = tokens.shape
+    return {
+        "tokens": tokens,
+        "labels": micro_batch["labels"],
+        "weights": micro_batch["loss_mask"],
+        "segments": torch.arange(rows)[:, None].expand(rows, length),
+        "attention_mask": torch.ones_like(tokens),
+        "lengths": torch.full((rows,), length),
+        "sample_weights": torch.ones(rows),
+    }
+
+
+class Forward:
+    """Calls the model and gives the objective what it needs.
+
+    Only the logits of positions that count are made where the model allows it (``logits_to_keep``): prompts and
+    padding cost no product with the vocabulary.
+
+    Args:
+        model: the model as transformers made it, before tuners and strategies wrapped it.
+        needs: what the objective needs.
+    """
+
+    def __init__(self, model: torch.nn.Module, needs: Needs) -> None:
+        self._needs = needs
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(self, module: torch.nn.Module, prepared: Prepared) -> Batch:
+        """`prepared.batch` with log-probabilities or scores, with gradient."""
+        if self._needs == "sequence_scores":
+            return replace(prepared.batch, scores=module(**prepared.arguments).logits.float())
+        if self._needs == "token_scores":
+            logits = module(**prepared.arguments).logits[:, prepared.columns]
+            return replace(prepared.batch, scores=logits[prepared.chosen].float())
+        logits, chosen = self._logits(module, prepared)
+        if logits.shape[0] > 1:
+            logits = logits[chosen]
+        else:  # a packed row: every column is chosen, and a view costs no copy in either direction (a slice costs one)
+            logits = logits.view(-1, logits.shape[-1])
+            logits = logits if len(logits) == len(prepared.labels) else logits[: len(prepared.labels)]
+        return replace(prepared.batch, logps=token_logps(logits, prepared.labels, reuse_logits=True))
+
+    def _logits(self, module: torch.nn.Module, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [b, K, V] of the wanted positions, and which of them count [b, K]."""
+        columns, chosen = prepared.columns, prepared.chosen
+        if not self._keeps_logits:
+            return module(**prepared.arguments).logits[:, columns], chosen
+        if not len(columns):  # nothing counts: one position, so that every rank's forward and backward take part
+            columns = columns.new_zeros(1)
+            chosen = torch.zeros(len(chosen), 1, dtype=torch.bool, device=columns.device)
+        return module(**prepared.arguments, logits_to_keep=columns).logits, chosen

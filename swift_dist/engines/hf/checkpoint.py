@@ -1,0 +1,81 @@
+"""The hf engine's state as megatron-core's distributed checkpoint wants it, and back; and its final weights."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_dist.runs.guard import GuardHistory
+
+if TYPE_CHECKING:
+    from swift_dist.engines.hf.engine import HFEngine
+
+log = logging.getLogger(__name__)
+
+
+def collect(engine: HFEngine, is_loading: bool) -> dict[str, Any]:
+    """See `HFEngine.sharded_state_dict`.
+
+    What is the same on every rank is saved once: the tuners' own state too.
+    """
+    return {
+        **engine.strategy.sharded_state(is_loading),
+        "engine": {
+            "steps": engine.steps,
+            "updates": engine.updates,
+            "guard": engine.history.to_dict(),
+            "tuners": engine.tuners.state(engine.model),
+        },
+    }
+
+
+def restore(engine: HFEngine, loaded: dict[str, Any]) -> None:
+    """See `HFEngine.load_state_dict`."""
+    engine.strategy.load_sharded_state(loaded)
+    numbers = loaded["engine"]
+    engine.updates, engine.steps = numbers["updates"], numbers["steps"]
+    engine.history = GuardHistory.from_dict(numbers["guard"])
+    engine.tuners.load_state(engine.model, numbers["tuners"])
+
+
+def export(engine: HFEngine, run_dir: Path) -> Path | None:
+    """See `HFEngine.export`: ``model/`` for whole weights, ``adapter/`` for those beside a base.
+
+    Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new
+    one is whole.
+    """
+    weights = dict(engine.strategy.whole_weights(engine.tuners.exported(engine.model)))
+    if engine.worker.rank != 0:
+        return None
+    folder = run_dir / engine.tuners.saves
+    partial = run_dir / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    engine.tuners.export(engine.model, weights, partial)
+    _save_tokenizer(engine, partial)
+    previous = run_dir / f".{folder.name}.previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    log.info("wrote %s", folder)
+    return folder
+
+
+def _save_tokenizer(engine: HFEngine, folder: Path) -> None:
+    """The tokenizer and its chat template go with the weights."""
+    from transformers import AutoTokenizer
+
+    path = engine.job.model.tokenizer or engine.job.model.path
+    if path is None:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=engine.job.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if engine.job.model.tokenizer:
+            raise
+        log.info("%s has no tokenizer that could go with the weights (%s)", path, str(error).splitlines()[0])
+        return
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,307 @@
+"""The hf engine: one rank's part of fine-tuning a transformers model, with CUDA + NCCL or CPU + gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from swift_dist.config import JobConfig
+from swift_dist.engines.base import DataCoordinates, Evaluation, MicroBatch, StepResult
+from swift_dist.engines.groups import join_world, leave_world, wait_longer
+from swift_dist.engines.hf import checkpoint, model
+from swift_dist.engines.hf.batches import Forward, Prepared, prepare
+from swift_dist.engines.hf.reference import Reference
+from swift_dist.engines.hf.strategies.base import Setting, Strategy
+from swift_dist.engines.tracebacks import no_references_in_tracebacks
+from swift_dist.objectives.base import Batch, Objective
+from swift_dist.optim import build_schedule, make_optimizer, parameter_groups
+from swift_dist.parallel import ParallelLayout
+from swift_dist.plugins import find
+from swift_dist.runs.guard import Continue, Decision, GuardError, GuardHistory, GuardPolicy, Skip, Stop, decide
+from swift_dist.runs.worker import Worker
+from swift_dist.tuners import find_tuners
+
+
+class HFEngine:
+    """Builds the model on this rank, trains it step by step, hands its state to whoever saves it.
+
+    All methods are collective. The engine joins the group of all ranks when it is made and leaves it in `close`, after
+    which the same process can make another one.
+
+    Args:
+        job: the job.
+        hf_config: the model's config.json.
+        worker: this rank.
+    """
+
+    def __init__(self, job: JobConfig, hf_config: dict[str, Any], worker: Worker) -> None:
+        self.job, self.worker = job, worker
+        self.device = torch.device(worker.device)
+        self.layout = ParallelLayout(world_size=worker.world_size)
+        self.data = DataCoordinates(worker.rank, worker.world_size, 0, 1, True)
+        self.content_metadata: dict[str, Any] = {}
+        self.objective: Objective = find("swift_dist.objectives", job.objective.resolved_name(job.task), "OBJECTIVE")
+        self.objective_options = getattr(job.objective, self.objective.name, None)
+        self.tuners = find_tuners(job.tuner)
+        assert job.train.steps is not None, "resolve() fills it"
+        self.schedule = build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
+        self.updates = self.steps = 0
+        self.history = GuardHistory()
+        self._closed = False
+        try:
+            join_world(worker, job.cluster.rendezvous_timeout)
+            wait_longer()
+            self._build(hf_config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, hf_config: dict[str, Any]) -> None:
+        job, needs = self.job, self.objective.needs
+        torch.manual_seed(job.train.seed)  # heads and adapters begin alike on every rank
+        num_labels = 1 if needs == "sequence_scores" and self.objective.sample == "pair" else job.model.num_labels
+        base: Any = model.load_base(job, hf_config, needs, self.tuners, num_labels=num_labels)
+        self.batch_layout = model.choose_layout(job, base, needs)
+        self.pad_id = model.pad_id(base)
+        if job.train.recompute == "full":
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.forward = Forward(base, needs)
+        model.use_liger(base, job, self.device)
+        self.model = model.apply_tuners(base, self.tuners, job.train.seed)
+        if job.train.compile:
+            model.compile_layers(self.model)
+        self.flops_per_token = _flops_per_token(self.model)
+        wants = self.objective.needs_reference(self.objective_options)
+        self.reference = Reference(job, hf_config, self) if wants else None
+        setting = Setting(
+            job=job,
+            device=self.device,
+            group=None,
+            make_optimizer=self._make_optimizer,
+            parameter_groups=lambda module: parameter_groups(module, job.optimizer, self.tuners.learning_rate_scale),
+        )
+        make = find("swift_dist.engines.hf.strategies", job.strategy.name, "STRATEGY")
+        self.strategy: Strategy = make(self.model, setting)
+
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return make_optimizer(groups, self.job.optimizer, self.device)
+
+        return self.tuners.optimizer(groups, make)
+
+    def train_step(self, micro_batches: list[MicroBatch], step: int, *, stop: bool = False) -> StepResult:
+        """One optimizer step. What every rank must know alike travels in one small reduction before weights change.
+
+        Raises:
+            GuardError: a NaN, an infinity or a loss spike where the job's policy is to stop.
+            RuntimeError: a peer died. Call `close`, so that other ranks that wait for this one notice too.
+        """
+        with no_references_in_tracebacks():
+            return self._train_step(micro_batches, step, stop)
+
+    def _train_step(self, micro_batches: list[MicroBatch], step: int, stop: bool) -> StepResult:
+        self.strategy.module.train()
+        # dropout: a pure function of the step, so a resume needs no generator's state
+        torch.manual_seed(_mixed(self.job.train.seed, step, self.worker.rank))
+        self.tuners.before_step(self.model, step, self.job.train.steps or 0)
+        prepared = [prepare(batch, self.device, self.objective.needs) for batch in micro_batches]
+        total = self._total(prepared)
+        statistics = self._statistics(prepared)
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, item in enumerate(prepared):
+            batch = self._with_reference(replace(item.batch, statistics=statistics), item)
+            with self.strategy.accumulate(index == len(prepared) - 1):
+                part = self.objective.loss(self._forward(item, batch), total, self.objective_options)
+                self.strategy.backward(part.value)
+            loss += part.value.detach()
+            _add(sums, part.metrics)
+        grad_norm = self.strategy.gradient_norm()
+        tokens = sum(item.num_tokens for item in prepared)
+        return self._finish(step, loss, grad_norm, tokens, stop, sums)
+
+    def _finish(
+        self, step: int, loss: Any, grad_norm: float, tokens: int, stop: bool, sums: dict[str, torch.Tensor]
+    ) -> StepResult:
+        norm = grad_norm if self.worker.rank == 0 else 0.0  # all ranks have it; take one's
+        head = torch.tensor([float(loss), norm, tokens, float(stop)], dtype=torch.float64, device=self.device)
+        numbers = torch.cat([head, *(sums[name] for name in sorted(sums))])
+        dist.all_reduce(numbers)
+        value, norm, all_tokens, stops, *rest = numbers.tolist()
+        decision = self._decide(step, value, norm)
+        lr = self.schedule(step)
+        if isinstance(decision, Continue):
+            self.strategy.update(lr, self._ready(step, norm))
+            self.updates += 1
+        else:
+            self.strategy.skip()
+        if not self._overflowed(value, norm):
+            self.history = self.history.after(decision, value)
+        self.steps = step + 1
+        reason = decision.reason if isinstance(decision, Skip) else ""
+        return StepResult(
+            value, norm, lr, round(all_tokens), bool(reason), reason, stops > 0, _means(sorted(sums), rest)
+        )
+
+    def _ready(self, step: int, norm: float) -> float:
+        """Let tuners see the step's gradients; returns the norm of what they made of them."""
+        if not self.tuners.changes_gradients:
+            return norm
+        scale = self.strategy.loss_scale or 1.0
+        self.tuners.before_update(self.model, step, self.job.train.steps or 0, gradient_scale=scale)
+        return self.strategy.gradient_norm()
+
+    def _overflowed(self, loss: float, grad_norm: float) -> bool:
+        """An fp16 overflow that a smaller loss scale cures."""
+        scale = self.strategy.loss_scale
+        return scale is not None and scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm)
+
+    def _decide(self, step: int, loss: float, grad_norm: float) -> Decision:
+        if self._overflowed(loss, grad_norm):
+            return Skip(f"fp16 gradients overflow at loss scale {self.strategy.loss_scale:g}")
+        decision = decide(
+            GuardPolicy.of(self.job.train),
+            self.history,
+            step=step + 1,
+            global_batch_size=self.job.train.global_batch_size,
+            loss=loss,
+            grad_norm=grad_norm,
+        )
+        if isinstance(decision, Stop):
+            raise GuardError(decision.reason, decision.remedy)
+        return decision
+
+    def _forward(self, item: Prepared, batch: Batch) -> Batch:
+        outputs = self.forward(self.strategy.module, item)
+        return replace(batch, logps=outputs.logps, scores=outputs.scores)
+
+    def _with_reference(self, batch: Batch, item: Prepared) -> Batch:
+        if self.reference is None:
+            return batch
+        return replace(batch, reference_logps=self.reference.logps(item))
+
+    def _total(self, prepared: list[Prepared]) -> torch.Tensor:
+        """What the loss is normalised by, over the global batch."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for item in prepared:
+            total += self.objective.count(item.batch)
+        dist.all_reduce(total)
+        return total.clamp(min=1e-12).float()
+
+    def _statistics(self, prepared: list[Prepared]) -> dict[str, float]:
+        """What an objective wants to know of the whole global batch before any loss: a forward pass of its own."""
+        if self.objective.statistics is None:
+            return {}
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
+        with torch.no_grad(), self.inference():
+            for item in prepared:
+                batch = self._with_reference(self._forward(item, item.batch), item)
+                for name, value in self.objective.statistics(batch, self.objective_options).items():
+                    sums[name] += value
+        numbers = torch.stack([sums[name] for name in sorted(sums)])
+        dist.all_reduce(numbers)
+        return dict(zip(sorted(sums), numbers.tolist(), strict=True))
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Around forward passes without gradient: dropout and noise are off."""
+        return _eval_mode(self.strategy.module)
+
+    def evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
+        """Mean loss over some global batches, with dropout off; nan if there are none."""
+        with torch.no_grad(), self.inference(), no_references_in_tracebacks():
+            return self._evaluate(batches)
+
+    def _evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
+        for micro_batches in batches:
+            prepared = [prepare(batch, self.device, self.objective.needs) for batch in micro_batches]
+            total, statistics = self._total(prepared), self._statistics(prepared)
+            for item in prepared:
+                batch = self._with_reference(replace(item.batch, statistics=statistics), item)
+                part = self.objective.loss(self._forward(item, batch), total, self.objective_options)
+                count = self.objective.count(item.batch).double()
+                _add(sums, {**part.metrics, "": (part.value * total, count)})
+        if not sums:
+            return Evaluation(math.nan)
+        names = sorted(sums)
+        numbers = torch.cat([sums[name] for name in names])
+        dist.all_reduce(numbers)
+        means = _means(names, numbers.tolist())
+        return Evaluation(means.pop("", math.nan), means)
+
+    def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """Everything that a resume needs: pieces of tensors for `megatron.core.dist_checkpointing`, plain numbers."""
+        return checkpoint.collect(self, is_loading)
+
+    def load_state_dict(self, loaded: dict[str, Any]) -> None:
+        """Take over what was loaded into `sharded_state_dict(is_loading=True)`."""
+        checkpoint.restore(self, loaded)
+
+    def load_pretrained(self, folder: Path) -> None:
+        """Nothing: the model was made with its weights."""
+
+    def export(self, run_dir: Path) -> Path | None:
+        """Write what `from_pretrained` reads, into `run_dir`; returns the folder, on rank 0."""
+        return checkpoint.export(self, run_dir)
+
+    def close(self) -> None:
+        """Leave the process groups and free the model. Never waits for a peer; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        strategy = self.__dict__.pop("strategy", None)
+        if strategy is not None:
+            strategy.close()
+        for name in ("model", "forward", "reference"):
+            self.__dict__.pop(name, None)
+        leave_world()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _eval_mode(module: torch.nn.Module) -> Any:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    value = 0
+    for number in numbers:
+        value = (value * 1_000_003 + number + 1) % (1 << 63)
+    return value
+
+
+def _add(sums: dict[str, torch.Tensor], metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for name, (value, count) in metrics.items():
+        sums[name] += torch.stack((torch.as_tensor(value).double(), torch.as_tensor(count).double())).to(sums[name])
+
+
+def _means(names: list[str], numbers: list[float]) -> dict[str, float]:
+    return {
+        name: numbers[2 * index] / numbers[2 * index + 1] for index, name in enumerate(names) if numbers[2 * index + 1]
+    }
+
+
+def _flops_per_token(model: torch.nn.Module) -> float:
+    """Of forward and backward: 2 for each weight forward, 2 for the gradient of activations, 2 for that of a weight
+    that learns. (Attention's own products, which depend on the length, are left out.)"""
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    learning = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p.requires_grad)
+    return 4.0 * weights + 2.0 * learning

@@ -1,0 +1,171 @@
+"""The model of a job, as transformers and the job's tuners make it: the same whole weights on every rank."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from swift_dist.config import JobConfig
+from swift_dist.engines.hf import attention
+from swift_dist.errors import JobError
+from swift_dist.models import model_folder
+from swift_dist.objectives.base import Needs
+from swift_dist.tuners import TunerStack
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTO = {
+    "tokens": "AutoModelForCausalLM",
+    "sequence_scores": "AutoModelForSequenceClassification",
+    "token_scores": "AutoModelForTokenClassification",
+}
+
+
+def load_base(
+    job: JobConfig,
+    hf_config: dict[str, Any],
+    needs: Needs,
+    tuners: TunerStack | None,
+    *,
+    num_labels: int | None = None,
+    path: str | None = None,
+) -> torch.nn.Module:
+    """A model as transformers makes it, on the CPU.
+
+    Args:
+        job: the job.
+        hf_config: the model's config.json.
+        needs: what it is to return; decides its head.
+        tuners: say how weights are to be loaded; the base of an adapter is held in the compute precision, what
+            learns as a whole in fp32. None: nothing learns (a reference).
+        num_labels: outputs of its head (None: as config.json says).
+        path: another model than the job's.
+
+    Raises:
+        JobError: transformers has no such model, or cannot read it.
+    """
+    import transformers
+
+    auto = getattr(transformers, _AUTO[needs])
+    learns_whole = tuners is not None and tuners.saves == "model"
+    dtype = torch.float32 if learns_whole else DTYPES[job.train.precision]
+    arguments = {"dtype": dtype, "trust_remote_code": job.model.trust_remote_code}
+    if job.model.attention:
+        arguments["attn_implementation"] = job.model.attention
+    if needs != "tokens" and num_labels:
+        arguments["num_labels"] = num_labels
+    try:
+        source = path or job.model.path
+        if source and (path or job.model.resolved_init == "pretrained"):
+            arguments |= tuners.load_arguments() if tuners else {}
+            return auto.from_pretrained(model_folder(source, weights=True), **arguments)
+        config = _config(job, hf_config)
+        if "num_labels" in arguments:
+            config.num_labels = arguments.pop("num_labels")
+        model = auto.from_config(config, **arguments)
+        model.to(dtype)
+        return model
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise JobError(
+            "model.path" if path is None else "objective.reference",
+            f"transformers cannot make this model: {str(error).splitlines()[0]}",
+            f"give a folder or id that {_AUTO[needs]}.from_pretrained reads",
+        ) from error
+
+
+def _config(job: JobConfig, hf_config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    if job.model.path:
+        folder = model_folder(job.model.path, weights=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=job.model.trust_remote_code)
+    values = dict(hf_config)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
+    """ "packed" or "padded": how a micro-batch is laid out for this model; sets the attention that goes with it.
+
+    Raises:
+        JobError: packing, or a layout without padding, is asked for and the model cannot do it.
+    """
+    wanted = job.data.padding_free
+    reason: str | None = None
+    if needs != "tokens":
+        reason = "a classification head reads one sequence from each row"
+    elif job.model.attention:
+        reason = f"model.attention {job.model.attention} does not keep packed sequences apart"
+    elif job.task == "pretrain":
+        reason = "pretraining's samples are as long as the row"
+    else:
+        reason = attention.refusal(model)
+    if reason and (job.data.packing or wanted):
+        key = "data.packing" if job.data.packing else "data.padding_free"
+        raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
+    if reason or (wanted is False and not job.data.packing):
+        if reason and job.task != "pretrain":
+            log.info("batches are padded: %s", reason)
+        return "padded"
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return "packed"
+
+
+def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:
+    """Put Liger's kernels in the place of norms, rotary embeddings and gated MLPs (not of the loss: objectives take
+    log-probabilities). By default where they are installed, on CUDA.
+
+    Raises:
+        JobError: they are asked for and cannot be used.
+    """
+    import importlib.util
+
+    on_cuda, installed = device.type == "cuda", importlib.util.find_spec("liger_kernel") is not None
+    if job.model.liger and not (on_cuda and installed):
+        raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
+    if job.model.liger is False or not (on_cuda and installed):
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """torch.compile each layer by itself, for any length: all layers share what was compiled for one.
+
+    Raises:
+        JobError: the model does not say what its layers are.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise JobError("train.compile", f"{type(model).__name__} does not name its layers", "leave it out")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def pad_id(model: Any) -> int:
+    """The token that fills rows up, which a classification head must know: it reads the last token that is another."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) or 0
+    return config.pad_token_id
+
+
+def apply_tuners(model: torch.nn.Module, tuners: TunerStack, seed: int) -> torch.nn.Module:
+    """Let every tuner change the model; what learns is held in fp32 from here on.
+
+    Raises:
+        JobError: nothing is left that learns.
+    """
+    model = tuners.apply(model, seed=seed)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not learning:
+        raise JobError("tuner.name", "no weight of the model learns", "look at the tuner's patterns of names")
+    for parameter in learning:
+        parameter.data = parameter.data.float()
+    return model
