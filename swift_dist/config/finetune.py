@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -19,6 +20,11 @@ class TemplateSection(Section):
     )
     thinking: Literal["keep", "drop"] = Field(
         "keep", description="thinking blocks of the turns that learn (earlier turns: as the template does)"
+    )
+    rewritten_turns: Literal["apart", "refuse"] = Field(
+        "apart",
+        description="answers that the chat template rewrites when more messages follow: learn each from a sample of its "
+        "own that ends with it, or leave the row out",
     )
     truncation: Literal["delete", "left", "right", "split"] = Field(
         "delete",
@@ -54,18 +60,24 @@ class StrategySection(Section):
         return "fsdp2" if self.fsdp else "ddp"
 
 
+_BETWEEN_NAMES = re.compile(r"[,\s]+(?![^\[]*\])")  # not within the brackets of a pattern: layers.[0,3]
+
+
 def _as_names(value: Any) -> Any:
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+    """One text, or each of a list, may hold several names: ``q_proj,v_proj`` is what a command line gives either way."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        return value
+    return tuple(name for item in items for name in _BETWEEN_NAMES.split(item) if name)
 
 
-Names = Annotated[
-    tuple[str, ...], BeforeValidator(_as_names, json_schema_input_type=str | tuple[str, ...]), Field(min_length=1)
-]
+AnyNames = Annotated[tuple[str, ...], BeforeValidator(_as_names, json_schema_input_type=str | tuple[str, ...])]
+Names = Annotated[AnyNames, Field(min_length=1)]
 
 
 class TunerBase(Section):
     name: Names = Field(("full",), description="what learns: files of swift_dist/tuners, applied in this order")
-    trainable: tuple[str, ...] = Field(
+    trainable: AnyNames = Field(
         (), description="patterns of further weights that learn and are saved whole, such as embed_tokens or lm_head"
     )
 
@@ -76,6 +88,11 @@ class ObjectiveBase(Section):
     )
     reference: str | None = Field(
         None, description="the reference model's folder or id (default: the model before it learns)"
+    )
+    precompute_reference: bool = Field(
+        False,
+        description="compute the reference model's log-probabilities once, before the first step, and hold no second "
+        "model while one learns",
     )
 
     def resolved_name(self, task: str) -> str:

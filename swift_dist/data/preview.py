@@ -41,10 +41,11 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
     """Encode the first rows.
 
     Returns:
-        rows: how many were read; formats and kinds: how many of each; sequences: how many were encoded; reasons: why
-        rows were left out, and how often; lengths: tokens of the sequences (min, median, p95, max, mean); learned:
-        share of all tokens with a weight; shown: of each row its origin, kind and sequences (name, tokens, learned,
-        pieces: [text, weight of its loss]).
+        rows: how many were read; formats and kinds: how many of each; sequences: how many were encoded; apart: rows
+        that were taken apart into several (`Template.encode_all`), and into how many; reasons: why rows, or sequences
+        of theirs, were left out, and how often; lengths: tokens of the sequences (min, median, p95, max, mean);
+        learned: share of all tokens with a weight; shown: of each row its origin, kind and sequences (name, tokens,
+        learned, pieces: [text, weight of its loss]).
 
     Raises:
         JobError: rows or tokenizer are missing, or the chat template gives no exact mask.
@@ -60,6 +61,7 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
     rows = 0
     formats, kinds, reasons = Counter[str](), Counter[str](), Counter[str]()
     lengths: list[int] = []
+    apart = {"rows": 0, "sequences": 0}
     learned = 0
     shown: list[dict[str, Any]] = []
     for form, origin, row in _rows(options):
@@ -75,10 +77,14 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
         if row.messages and kinds[kind] == 1:
             template.check()
         try:
-            sequences = _shortened(_encoded(template, row), kind, options)
+            whole = _encoded(template, row)
+            sequences, left_out = _shortened(whole, kind, options)
         except BadRowError as error:
             reasons[str(error)] += 1
             continue
+        if kind == "conversation" and len(whole) > 1:
+            apart = {"rows": apart["rows"] + 1, "sequences": apart["sequences"] + len(whole)}
+        reasons.update(left_out)
         lengths += [len(encoded) for _, encoded in sequences]
         learned += sum(int((encoded.weights > 0).sum()) for _, encoded in sequences)
         if len(shown) < options.rows:
@@ -88,6 +94,7 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
         "formats": dict(formats),
         "kinds": dict(kinds),
         "sequences": len(lengths),
+        "apart": apart,
         "reasons": dict(reasons.most_common()),
         "lengths": _distribution(lengths),
         "learned": learned / sum(lengths) if lengths else 0.0,
@@ -121,28 +128,46 @@ def _rows(options: PreviewOptions) -> Iterator[tuple[str, str, Any]]:
 def _encoded(template: Template, row: Row) -> list[tuple[str, Encoded]]:
     if row.rejected:
         return list(zip(("chosen", "rejected"), template.encode_pair(row), strict=True))
-    return [("", template.encode(row))]
+    sequences = template.encode_all(row)
+    return [(f"{k + 1} of {len(sequences)}" if len(sequences) > 1 else "", one) for k, one in enumerate(sequences)]
 
 
-def _shortened(sequences: list[tuple[str, Encoded]], kind: str, options: PreviewOptions) -> list[tuple[str, Encoded]]:
-    """What `template.truncation` makes of them."""
+def _shortened(
+    sequences: list[tuple[str, Encoded]], kind: str, options: PreviewOptions
+) -> tuple[list[tuple[str, Encoded]], list[str]]:
+    """What `template.truncation` makes of them, and why sequences of a row that others are left of are left out.
+
+    Raises:
+        LeftOutError: nothing is left of the row.
+    """
     from swift_dist.data.samples import truncation
 
     limit, how = options.sequence_length, options.template.truncation
     if limit is None:
-        return sequences
+        return sequences, []
     if kind == "pair":
         cut = truncation.pair(sequences[0][1], sequences[1][1], limit, how).sequences
-        return list(zip(("chosen", "rejected"), cut, strict=True))
+        return list(zip(("chosen", "rejected"), cut, strict=True)), []
     whole = sequences[0][1]
     if kind == "judged answer":
-        return [("", truncation.judged_answer(whole, limit, how))]
+        return [("", truncation.judged_answer(whole, limit, how))], []
     if kind == "classified":
         labels = [0] * int((whole.weights > 0).sum())
-        return [("", truncation.classified(whole, labels or 0, limit, how).sequences[0])]
-    samples = truncation.single(whole, limit, how)
-    names = [f"piece {k + 1}" for k in range(len(samples))] if len(samples) > 1 else [""]
-    return [(name, sample.sequences[0]) for name, sample in zip(names, samples, strict=True)]
+        return [("", truncation.classified(whole, labels or 0, limit, how).sequences[0])], []
+    short: list[tuple[str, Encoded]] = []
+    left_out: list[truncation.LeftOutError] = []
+    for name, whole in sequences:
+        try:
+            samples = truncation.single(whole, limit, how)
+        except truncation.LeftOutError as error:
+            left_out.append(error)
+            continue
+        pieces = [f"piece {k + 1}" for k in range(len(samples))] if len(samples) > 1 else [""]
+        names = [", ".join(filter(None, (name, piece))) for piece in pieces]
+        short += [(name, sample.sequences[0]) for name, sample in zip(names, samples, strict=True)]
+    if not short:
+        raise left_out[-1]
+    return short, [f"one sequence of several of its row: {error}" for error in left_out]
 
 
 def _shown(template: Template, name: str, encoded: Encoded) -> dict[str, Any]:
@@ -232,9 +257,15 @@ def _counts(result: dict[str, Any]) -> Iterator[str]:
     if result["lengths"]:
         spread = ", ".join(f"{name} {value:,.0f}" for name, value in result["lengths"].items())
         yield f"{result['sequences']:,} sequences, tokens: {spread}; {result['learned']:.0%} of all tokens learn"
+    if result["apart"]["rows"]:
+        rows, sequences = result["apart"]["rows"], result["apart"]["sequences"]
+        yield (
+            f"{rows:,} rows were taken apart into {sequences:,} sequences: the chat template rewrites earlier turns "
+            "(template.rewritten_turns)"
+        )
     left_out = sum(result["reasons"].values())
     if left_out:
-        yield f"{left_out:,} rows are left out:"
+        yield f"{left_out:,} are left out:"
     for reason, number in list(result["reasons"].items())[:_REASONS]:
         yield f"  {number:,}: {reason}"
     if len(result["reasons"]) > _REASONS:

@@ -190,9 +190,18 @@ class SampleStore:
         left_out = f" ({sum(bad.values())} left out: {reasons})" if bad else ""
         return (
             f"{self.name}: {facts['rows']} rows{left_out}, {self.num_samples} samples, {self.num_tokens} tokens; "
+            f"{self._taken_apart()}"
             f"length {lengths['median']} median, {lengths['p95']} p95, {lengths['max']} max; "
             f"{facts['learning_tokens'] / max(1, self.num_tokens):.1%} of the tokens learn"
         )
+
+    def _taken_apart(self) -> str:
+        """Of rows that the template gives several sequences (`Template.encode_all`)."""
+        apart = self.facts["apart"]
+        if not apart:
+            return ""
+        left_out = f" ({apart['left_out']} left out)" if apart.get("left_out") else ""
+        return f"{apart['rows']} rows were taken apart into {apart['sequences']} sequences{left_out}; "
 
 
 def check_labels(

@@ -83,6 +83,7 @@ class _Arrays:
     reasons: dict[str, int] = field(default_factory=dict)
     unusable: int = 0
     rows: int = 0
+    apart: dict[str, int] = field(default_factory=lambda: {"rows": 0, "sequences": 0, "left_out": 0})
 
     def add(self, sample: Sample, content: int) -> None:
         self.ids += [sequence.ids for sequence in sample.sequences]
@@ -104,8 +105,19 @@ class _Arrays:
         short = reason.split(" (")[0].split(":")[0] if known else "unusable"
         self.reasons[short] = self.reasons.get(short, 0) + 1
         self.unusable += not known
+        self._list(where, reason, "left out" if known else "unusable")
+
+    def take_apart(self, where: str, number: int, left_out: Sequence[tuple[int, LeftOutError]]) -> None:
+        """Note a row that gave `number` sequences (`Template.encode_all`), of which some are left out."""
+        self.apart["rows"] += 1
+        self.apart["sequences"] += number
+        self.apart["left_out"] += len(left_out)
+        for which, error in left_out:
+            self._list(where, f"sequence {which} of its {number}: {error}", "left out")
+
+    def _list(self, where: str, reason: str, kind: str) -> None:
         if len(self.bad) < _LISTED:
-            self.bad.append({"row": where, "reason": reason, "kind": "left out" if known else "unusable"})
+            self.bad.append({"row": where, "reason": reason, "kind": kind})
 
 
 class UnitEncoder:
@@ -132,7 +144,7 @@ class UnitEncoder:
         else:
             for where, row in self._rows(unit, arrays):
                 try:
-                    samples, content = self._samples(row)
+                    samples, content = self._samples(where, row, arrays)
                 except BadRowError as error:
                     arrays.leave_out(where, error)
                     continue
@@ -142,7 +154,7 @@ class UnitEncoder:
         size = self.recipe.units[unit.source][unit.unit].input_bytes
         return UnitFacts(unit, sum(map(len, arrays.ids)), size)
 
-    def _samples(self, row: Row) -> tuple[list[Sample], int]:
+    def _samples(self, where: str, row: Row, arrays: _Arrays) -> tuple[list[Sample], int]:
         """A row's samples and the hash of its content."""
         limit, how, template = self.recipe.sequence_length, self.recipe.template.truncation, self._template
         kind = self.recipe.kind
@@ -154,13 +166,24 @@ class UnitEncoder:
         if kind == "token_classification":
             whole = template.encode_words(row)
             return [truncation.classified_words(whole, row.label, limit, how)], content_hash(whole.ids)
-        # encode() would take a text with as many labels as words for one whose words are classified.
-        is_text = kind == "classification" and row.text is not None
-        whole = template.encode_text(row.text) if is_text else template.encode(row)
         if kind == "classification":
+            # encode() would take a text with as many labels as words for one whose words are classified.
+            whole = template.encode_text(row.text) if row.text is not None else template.encode(row)
             whole = Encoded(whole.ids, np.zeros_like(whole.weights))
             return [truncation.classified(whole, row.label, limit, how)], content_hash(whole.ids)
-        return truncation.single(whole, limit, how), content_hash(whole.ids)
+        sequences = template.encode_all(row)
+        samples: list[Sample] = []
+        left_out: list[tuple[int, LeftOutError]] = []
+        for number, whole in enumerate(sequences, 1):
+            try:
+                samples += truncation.single(whole, limit, how)
+            except LeftOutError as error:
+                left_out.append((number, error))
+        if not samples:
+            raise left_out[-1][1]
+        if len(sequences) > 1:
+            arrays.take_apart(where, len(sequences), left_out)
+        return samples, content_hash(*(whole.ids for whole in sequences))
 
     def _rows(self, unit: UnitId, arrays: _Arrays | None) -> Iterator[tuple[str, Row]]:
         """Rows of a unit; those that are none are noted in `arrays`, where it is given."""
@@ -246,6 +269,7 @@ def write_part(path: Path, arrays: _Arrays) -> None:
         "bad": arrays.bad,
         "reasons": arrays.reasons,
         "unusable": arrays.unusable,
+        "apart": arrays.apart,
         "label_kinds": sorted(arrays.label_kinds),
         "labels_are_float": arrays.labels_are_float,
     }

@@ -23,7 +23,7 @@ from swift_dist.data.templates.align import token_weights
 from swift_dist.data.templates.base import Encoded
 from swift_dist.data.templates.loss_scale import LOSS_SCALES, weighted_ranges
 from swift_dist.data.templates.renderer import Renderer
-from swift_dist.data.templates.turns import check_context, spans_of, split_thinking
+from swift_dist.data.templates.turns import Spans, check_context, spans_of, split_thinking
 from swift_dist.errors import JobError
 
 Message = dict[str, Any]
@@ -90,6 +90,20 @@ class Template:
         if problem and self.section.loss_scale != "all":
             raise JobError("template", f"the chat template of {self.name or 'the tokenizer'}: {problem}", remedy)
 
+    def encode_all(self, row: Row) -> list[Encoded]:
+        """The sequences of a row, in the order of the conversation: one, as `encode` makes it, where that can be.
+
+        Turns that the chat template rewrites when more messages follow learn from sequences of their own, unless
+        ``template.rewritten_turns: refuse``: each turn from exactly one, which ends with it or holds it as the model
+        would have generated it.
+
+        Raises:
+            BadRowError: as `encode`.
+        """
+        if row.text is not None or row.label is not None or row.num_answer:
+            return [self.encode(row)]
+        return self._conversation(row.messages, row.tools, 0, apart=self.section.rewritten_turns == "apart")
+
     def encode(self, row: Row) -> Encoded:
         """One sequence: a conversation, a judged answer (weights on the answer only), text, or what to classify.
 
@@ -97,7 +111,7 @@ class Template:
         `encode_words`.
 
         Raises:
-            BadRowError: the row cannot be encoded, or no token of it learns.
+            BadRowError: the row cannot be encoded, or not in one sequence, or no token of it learns.
         """
         classified = row.label is not None and not row.num_answer
         if classified and row.text is not None and _is_list(row.label) and len(row.label) == row.text.count(" ") + 1:
@@ -107,7 +121,7 @@ class Template:
         elif classified:
             encoded = self._classified(row)
         else:
-            return self._conversation(row.messages, row.tools, row.num_answer)
+            return self._conversation(row.messages, row.tools, row.num_answer)[0]
         return Encoded(encoded.ids, np.zeros_like(encoded.weights)) if classified else encoded
 
     def encode_pair(self, row: Row) -> tuple[Encoded, Encoded]:
@@ -119,8 +133,8 @@ class Template:
         if not row.num_answer or not row.rejected:
             raise BadRowError("the row is no preference pair")
         prompt = row.messages[: len(row.messages) - row.num_answer]
-        chosen = self._conversation(row.messages, row.tools, row.num_answer)
-        rejected = self._conversation((*prompt, *row.rejected), row.tools, len(row.rejected))
+        (chosen,) = self._conversation(row.messages, row.tools, row.num_answer)
+        (rejected,) = self._conversation((*prompt, *row.rejected), row.tools, len(row.rejected))
         first = [int(np.flatnonzero(encoded.weights)[0]) for encoded in (chosen, rejected)]
         if not np.array_equal(chosen.ids[: first[0]], rejected.ids[: first[1]]):
             raise BadRowError("the chat template writes the prompt differently before the two answers")
@@ -132,7 +146,7 @@ class Template:
             raise BadRowError("the row has no answer that is judged")
         prompt = row.messages[: len(row.messages) - row.num_answer]
         answer = answer_of.messages[len(answer_of.messages) - answer_of.num_answer :]
-        return self._conversation((*prompt, *answer), row.tools, len(answer))
+        return self._conversation((*prompt, *answer), row.tools, len(answer))[0]
 
     def encode_text(self, text: str) -> Encoded:
         """Plain text: what the tokenizer puts before it (such as BOS), the text, EOS; every token but the first learns.
@@ -185,21 +199,37 @@ class Template:
         ids, _ = self._tokens(text)
         return Encoded(ids, np.zeros(len(ids), np.float32))
 
-    def _conversation(self, given: Sequence[Message], tools: Sequence[dict[str, Any]], num_answer: int) -> Encoded:
+    def _conversation(
+        self, given: Sequence[Message], tools: Sequence[dict[str, Any]], num_answer: int, apart: bool = False
+    ) -> list[Encoded]:
+        """One sequence; or where turns may be learnt `apart`, as many as it takes (see `spans_of`)."""
         messages, tools = self._prepared(given, tools, num_answer)
         clean = [_clean(message) for message in messages]
         everything = self.section.loss_scale == "all" and not num_answer
         learning = [k for k, message in enumerate(messages) if _learns(message, everything)]
-        found = spans_of(self._renderer, clean, tools, learning)
-        check_context(clean, tools, found.text)
-        weights = np.full(len(found.text), 1.0 if everything else 0.0, np.float32)
+        # In several sequences every token would learn several times.
+        texts = spans_of(self._renderer, clean, tools, learning, apart and not everything)
+        encoded = [self._weighted(found, messages, clean, tools, 1.0 if everything else 0.0) for found in texts]
+        encoded = [sequence for sequence in encoded if sequence.weights.any()]
+        if not encoded:
+            raise BadRowError("no message of the assistant learns")
+        return encoded
+
+    def _weighted(
+        self,
+        found: Spans,
+        messages: Sequence[Message],
+        clean: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        given: float,
+    ) -> Encoded:
+        """The tokens of one text; `given` is the weight of what is no turn of the assistant that learns."""
+        check_context(clean[: found.num_messages], tools, found.text)
+        weights = np.full(len(found.text), given, np.float32)
         for k, (start, end) in found.spans.items():
             self._weigh(messages[k], found.text, start, end, weights)
         ids, offsets = self._tokens(found.text)
-        encoded = Encoded(ids, token_weights(found.text, offsets, weights, list(found.spans.values())))
-        if not encoded.weights.any():
-            raise BadRowError("no message of the assistant learns")
-        return encoded
+        return Encoded(ids, token_weights(found.text, offsets, weights, list(found.spans.values())))
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

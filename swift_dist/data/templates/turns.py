@@ -3,10 +3,10 @@
 The rule: asked with the messages before a turn and the generation prompt, the model would write the turn's text and
 then the token that ends it. So a turn's span begins where ``text(messages[:k], prompt)`` ends and goes up to and
 including the token at which generation stops; the header before it and what the template adds behind it (a newline
-after ``<|im_end|>``) are given. Both texts must be beginnings of the whole conversation's text: a template that
-rewrites earlier turns (leaves their thinking out, say) shows the model a turn that it would not have generated, and
-such a turn cannot learn. A template's own ``{% generation %}`` marks are believed where they agree with this rule on a
-plain answer.
+after ``<|im_end|>``) are given. Both texts must be beginnings of the text that the turn is learnt from. Where more
+messages follow, many templates rewrite earlier turns (they leave the thinking out, say), and show the model a turn that
+it would not have generated: such a turn learns from another text, which ends with it. A template's own
+``{% generation %}`` marks are believed where they agree with this rule on a plain answer.
 """
 
 from __future__ import annotations
@@ -28,88 +28,140 @@ _THINK_TAGS = re.compile(r"</?think>")
 @dataclass(frozen=True)
 class Spans:
     """Args:
-    text: the whole conversation as the model sees it.
-    spans: message number -> [first character, character after the turn's last token).
+    text: the conversation up to one of its messages, as the model sees it.
+    spans: of each message that learns from this text, its number -> [first character, character after its last token).
+    num_messages: how many messages of the conversation the text holds.
     """
 
     text: str
     spans: dict[int, tuple[int, int]]
+    num_messages: int
 
 
-def spans_of(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int]) -> Spans:
+@dataclass(frozen=True)
+class _Turn:
+    """A turn as the model would generate it: `text` is the conversation up to its end, `start` where it begins there,
+    `ends` what may stand behind `text` and belongs to the turn (see `Quirk.next_header_ends`)."""
+
+    text: str
+    start: int
+    ends: tuple[str, ...] = ("",)
+
+    def span_in(self, text: str) -> tuple[int, int] | None:
+        """Where the turn stands in the text of a longer conversation; None if it was rewritten there."""
+        end = next((self.text + end for end in self.ends if text.startswith(self.text + end)), None)
+        return None if end is None else (self.start, len(end))
+
+
+def spans_of(
+    renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int], apart: bool = False
+) -> list[Spans]:
     """Render a conversation and find the turns that learn.
 
     Args:
         messages: as chat templates take them.
         learning: numbers of the assistant's messages that learn, ascending.
+        apart: turns that the template rewrites where more messages follow learn from texts of their own. Else they are
+            refused.
+
+    Returns:
+        The whole conversation's text, and before it as few shorter ones as it takes for each turn to learn from exactly
+        one. A text from which no turn would learn is left out.
 
     Raises:
         BadRowError: the template refuses the conversation, or a turn's span is not certain.
     """
-    last = len(messages) - 1
-    quirk = renderer.quirk
-    if quirk and quirk.answer and last in learning:
-        return _after_prompt(renderer, messages, tools, learning, quirk.answer)
-    if renderer.marks_agree and learning:
-        text, spans = _marked(renderer, messages, tools, learning)
+    if not learning:
+        return [Spans(_text(renderer, messages, tools), {}, len(messages))]
+    turns: dict[int, _Turn] = {}
+    found: list[Spans] = []
+    left, size = list(learning), len(messages)
+    while left:
+        spans = _in_one_text(renderer, messages[:size], tools, left, turns)
+        left = [k for k in left if k not in spans.spans]
+        if left and not apart:
+            raise BadRowError(
+                f"{_turn(messages, left[0])}: the chat template rewrites this turn when more messages follow, so it is "
+                "not what the assistant would have generated: it can learn from a sample of its own only "
+                '(template.rewritten_turns apart; not in pairs and judged answers), or give the message "loss": false'
+            )
+        if spans.spans:
+            found.append(spans)
+        size = left[-1] + 1 if left else 0
+    return found[::-1]
+
+
+def _in_one_text(
+    renderer: Renderer,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    learning: Sequence[int],
+    turns: dict[int, _Turn],
+) -> Spans:
+    """The text of the conversation, and those of the turns that stand in it as they would be generated.
+
+    Args:
+        turns: those that were rendered already; added to.
+    """
+    last, quirk = len(messages) - 1, renderer.quirk
+    if quirk and quirk.answer:
+        # Only a last turn can be written as it would be generated.
+        found = _after_prompt(renderer, messages, tools, quirk.answer) if last in learning else Spans("", {}, last + 1)
+    elif renderer.marks_agree:
+        found = _marked(renderer, messages, tools, learning)
     else:
-        text = renderer.text(messages, tools)
-        if quirk and renderer.next_header_ends and messages[last]["role"] == "assistant":
-            text += quirk.end_of_call if messages[last].get("tool_calls") else quirk.ends[0]
-        spans = {k: _span(renderer, messages, tools, k, text) for k in learning}
-    for k, (start, end) in spans.items():
-        _check_answer(messages[k], text[start:end], _turn(messages, k))
-    return Spans(text, spans)
+        text = _text(renderer, messages, tools)
+        spans: dict[int, tuple[int, int]] = {}
+        for k in learning:
+            turns[k] = turns.get(k) or _generated(renderer, messages[: k + 1], tools)
+            span = turns[k].span_in(text)
+            spans |= {k: span} if span else {}
+        found = Spans(text, spans, len(messages))
+    for k, (start, end) in found.spans.items():
+        _check_answer(messages[k], found.text[start:end], _turn(messages, k))
+    return found
 
 
-def _span(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], k: int, text: str) -> tuple[int, int]:
-    prompt = renderer.text(messages[:k], tools, prompt=True)
-    own = renderer.text(messages[: k + 1], tools)
+def _text(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any]) -> str:
+    """The conversation's text, with what ends its last turn."""
+    text, last = renderer.text(messages, tools), messages[-1]
+    if renderer.quirk and renderer.next_header_ends and last["role"] == "assistant":
+        text += renderer.quirk.end_of_call if last.get("tool_calls") else renderer.quirk.ends[0]
+    return text
+
+
+def _generated(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any]) -> _Turn:
+    """The last turn of a conversation."""
+    last = len(messages) - 1
+    prompt = renderer.text(messages[:last], tools, prompt=True)
+    own = renderer.text(messages, tools)
     start = len(prompt)
     if not own.startswith(prompt):
         raise BadRowError(
-            f"{_turn(messages, k)}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins this "
-            "turn"
+            f"{_turn(messages, last)}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins "
+            "this turn"
         )
     if own.startswith("\n</think>", start):
         raise BadRowError(
-            f"{_turn(messages, k)} has no thinking, with which the generation prompt begins the turn: "
+            f"{_turn(messages, last)} has no thinking, with which the generation prompt begins the turn: "
             "template.thinking drop asks for answers without"
         )
     if renderer.next_header_ends:
-        end = next((len(own) + len(token) for token in renderer.ends if text.startswith(own + token)), -1)
-    else:
-        end = renderer.end_of_turn(own, start)
-        end = end if text.startswith(own[:end]) else -1
-    if end < 0:
-        raise BadRowError(
-            f"{_turn(messages, k)}: the chat template rewrites this turn when more messages follow, so it is not what "
-            "the assistant would have generated: let the last round learn only (template.loss_scale last_round), or "
-            'give the message "loss": false'
-        )
-    return start, end
+        return _Turn(own, start, renderer.ends)
+    return _Turn(own[: renderer.end_of_turn(own, start)], start)
 
 
-def _marked(
-    renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int]
-) -> tuple[str, dict[int, tuple[int, int]]]:
+def _marked(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int]) -> Spans:
     text, found = renderer.marked(messages, tools)
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     if len(found) != len(turns):
         raise BadRowError(f"the chat template marks {len(found)} generated turns of {len(turns)}")
-    return text, {k: span for k, span in zip(turns, found, strict=True) if k in learning}
+    return Spans(text, {k: span for k, span in zip(turns, found, strict=True) if k in learning}, len(messages))
 
 
-def _after_prompt(
-    renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int], form: str
-) -> Spans:
+def _after_prompt(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], form: str) -> Spans:
     """The last answer written after the generation prompt (see `Quirk.answer`)."""
     last = len(messages) - 1
-    if len(learning) > 1:
-        raise BadRowError(
-            f"{_turn(messages, learning[0])}: the chat template leaves the thinking out of earlier turns: let the last "
-            "round learn only (template.loss_scale last_round)"
-        )
     if messages[last].get("tool_calls"):
         raise BadRowError(
             f"{_turn(messages, last)}: calls of tools after thinking are not known for this chat template"
@@ -119,7 +171,7 @@ def _after_prompt(
         raise BadRowError(f"{_turn(messages, last)} has no thinking, with which this model begins every answer")
     prompt = renderer.text(messages[:last], tools, prompt=True)
     answer = form.format(reasoning=reasoning, content=content) + renderer.ends[0]
-    return Spans(prompt + answer, {last: (len(prompt), len(prompt) + len(answer))})
+    return Spans(prompt + answer, {last: (len(prompt), len(prompt) + len(answer))}, len(messages))
 
 
 def split_thinking(message: Message) -> tuple[str, str]:

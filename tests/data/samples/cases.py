@@ -102,6 +102,9 @@ class ByteTemplate:
             return self.encode_text(row.text)
         return self._of(row.messages[0]["content"] + "|", row.messages[-1]["content"])
 
+    def encode_all(self, row: Row) -> list[Encoded]:
+        return [self.encode(row)]
+
     def encode_text(self, text: str) -> Encoded:
         return self._of("", text)
 

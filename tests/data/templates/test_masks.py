@@ -69,7 +69,12 @@ def test_generation_starts_where_the_prompt_ends():
         ("qwen3", Row(TWO), {}, "answer 1: the chat template rewrites this turn when more messages follow"),
         ("qwen3", Row(CALLS, tools=T), {}, "answer 1: the chat template rewrites this turn"),
         ("gptoss", Row(TWO), {}, "answer 1: the chat template rewrites this turn"),
-        ("deepseek_r1_distill", Row(TWO), {}, "leaves the thinking out of earlier turns"),
+        (
+            "deepseek_r1_distill",
+            Row((*ONE, user("How?"), answer("<think>Polite.</think>Fine."))),
+            {},
+            "answer 1: the chat template rewrites this turn",
+        ),
         ("deepseek_r1_distill", Row(ONE), {}, "answer 1 has no thinking"),
         ("qwen3_5_think", Row(ONE), {}, "template.thinking drop"),
         ("gemma", Row((system("Be brief."), *ONE)), {}, "System role not supported"),
