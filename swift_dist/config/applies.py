@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from swift_dist.config.job import JobConfig
@@ -46,6 +47,30 @@ def require_read(job: JobConfig) -> None:
             )
     _require_strategy(job)
     _require_chosen(job)
+    _require_conditions(job, defaults)
+
+
+_CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
+    ("checkpoint.keep_best", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
+    ("train.early_stopping_patience", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
+    ("data.validation", lambda job: job.train.eval_interval > 0 or job.task == "pretrain", "train.eval_interval"),
+    ("train.spike_policy", lambda job: job.train.spike_factor is not None, "train.spike_factor"),
+    ("train.initial_loss_scale", lambda job: job.train.precision == "fp16", "train.precision: fp16"),
+    ("optimizer.betas", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
+    ("optimizer.eps", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
+    ("optimizer.momentum", lambda job: job.optimizer.name != "adamw", "optimizer.name: sgd or muon"),
+    ("schedule.min_lr_ratio", lambda job: job.schedule.name != "constant", "a schedule.name that decays"),
+)
+"""(key, what of the job makes something read it, what the job lacks otherwise). (A pretraining's validation data may
+stand in a job file that does not evaluate yet: nothing is encoded for them.)"""
+
+
+def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
+    for key, is_read, wanted in _CONDITIONS:
+        value = _value(job, key)
+        if value != _value(defaults, key) and not is_read(job):
+            shown = [entry.path for entry in value] if key == "data.validation" else value
+            raise JobError(key, f"{shown!r} has no effect without {wanted}", f"give {wanted}, or leave it out")
 
 
 def _require_strategy(job: JobConfig) -> None:

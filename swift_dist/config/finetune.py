@@ -64,7 +64,7 @@ _BETWEEN_NAMES = re.compile(r"[,\s]+(?![^\[]*\])")  # not within the brackets of
 
 
 def _as_names(value: Any) -> Any:
-    """One text, or each of a list, may hold several names: ``q_proj,v_proj`` is what a command line gives either way."""
+    """One text, or each of a list, may hold several names, such as a command line's ``q_proj,v_proj``."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         return value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from swift_dist.config.finetune import Names
+from swift_dist.config.finetune import AnyNames, Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._peft import ADAPTER, AdapterTuner, never_adapted, task_type
@@ -30,7 +30,7 @@ class Options(Section):
     target_modules: Names = Field(
         ("all-linear",), description="last words of the names of adapted modules (all-linear: all but the output layer)"
     )
-    exclude_modules: tuple[str, ...] = Field((), description="last words of the names of modules that are not adapted")
+    exclude_modules: AnyNames = Field((), description="last words of the names of modules that are not adapted")
     warmup_steps: int = Field(0, ge=0, description="first steps, with all ranks")
     final_steps: int = Field(0, ge=0, description="last steps, in which ranks do not move any more")
     interval: int = Field(1, gt=0, description="steps between two choices of ranks")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from swift_dist.config.finetune import AnyNames
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 from swift_dist.tuners._export import write_model
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Options(Section):
-    parameters: tuple[str, ...] = Field((), description="patterns of weights that do not learn, such as layers.[0-3]")
+    parameters: AnyNames = Field((), description="patterns of weights that do not learn, such as layers.[0-3]")
     ratio: float = Field(
         0.0,
         ge=0,
