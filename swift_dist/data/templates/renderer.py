@@ -16,7 +16,8 @@ Messages = Sequence[dict[str, Any]]
 
 _QUESTION, _ANSWER = "zqx question", "zqx answer"
 _PROBE: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-_FUNCTION = {"name": "zqx", "arguments": {"zqx": "zqx"}}
+_ARGUMENTS = {"zqx": "zqx"}
+_FUNCTION = {"name": "zqx", "arguments": _ARGUMENTS}
 _CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": _FUNCTION}
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -120,9 +121,19 @@ class Renderer:
 
     @cached_property
     def arguments_as_text(self) -> bool:
-        """Whether the template takes a call's arguments as JSON text only (most take the object)."""
-        as_text = {**_CALL, "function": {**_FUNCTION, "arguments": json.dumps(_FUNCTION["arguments"])}}
-        return not self._takes(tool_calls=[_CALL]) and self._takes(tool_calls=[as_text])
+        """Whether the template takes a call's arguments as JSON text (most take the object): it refuses the object, or
+        writes it as Python does, with quotes that are not JSON's (InternLM2)."""
+        as_text = {**_CALL, "function": {**_FUNCTION, "arguments": json.dumps(_ARGUMENTS)}}
+        written = self._written([_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        return (written is None or str(_ARGUMENTS) in written) and self._takes(tool_calls=[as_text])
+
+    @cached_property
+    def results_need_name(self) -> bool:
+        """Whether the template refuses a tool's result that does not name the tool (Hermes 2 Pro)."""
+        called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        result = {"role": "tool", "tool_call_id": _CALL["id"], "content": "zqx result"}
+        without, named = ([_PROBE[0], called, message] for message in (result, {**result, "name": "zqx"}))
+        return self._written(without) is None and self._written(named) is not None
 
     @cached_property
     def reads_thinking(self) -> bool:
@@ -136,11 +147,15 @@ class Renderer:
 
     def _takes(self, **message: Any) -> bool:
         """Whether the template writes this answer."""
+        text = self._written([_PROBE[0], {"role": "assistant", "content": "", **message}])
+        return text is not None and message.get("reasoning_content", "zqx") in text
+
+    def _written(self, messages: Messages) -> str | None:
+        """The conversation; None if the template refuses it."""
         try:
-            text = self.text([_PROBE[0], {"role": "assistant", "content": "", **message}])
+            return self.text(messages)
         except BadRowError:
-            return False
-        return message.get("reasoning_content", "zqx") in text
+            return None
 
     def problem(self) -> str:
         """Why no exact mask can be had even of one question and its answer; "" where it can."""

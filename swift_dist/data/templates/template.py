@@ -23,7 +23,7 @@ from swift_dist.data.templates.align import token_weights
 from swift_dist.data.templates.base import Encoded
 from swift_dist.data.templates.loss_scale import LOSS_SCALES, weighted_ranges
 from swift_dist.data.templates.renderer import Renderer
-from swift_dist.data.templates.turns import Spans, check_context, spans_of, split_thinking
+from swift_dist.data.templates.turns import Spans, check_context, name_results, spans_of, split_thinking
 from swift_dist.errors import JobError
 
 Message = dict[str, Any]
@@ -69,7 +69,7 @@ class Template:
                 "save it as a fast tokenizer (tokenizer.json)",
             )
         self.tokenizer, self.section, self.name = tokenizer, section, name
-        self._now = datetime.now()
+        self._now = datetime.fromisoformat(section.date) if section.date else datetime.now()
         self._made_by: tuple[str, TemplateSection, bool] | None = None
 
     def __reduce__(self):
@@ -284,6 +284,8 @@ class Template:
         for message in messages:
             if message.get("tool_calls"):
                 message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        if any(message["role"] == "tool" for message in messages) and self._renderer.results_need_name:
+            name_results(messages)
         return self._without_ends(messages), list(tools)
 
     def _without_ends(self, messages: list[Message]) -> list[Message]:

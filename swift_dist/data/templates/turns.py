@@ -183,6 +183,22 @@ def split_thinking(message: Message) -> tuple[str, str]:
     return (before.replace("<think>", "", 1).strip(), after.lstrip("\n")) if tag else ("", content)
 
 
+def name_results(messages: Sequence[Message]) -> None:
+    """Give tools' results the name of the tool: of the call with their id, else of the call in their place."""
+    calls: list[dict[str, Any]] = []
+    place = 0
+    for message in messages:
+        if message["role"] != "tool":
+            calls, place = message.get("tool_calls") or [], 0
+            continue
+        known = [call for call in calls if call.get("id") == message.get("tool_call_id", "")] or calls[
+            place : place + 1
+        ]
+        if known:
+            message.setdefault("name", known[0]["function"]["name"])
+        place += 1
+
+
 def _turn(messages: Sequence[Message], k: int) -> str:
     """Message `k` for people, by a number that does not change where a system message is added."""
     return f"answer {sum(message['role'] == 'assistant' for message in messages[: k + 1])}"

@@ -25,6 +25,7 @@ TWO = (user("Hi"), answer("Hello."), user("How?"), answer("Fine."))
 SYSTEM = (system("Be brief."), *ONE)
 THINKS = (user("Hi"), answer("Hello.", reasoning_content="Greet them."))
 OPEN = (*ONE, user("How?"))
+NAMELESS = {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"}
 CALLS = (user("Hi"), call(), result('{"t": 3}'), answer("Cold."))
 T = (WEATHER,)
 
@@ -37,6 +38,10 @@ def chatml(header: str, *turns: str) -> str:
         for k, turn in enumerate(turns)
     ]
     return header + "".join(texts)
+
+
+def sep(role: str, text: str) -> str:
+    return f"<|im_start|>{role}<|im_sep|>{text}<|im_end|>"
 
 
 BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -215,6 +220,31 @@ CASES = (
         "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         "⟦<|tool_call_start|>[get_weather(city='Oslo')]<|tool_call_end|><|im_end|>⟧\n<|im_start|>tool\n"
         '<|tool_response_start|>{"t": 3}<|tool_response_end|><|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n',
+        T,
+    ),
+    Case(
+        "phi4_like",
+        SYSTEM,
+        f"{sep('system', 'Be brief.')}{sep('user', 'Hi')}<|im_start|>assistant<|im_sep|>⟦Hello.<|im_end|>⟧",
+    ),
+    Case("hermes_2_pro_like", TWO, "<s>" + chatml("", "Hi", "Hello.", "How?", "Fine.")),
+    Case(
+        "hermes_2_pro_like",
+        (user("Hi"), call(), NAMELESS, answer("Cold.")),
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "get_weather"}\n</tool_call> <|im_end|>⟧\n'
+        '<|im_start|>tool\n<tool_response>\n{"name": "get_weather", "content": "3"}\n</tool_response> <|im_end|>\n'
+        "<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n",
+        T,
+    ),
+    Case("internlm2_like", (system("Be brief."), *TWO), "<s>" + chatml(BRIEF, "Hi", "Hello.", "How?", "Fine.")),
+    Case(
+        "internlm2_like",
+        CALLS,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<|action_start|><|plugin|>\n{"name": "get_weather", "parameters": {"city": "Oslo"}}<|action_end|>'
+        "<|im_end|>⟧\n"
+        '<|im_start|>environment name=<|plugin|>\n{"t": 3}<|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n',
         T,
     ),
     Case("gptoss", ONE, GPT_OSS_TURNS + "⟦<|channel|>final<|message|>Hello.<|return|>⟧"),

@@ -12,7 +12,7 @@ from swift_dist.data.rows import BadRowError, Row
 from swift_dist.data.templates.template import Template
 from swift_dist.errors import JobError
 from tests.data.templates.cases import CALLS, CASES, ONE, THINKS, TWO, Case, T, chatml
-from tests.data.templates.tiny import answer, call, made_with, result, shown, system, template, tokenizer, user
+from tests.data.templates.tiny import answer, call, made_with, named, result, shown, system, template, tokenizer, user
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -33,9 +33,13 @@ def test_ids_and_mask(case: Case, trim_offsets: bool):
     assert (encoded.ids.dtype, encoded.weights.dtype) == (np.int32, np.float32)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.template.startswith(("deepseek_r1", "glm4"))])
+CHANGED = ("deepseek_r1", "glm4", "hermes_2", "internlm2")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.template.startswith(CHANGED)])
 def test_text_is_the_template_s(case: Case):
-    """Nothing is added to or left out of what the tokenizer's own method renders (families with quirks aside)."""
+    """Nothing is added to or left out of what the tokenizer's own method renders (families with quirks, and templates
+    that need results named or arguments as text, aside)."""
     made = template(case.template, **case.section)
     messages = list(case.messages)
     if case.section.get("system") and messages[0]["role"] != "system":
@@ -157,6 +161,20 @@ def test_prompt_that_is_tokenised_otherwise_before_an_answer():
     made = Template(made_with(tokenizer("llama3").chat_template, gpt2=True), TemplateSection())
     with pytest.raises(JobError, match="other tokens"):
         made.check()
+
+
+def test_results_are_named_by_the_call_that_they_answer():
+    two = {**call(), "tool_calls": [{"id": "a", **named("f")}, {"id": "b", **named("g")}]}
+    by_id = ({"role": "tool", "tool_call_id": id, "content": id} for id in "ba")
+    in_order = ({"role": "tool", "content": text} for text in "ba")
+    for results, names in ((by_id, "gf"), (in_order, "fg")):
+        made = template("hermes_2_pro_like")
+        text = shown(made, made.encode(Row((user("Hi"), two, *results, answer("So.")))))
+        assert [
+            f'"name": "{name}", "content": "{said}"' in text for name, said in ((names[0], "b"), (names[1], "a"))
+        ] == [True] * 2
+    with pytest.raises(BadRowError, match="a result needs the name"):
+        made.encode(Row((user("Hi"), answer("Hm."), {"role": "tool", "content": "3"}, answer("So."))))
 
 
 def test_dates_are_the_template_s_own_time():

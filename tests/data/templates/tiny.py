@@ -86,6 +86,10 @@ def call(text: str = "", **more: Any) -> dict[str, Any]:
     return answer(text, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}], **more)
 
 
+def named(function: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function, "arguments": {}}}
+
+
 def result(text: str) -> dict[str, Any]:
     return {"role": "tool", "name": "get_weather", "tool_call_id": "abcdefghi", "content": text}
 
