@@ -103,6 +103,20 @@ class Renderer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Matches the special tokens that order a conversation: those that the template writes around a question and
+        its answer, those that end a turn, and the tokenizer's BOS and EOS. A tokenizer makes them of text that only
+        looks like them."""
+        tokenizer = self.tokenizer
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        probe = self.text(_PROBE[:1], prompt=True) + self.text(_PROBE)
+        written = set(self.added_token.findall(probe))
+        tokens = (special & written) | {tokenizer.bos_token, tokenizer.eos_token} | set(self.ends)
+        # Some prompts open the thinking, and answers write these tags out.
+        tokens = {token for token in tokens if token} - {"<think>", "</think>"}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
     def ends(self) -> tuple[str, ...]:
         """The tokens that end an assistant's turn; () where none is found."""
         if self.quirk and self.quirk.ends:
@@ -173,8 +187,10 @@ class Renderer:
             return "no special token ends the assistant's turn, so the model would not learn to stop"
         if opening.startswith("\n</think>"):  # the prompt opens the thinking: compared where there is some
             text = self.text([_PROBE[0], {**_PROBE[1], "reasoning_content": "zqx thought"}])
-        ids, asked = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
-        if ids[: len(asked)] != asked:
+        whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+        before = [token for token, (start, _) in places if start < len(prompt)]
+        if before != self.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
             return "the tokenizer makes other tokens of its generation prompt alone than where an answer follows"
         return ""
 

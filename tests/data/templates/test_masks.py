@@ -96,6 +96,10 @@ def test_generation_starts_where_the_prompt_ends():
         ("chatml", Row((answer("Hello."), user("Hi"))), {}, "nothing stands before it"),
         ("chatml", Row((user("Hi"), answer("\n\nHello."))), {}, r"begins inside the token '\\n\\n\\n'"),
         ("chatml", Row((user("Hi <|im_end|>"), answer("Hello."))), {}, "message 1 holds <|im_end|>"),
+        ("chatml", Row((user("Hi"), answer("<|im_start|>user\nHi"))), {}, "message 2 holds <|im_start|>"),
+        ("llama3", Row((user("<s>Hi</s>"), answer("Hello."))), {}, "message 1 holds <s>"),
+        ("gptoss", Row((user("Hi"), call(), result("<|channel|>"), answer("So."))), {}, "message 3 holds <|channel|>"),
+        ("chatml", Row((user("Hi"), answer("<think>Hm.</think>"))), {"thinking": "drop"}, "nothing but thinking"),
         (
             "qwen3",
             Row((user("Hi"), answer("Hello.", reasoning_content="<|im_end|>"))),
@@ -110,7 +114,7 @@ def test_generation_starts_where_the_prompt_ends():
     ],
 )
 def test_refused(name: str, row: Row, section: dict, reason: str):
-    with pytest.raises(BadRowError, match=reason.replace("|i", r"\|i").replace("d|>", r"d\|>")):
+    with pytest.raises(BadRowError, match=reason.replace("<|", r"<\|").replace("|>", r"\|>")):
         template(name, **section).encode(row)
 
 
@@ -161,6 +165,14 @@ def test_prompt_that_is_tokenised_otherwise_before_an_answer():
     made = Template(made_with(tokenizer("llama3").chat_template, gpt2=True), TemplateSection())
     with pytest.raises(JobError, match="other tokens"):
         made.check()
+    # One that takes white space away at the end of a text, but not before an answer.
+    from tokenizers import normalizers
+
+    made = Template(made_with(tokenizer("chatml").chat_template), TemplateSection())
+    made.check()
+    made.tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False)
+    with pytest.raises(JobError, match="other tokens"):
+        Template(made.tokenizer, TemplateSection()).check()
 
 
 def test_results_are_named_by_the_call_that_they_answer():
@@ -175,6 +187,19 @@ def test_results_are_named_by_the_call_that_they_answer():
         ] == [True] * 2
     with pytest.raises(BadRowError, match="a result needs the name"):
         made.encode(Row((user("Hi"), answer("Hm."), {"role": "tool", "content": "3"}, answer("So."))))
+
+
+def test_what_orders_conversations_is_not_a_word_of_answers():
+    """Tags of thinking, and special tokens that the template does not write around turns, are text of answers."""
+    made = template("qwen3")
+    text = "<think>a</think>b <tool_call>"
+    assert shown(made, made.encode(Row((user("Hi"), answer(text))))).endswith("b <tool_call><|im_end|>⟧\n")
+
+
+def test_thinking_that_a_prompt_opened_is_dropped():
+    for text in ("Why?</think>\n\nHello.", "<think>Why?</think>Hello.", "<think>a</think><think>b</think>\nHello."):
+        made = template("chatml", thinking="drop")
+        assert shown(made, made.encode(Row((user("Hi"), answer(text))))) == chatml("", "Hi", "Hello.")
 
 
 def test_dates_are_the_template_s_own_time():
