@@ -63,16 +63,19 @@ class World:
     weights: torch.Tensor
     labels: torch.Tensor
 
-    def batch(self, micro: list[int | None], shuffle: random.Random | None = None) -> Batch:
-        """A micro-batch of samples; None stands for one that fills it up."""
+    def batch(
+        self, micro: list[int | None], shuffle: random.Random | None = None, *, mismatched: bool = False
+    ) -> Batch:
+        """A micro-batch of samples; None stands for one that fills it up. Of KTO: their answers, or the mismatched."""
         width = 1 if self.objective.sample == "single" else 2
+        sides = [int(mismatched)] if self.objective.sample == "kto" else range(width)
         tokens: list[tuple[int, int]] = []  # (segment, token)
         sequences = []
         for place, sample in enumerate(micro):
-            for side in range(width):
+            for index, side in enumerate(sides):
                 sequences.append(-1 if sample is None else sample * width + side)
                 if sample is not None:
-                    tokens += [(place * width + side, token) for token in self.samples[sample][side]]
+                    tokens += [(place * len(sides) + index, token) for token in self.samples[sample][side]]
         if shuffle:
             shuffle.shuffle(tokens)
         segments = torch.tensor([segment for segment, _ in tokens], dtype=torch.int64)
@@ -101,7 +104,8 @@ class World:
         total = sum(self.objective.count(batch) for batch in batches)
         sums: dict[str, float] = defaultdict(float)
         if self.objective.statistics:
-            for batch in batches:
+            for micro in cut:
+                batch = self.batch(micro, shuffle, mismatched=True)
                 for name, value in self.objective.statistics(batch, self.options).items():
                     sums[name] += float(value.detach())
         loss, metrics = 0.0, defaultdict(lambda: [0.0, 0.0])
@@ -214,7 +218,7 @@ def test_gradients_are_those_of_the_loss(name, values):
     whole = [list(range(len(world.samples)))]
     _, gradients, _ = world.evaluate(whole)
     if world.objective.statistics:  # KTO's z0 has no gradient: held where it is
-        known = world.objective.statistics(world.batch(whole[0]), world.options)
+        known = world.objective.statistics(world.batch(whole[0], mismatched=True), world.options)
         world.objective = replace(world.objective, statistics=lambda *_: known)
     step, losses = 1e-6, []
     direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=leaf.dtype)
@@ -282,13 +286,14 @@ def kto_loss(answers: list[float], mismatched: list[float], labels: list[bool], 
     """One token an answer; the reference says 0 everywhere, so log-probabilities are log-ratios."""
     objective, num = find(ROOM, "kto", "OBJECTIVE"), len(answers)
     batch = Batch(
-        *(torch.ones(2 * num), torch.arange(2 * num), torch.ones(2 * num, dtype=torch.int64), torch.ones(num)),
-        labels=torch.tensor([x for label in labels for x in (label, False)]),
-        logps=torch.tensor([x for two in zip(answers, mismatched, strict=True) for x in two]),
-        reference_logps=torch.zeros(2 * num),
+        *(torch.ones(num), torch.arange(num), torch.ones(num, dtype=torch.int64), torch.ones(num)),
+        labels=torch.tensor(labels),
+        logps=torch.tensor(answers),
+        reference_logps=torch.zeros(num),
     )
     section = options_of("kto", options)
-    known = {name: float(value) for name, value in objective.statistics(batch, section).items()}
+    others = replace(batch, logps=torch.tensor(mismatched))
+    known = {name: float(value) for name, value in objective.statistics(others, section).items()}
     return objective.loss(replace(batch, statistics=known), objective.count(batch), section)
 
 
