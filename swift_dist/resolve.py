@@ -6,6 +6,7 @@ Everything that can be wrong with a job is found here, before anything is starte
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class ResolvedJob:
         shape: its geometry; None for a model that only transformers knows.
         layout: the parallel layout over all ranks.
         data_fingerprint: identity of the training data (None without data, and before rows are encoded).
-        samples: where encoded rows lie (`data.samples.encode.Samples` as plain values); None for prepared text.
+        samples: where encoded rows lie (`data.samples.opening` as plain values); None for prepared text.
+        encoding: to be entered while the job runs: encodes the rest of streamed rows (`finetune.Rows`).
     """
 
     job: JobConfig
@@ -42,6 +44,7 @@ class ResolvedJob:
     layout: ParallelLayout
     data_fingerprint: str | None
     samples: dict[str, Any] | None = None
+    encoding: AbstractContextManager[Any] | None = None
 
     def payload(self) -> dict[str, Any]:
         """What every rank is handed: plain values, so that any transport carries them."""
@@ -121,7 +124,7 @@ def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> Res
 
 
 def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) -> ResolvedJob:
-    from swift_dist.finetune import check_plugins, known_shape, vocabulary, with_rows
+    from swift_dist.finetune import Rows, check_plugins, known_shape, vocabulary, with_rows
     from swift_dist.models import read_hf_config
     from swift_dist.optim.schedule import build_schedule
 
@@ -136,17 +139,25 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
             f"{layout.dp} data-parallel ranks",
             f"use a multiple of {per_round}",
         )
-    samples: dict[str, Any] | None = None
-    fingerprint: str | None = None
+    shards = job.strategy.hybrid_shard_size
+    if shards and layout.dp % shards:
+        raise JobError(
+            "strategy.hybrid_shard_size",
+            f"{shards} does not divide the {layout.dp} ranks",
+            "choose a divisor of the number of ranks (the GPUs of a node), or leave it out",
+        )
     if job.task == "pretrain":
         job, fingerprint = _with_data(job, vocabulary(hf_config))
+        rows = Rows(fingerprint=fingerprint)
     else:
-        job, samples, fingerprint = with_rows(job, hf_config, output, encode)
+        job, rows = with_rows(job, hf_config, output, encode)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
     if job.train.steps is not None:
         build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
-    return ResolvedJob(job, hf_config, known_shape(hf_config), layout, fingerprint, samples)
+        check_plugins(job)  # tuners may need some number of steps
+    shape = known_shape(hf_config)
+    return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
 
 
 def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any]) -> None:

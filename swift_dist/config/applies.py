@@ -9,10 +9,8 @@ from swift_dist.config.job import JobConfig
 from swift_dist.config.keys import walk
 from swift_dist.errors import JobError
 
-_ROWS = tuple(
-    f"data.{name}"
-    for name in "format columns split_ratio bad_rows packing padding_free group_by_length workers cache".split()
-)
+_OF_ROWS = "format columns split_ratio bad_rows packing padding_free group_by_length streaming workers cache"
+_ROWS = tuple(f"data.{name}" for name in _OF_ROWS.split())
 _FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
 _MEGATRON = ("parallel.", "train.fp8")
 _HF = ("strategy.", "train.compile", "model.attention", "model.liger")

@@ -31,6 +31,11 @@ class TemplateSection(Section):
         description="a sequence longer than data.sequence_length: leave it out, cut its beginning or its end, or make "
         "several of it",
     )
+    date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="YYYY-MM-DD, for chat templates that write a date (default: the day on which the run begins)",
+    )
 
 
 class StrategySection(Section):

@@ -86,6 +86,9 @@ class DataSection(Section):
         None, description="rows: lay a micro-batch out without padding (default: where the model's attention allows it)"
     )
     group_by_length: bool = Field(False, description="rows: of about the same length in one micro-batch")
+    streaming: bool = Field(
+        False, description="rows: begin to train while they are still being encoded; train.steps says where it ends"
+    )
     workers: int | None = Field(None, gt=0, description="rows: processes that encode them (default: CPUs)")
     cache: str | None = Field(None, description="rows: folder of encoded rows (default: .cache beside the run folder)")
 

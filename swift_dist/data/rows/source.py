@@ -85,13 +85,16 @@ class RowSource:
                 raise RunError(f"cannot read {file.name}: {error.strerror}") from error
         return digest.hexdigest()
 
-    def units(self) -> list[RowUnit]:
+    def units(self, size: int | None = None) -> list[RowUnit]:
         """Pieces that workers read on their own; together, in this order, they are the rows of the source.
+
+        Args:
+            size: bytes of one, about (None: `_records.UNIT_BYTES`).
 
         Raises:
             JobError: a table is unreadable, or #N asks for rows of which there are none.
         """
-        units = cut(self.files)
+        units = cut(self.files, size)
         return units if self.take is None else _taken(units, self.take, self.name)
 
 

@@ -52,11 +52,14 @@ class Recipe:
     parts: tuple[str, ...]
 
     def start(self) -> Callable[[UnitId], UnitFacts]:
+        return self.encoder().encode
+
+    def encoder(self) -> UnitEncoder:
         from swift_dist.data.rows.source import read_rows
         from swift_dist.data.templates.template import load_template
 
         template = load_template(self.tokenizer, self.template, self.trust_remote_code)
-        return UnitEncoder(self, template, read_rows).encode
+        return UnitEncoder(self, template, read_rows)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,12 @@ class UnitEncoder:
         self._needs_check = recipe.kind not in ("classification", "token_classification")  # there no mask is needed
 
     def encode(self, unit: UnitId) -> UnitFacts:
-        """Write the part file of a unit.
+        """Write the part file of a unit; raises as `write` does."""
+        tokens = self.write(unit, Path(self.recipe.parts[unit.source]) / part_name(unit.unit))
+        return UnitFacts(unit, tokens, self.recipe.units[unit.source][unit.unit].input_bytes)
+
+    def write(self, unit: UnitId, path: Path) -> int:
+        """Write the part file of a unit to `path`; returns its tokens.
 
         Raises:
             JobError: rows are conversations, and the chat template gives no exact masks.
@@ -150,9 +158,8 @@ class UnitEncoder:
                     continue
                 for sample in samples:
                     arrays.add(sample, content)
-        write_part(Path(self.recipe.parts[unit.source]) / part_name(unit.unit), arrays)
-        size = self.recipe.units[unit.source][unit.unit].input_bytes
-        return UnitFacts(unit, sum(map(len, arrays.ids)), size)
+        write_part(path, arrays)
+        return sum(map(len, arrays.ids))
 
     def _samples(self, where: str, row: Row, arrays: _Arrays) -> tuple[list[Sample], int]:
         """A row's samples and the hash of its content."""
