@@ -83,7 +83,8 @@ class Precomputed:
             sums = files.open(_identity(self._job, self._hf_config))
         self._sums = self._from_rank_0(sums)
         eval_batches = self._job.train.eval_steps if self._job.train.eval_interval else 0
-        used = data.numbers_used(self._job.train.steps or 0, eval_batches)
+        steps = range(self._engine.steps, max(self._engine.steps, self._job.train.steps or 0))
+        used = data.numbers_used(steps, eval_batches)
         known = self._sums.numpy().reshape(-1, data.sequences_per_sample)
         missing = used[np.isnan(known[used // data.sequences_per_sample]).any(axis=1)]
         if not len(missing):
@@ -131,25 +132,25 @@ class Precomputed:
         """Sums [len(numbers) * sequences of a sample] of all ranks, and whether one was asked to stop."""
         engine, width = self._engine, data.sequences_per_sample
         found = torch.zeros(len(numbers) * width + 1, dtype=torch.float64)
-        found[-1] = float(engine.worker.stop_requested())
         answers, mismatched = engine.prepared(data.batches_of(numbers.tolist()))
         for item in (*answers, *mismatched):
             assert item.numbers is not None
             logps = reference.logps(item).double()
-            sums = weighted_sums(replace(item.batch, logps=logps), logps).cpu()
+            of_batch = weighted_sums(item.batch, logps).cpu()
             real = item.numbers >= 0
             these = item.numbers[real].numpy()
             places = np.searchsorted(numbers, these // width * width) * width + these % width
-            found[torch.from_numpy(places)] = sums[real]
+            found[torch.from_numpy(places)] = of_batch[real]
+        found[-1] = float(engine.worker.stop_requested())
         on_device = found.to(engine.device)
         dist.all_reduce(on_device)
-        *found, stops = on_device.cpu().split([len(numbers) * width, 1])
-        if not found[0].isfinite().all():
+        sums, stops = on_device.cpu().split([len(numbers) * width, 1])
+        if not sums.isfinite().all():
             raise RunError(
                 "the reference model gives log-probabilities that are not finite",
                 "look at its weights and at train.precision",
             )
-        return found[0], bool(stops)
+        return sums, bool(stops)
 
 
 class _Files:

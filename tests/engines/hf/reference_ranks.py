@@ -112,8 +112,9 @@ def watched(
     from swift_dist.engines.hf import precomputed
     from swift_dist.engines.hf.engine import HFEngine
     from swift_dist.engines.hf.reference import Reference
+    from swift_dist.runs import recorder
 
-    precomputed._ROUNDS = 1
+    precomputed._ROUNDS, recorder._SECONDS_BETWEEN_SHARES = 1, 0.0
     passes, held = [0], [0]
     logps, forward = Reference.logps, HFEngine._forward
 
@@ -124,7 +125,8 @@ def watched(
         return logps(reference, item)
 
     def weighed(engine: Any, item: Any, batch: Any) -> Any:
-        held[0] = _bytes_held()
+        if engine.steps == engine.job.train.steps - 1 and not held[0]:
+            held[0] = _bytes_held()
         return forward(engine, item, batch)
 
     Reference.logps, HFEngine._forward = counted, weighed  # type: ignore[method-assign]

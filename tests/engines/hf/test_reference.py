@@ -1,4 +1,4 @@
-"""Preferences beside a reference model: the model itself before it learnt, or another; in memory, or computed before."""
+"""Preferences beside a reference: the model itself before it learnt, or another; in memory, or computed before."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import chat_model
 import numpy as np
 import pytest
 import reference_ranks
+import sft_ranks
 from sft_runs import LORA, Runs, curve
 
 from swift_dist.config import JobConfig
@@ -145,7 +146,7 @@ def test_with_an_evaluation_too(runs: Runs, objective: str) -> None:
         runs.run(job(runs, objective={"name": objective, **more}, **changes), world)[0]
         for world, more in ((1, {}), (2, PRECOMPUTE))
     )
-    rows_live, rows_before = (reference_ranks.sft_ranks.rows(folder) for folder in (live, before))
+    rows_live, rows_before = (sft_ranks.rows(folder) for folder in (live, before))
     assert len(rows_before) == len(rows_live) == 5 and "eval_loss" in rows_live[2]
     for got, wanted in zip(rows_before, rows_live, strict=True):
         names = [name for name in wanted if "/" in name or name in ("loss", "grad_norm", "eval_loss", "kl", "eval_kl")]
@@ -172,6 +173,8 @@ def test_no_second_model_is_held(runs: Runs, strategy: str) -> None:
 def test_a_killed_pass_goes_on_and_more_steps_compute_only_what_they_need(runs: Runs) -> None:
     """Killed before its 4th micro-batch; asked to stop; trained for two steps; then for five, under two ranks."""
     made = job(runs, objective=PRECOMPUTE, train={"steps": 2})
+    shown = [row["prepared"] for row in sft_ranks.rows(watched(runs, made, 1)[0]) if "prepared" in row]
+    assert shown == [place / 8 for place in range(1, 9)]
     folder, ranks = watched(runs, made, 1, kill_at=3)
     assert ranks == [None]
     begun = reference_ranks.numbers(folder)
