@@ -178,6 +178,7 @@ class UnitEncoder:
             whole = template.encode_text(row.text) if row.text is not None else template.encode(row)
             whole = Encoded(whole.ids, np.zeros_like(whole.weights))
             return [truncation.classified(whole, row.label, limit, how)], content_hash(whole.ids)
+        _require_wanted(row)
         sequences = template.encode_all(row)
         samples: list[Sample] = []
         left_out: list[tuple[int, LeftOutError]] = []
@@ -249,6 +250,18 @@ class UnitEncoder:
             arrays.leave_out(where, error)
             return
         arrays.add(sample, content_hash(own.ids))
+
+
+def _require_wanted(row: Row) -> None:
+    """Raise BadRowError for a row whose label says that there is nothing in it to imitate."""
+    if row.label is None:
+        return
+    if not row.num_answer:
+        raise BadRowError("it has a label to classify it by, not an answer to learn")
+    if not row.label:
+        raise BadRowError(
+            "its label says that its answer is not wanted: rlhf with --rlhf_type kto learns from such rows"
+        )
 
 
 def content_hash(*sequences: np.ndarray) -> int:

@@ -200,6 +200,17 @@ def test_a_mismatched_answer_is_the_next_good_rows(tmp_path: Path, tokenizer: Pa
 
 
 @pytest.mark.usefixtures("inline")
+def test_only_wanted_answers_are_imitated(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [kto_row(f"q{k}", f"a{k}", k % 2 == 0) for k in range(4)])
+    store = encode(make_job(tokenizer, path), "single", tmp_path / "cache")
+    assert texts(store) == [["q0|A0"], ["q2|A2"]] and store.facts["bad"] == {"unusable": 2}
+    assert "its answer is not wanted" in store.bad_rows()[0]["reason"]
+    path = write_rows(tmp_path / "c.jsonl", [{"text": "good", "label": 1}])
+    with pytest.raises(JobError, match="a label to classify it by"):
+        encode(make_job(tokenizer, path), "single", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("inline")
 def test_classified_texts_and_words(tmp_path: Path, tokenizer: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"text": "good", "label": 1}, {"text": "poor", "label": 0}])
     store = encode(make_job(tokenizer, path), "classification", tmp_path / "cache")
