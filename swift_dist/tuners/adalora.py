@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
+    from swift_dist.config import JobConfig
+
 _MODEL = "swift_dist_model"  # attribute of each E: a weak reference to the model that it is in
 _COMING = "swift_dist_update"  # attribute of the model: number of the update that comes next; None: none does
 
@@ -55,6 +57,15 @@ class AdaLora(AdapterTuner):
         if strategy != "ddp":
             return f"ranks are chosen by whole weights and gradients, and {strategy} leaves each rank pieces of them"
         return None
+
+    def check(self, job: JobConfig, options: Options) -> None:
+        if job.train.steps is not None and options.warmup_steps + options.final_steps >= job.train.steps:
+            raise JobError(
+                "tuner.adalora.warmup_steps",
+                f"{options.warmup_steps} and final_steps {options.final_steps} leave none of {job.train.steps} steps "
+                "to choose ranks in",
+                "lower them, or raise train.steps",
+            )
 
     def peft_config(self, model: torch.nn.Module, options: Options, modules_to_save: list[str] | None) -> PeftConfig:
         from peft import AdaLoraConfig
@@ -102,18 +113,7 @@ class AdaLora(AdapterTuner):
         return optimizer
 
     def before_step(self, model: Any, step: int, steps: int, options: Options) -> None:
-        """Tell PEFT how long the run is.
-
-        Raises:
-            JobError: it is too short for the warm-up and the final steps.
-        """
-        if options.warmup_steps + options.final_steps >= steps:
-            raise JobError(
-                "tuner.adalora.warmup_steps",
-                f"{options.warmup_steps} and final_steps {options.final_steps} leave none of the {steps} steps to "
-                "choose ranks in",
-                "lower them, or raise train.steps",
-            )
+        """Tell PEFT how long the run is."""
         model.peft_config[ADAPTER].total_step = steps
 
     def before_update(

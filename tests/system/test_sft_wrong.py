@@ -145,6 +145,21 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         "decays",
     ),
     # what does not go together
+    "frozen": ("sft", "--dataset rows.jsonl --tuner_type freeze", "tuner.freeze", ["no weight"], "ratio"),
+    "muon": (
+        "sft",
+        "--dataset rows.jsonl --optimizer.name muon --fsdp fsdp2",
+        "optimizer.name",
+        ["whole matrices"],
+        "adamw",
+    ),
+    "short": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type adalora --tuner.adalora.warmup_steps 2",
+        "tuner.adalora.warmup_steps",
+        ["leave none of"],
+        "raise train.steps",
+    ),
     "adapters": ("sft", "--dataset rows.jsonl --tuner_type lora,ia3", "tuner.name", ["lora and ia3"], "prepare_model"),
     "preferences": ("sft", "--dataset rows.jsonl --objective.name dpo", "objective.name", ["preferences"], "rlhf"),
     "no preferences": ("rlhf", "--dataset pairs.jsonl --objective.name causal_lm", "objective.name", [], "sft"),

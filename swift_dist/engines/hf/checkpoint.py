@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.engines.hf.tokenizer import tokenizer_of
 from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def restore(engine: HFEngine, loaded: dict[str, Any]) -> None:
 def export(engine: HFEngine, run_dir: Path) -> Path | None:
     """See `HFEngine.export`: ``model/`` for whole weights, ``adapter/`` for those beside a base.
 
-    Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new
-    one is whole.
+    Rank 0 gathers one tensor at a time. The tokenizer and its chat template go with the weights. A folder that is there
+    already (the run went on) is replaced when the new one is whole.
     """
     weights = dict(engine.strategy.whole_weights(engine.tuners.exported(engine.model)))
     if engine.worker.rank != 0:
@@ -52,8 +53,12 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     folder = run_dir / engine.tuners.saves
     partial = run_dir / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    if engine.job.model.problem_type:
+        engine.model.config.problem_type = engine.job.model.problem_type  # what turns scores into answers
     engine.tuners.export(engine.model, weights, partial)
-    _save_tokenizer(engine, partial)
+    tokenizer = tokenizer_of(engine.job)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     previous = run_dir / f".{folder.name}.previous"
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
@@ -62,20 +67,3 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     shutil.rmtree(previous, ignore_errors=True)
     log.info("wrote %s", folder)
     return folder
-
-
-def _save_tokenizer(engine: HFEngine, folder: Path) -> None:
-    """The tokenizer and its chat template go with the weights."""
-    from transformers import AutoTokenizer
-
-    path = engine.job.model.tokenizer or engine.job.model.path
-    if path is None:
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=engine.job.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        if engine.job.model.tokenizer:
-            raise
-        log.info("%s has no tokenizer that could go with the weights (%s)", path, str(error).splitlines()[0])
-        return
-    tokenizer.save_pretrained(folder)
