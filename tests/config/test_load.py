@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from swift_dist.config import JobConfig, Section
-from swift_dist.config.aliases import JOB_ALIASES
+from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
 from swift_dist.config.keys import did_you_mean, walk
 from swift_dist.config.load import build, dump_job, load_job, parse_words
 from swift_dist.errors import JobError
@@ -92,6 +92,8 @@ def test_ranks_take_the_task_from_the_file(tmp_path, task):
         (["--data.train.0.weight", "-1"], "--data.train.0.weight", "unknown option"),
         (["--data.train", "[{path: a, weight: -1}]"], "data.train.0.weight", "greater than 0"),
         (["--optimizer.lr", ".nan"], "optimizer.lr", "finite"),
+        (["--merge_lora", "true"], "--merge_lora", "instead: swift-dist merge"),
+        (["--warmup-ratio", "0.1"], "--warmup-ratio", "instead: schedule.warmup_steps"),
         (["stray", "--train.steps", "3"], "stray", "unexpected argument"),
     ],
 )
@@ -139,6 +141,7 @@ def test_job_errors_survive_pickling():
 
 def test_every_alias_points_at_a_key_and_every_key_is_described():
     assert set(JOB_ALIASES.values()) <= set(KEYS)
+    assert not JOB_ELSEWHERE.keys() & (JOB_ALIASES.keys() | KEYS)
     assert not [name for name, key in KEYS.items() if not key.description]
 
 
