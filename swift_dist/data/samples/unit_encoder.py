@@ -259,9 +259,7 @@ def _require_wanted(row: Row) -> None:
     if not row.num_answer:
         raise BadRowError("it has a label to classify it by, not an answer to learn")
     if not row.label:
-        raise BadRowError(
-            "its label says that its answer is not wanted: rlhf with --rlhf_type kto learns from such rows"
-        )
+        raise BadRowError("its label says that its answer is not wanted: --rlhf_type kto learns from such rows")
 
 
 def content_hash(*sequences: np.ndarray) -> int:
