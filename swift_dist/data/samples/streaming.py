@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from swift_dist.config.job import JobConfig
 from swift_dist.data.mixture import SMALLEST_SHARE
@@ -90,9 +91,10 @@ def open_stream(
     require_sound(job, kind)
     named = named_sources(job, kind, "data.train")
     sources = tuple(item.source for item in named.wanted)
-    units = tuple(tuple(source.units(CHUNK_BYTES)) for source in sources)
-    # Chunks depend on how the rows are cut, too.
-    folders = tuple(str(cache.absolute() / f"{item.store}.{CHUNK_BYTES >> 10}k") for item in named.wanted)
+    sizes = [_chunk_bytes(source) for source in sources]
+    units = tuple(tuple(source.units(size)) for source, size in zip(sources, sizes, strict=True))
+    names = [f"{item.store}.{size}" for item, size in zip(named.wanted, sizes, strict=True)]
+    folders = tuple(str(cache.absolute() / name) for name in names)
     plan = StreamPlan(
         kind=kind,
         names=tuple(source.name for source in sources),
@@ -116,6 +118,11 @@ def open_stream(
     for store in encoding.first_chunks():
         check_chunk(store, plan, job)
     return plan, encoding
+
+
+def _chunk_bytes(source: Any) -> int:
+    """Of input in a chunk of a RowSource: 1/1024 of it, from `CHUNK_BYTES` to 8 times as much: each is some files."""
+    return min(max(sum(file.size for file in source.files) >> 10, CHUNK_BYTES), 8 * CHUNK_BYTES)
 
 
 class Encoding:

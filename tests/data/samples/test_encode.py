@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -396,3 +397,33 @@ def test_real_processes_and_a_real_template(tmp_path: Path, monkeypatch: pytest.
         found = encode(config, kind, tmp_path / "none").sequences(0)
         assert [loaded.decode(s.ids[s.weights > 0]) for s in found] == learns, kind
         assert (loaded.decode(found[0].ids) == "fine<|im_end|>") == (kind == "classification")
+
+
+@pytest.mark.usefixtures("inline")
+def test_bad_rows_of_a_store_that_was_found_are_named_where_they_are_now(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS[:4], conversation("q", "bad")]
+    first, second = (write_rows(tmp_path / name, rows) for name in ("first.jsonl", "second.jsonl"))
+    encode(make_job(tokenizer, first), "single", tmp_path / "cache")
+    first.unlink()
+    Inline.units.clear()
+    caplog.clear()
+    encode(make_job(tokenizer, second), "single", tmp_path / "cache")
+    assert not Inline.units and f"{second}:5: the template refuses it" in caplog.text and str(first) not in caplog.text
+    with pytest.raises(JobError, match=rf"{second}:5: the template refuses it"):
+        encode(make_job(tokenizer, second, bad_rows="stop"), "single", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_date_that_the_chat_template_writes_is_in_the_name_of_the_store(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", ROWS[:3])
+
+    def store(day: str | None) -> Path:
+        config = make_job(tokenizer, path)
+        template = config.template.model_copy(update={"date": day})
+        return encode(config.model_copy(update={"template": template}), "single", tmp_path / "cache").path
+
+    assert store("2026-01-01") == store("2026-01-02") == store(None)
+    (tokenizer / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    assert store("2026-01-01") != store("2026-01-02") and store(date.today().isoformat()) == store(None)

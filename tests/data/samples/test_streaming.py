@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -24,7 +25,7 @@ from swift_dist.data.samples.streaming import Encoding, open_stream, require_str
 from swift_dist.data.samples.unit_encoder import UnitId
 from swift_dist.errors import JobError, RunError
 from swift_dist.workers import pool
-from tests.data.samples.cases import conversation, job, write_rows
+from tests.data.samples.cases import conversation, job, make_tokenizer, write_rows
 from tests.data.samples.test_encode import kto_row, work_inline
 
 ROWS = [conversation(f"q{k}", f"a{k}") for k in range(100)]
@@ -168,7 +169,7 @@ def test_the_seed_decides_the_order(tmp_path: Path, tokenizer: Path) -> None:
         orders.append(everything(config, *plan_of(config, tmp_path / "cache"), range(12)))
     assert orders[0] != orders[1]
     assert Counter(Worker.done).most_common(1)[0][1] <= 4  # looked at, not made again
-    assert len(list((tmp_path / "cache").glob("*k/0*"))) == len(set(Worker.done))
+    assert len(list((tmp_path / "cache").glob("*/0*"))) == len(set(Worker.done))
 
 
 def test_datasets_with_weights_and_without(tmp_path: Path, tokenizer: Path) -> None:
@@ -389,3 +390,30 @@ def test_what_needs_all_rows_is_refused(changes: dict, key: str) -> None:
     with pytest.raises(JobError) as caught:
         require_streamable(job(**sections))
     assert caught.value.key == key and caught.value.remedy
+
+
+def test_a_worker_process_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With real processes: the task travels to them, and their end to the ranks."""
+    monkeypatch.undo()
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(stream_status, "_LOOK_SECONDS", 0.05)
+    config = make_job(make_tokenizer(tmp_path / "model"), write_rows(tmp_path / "r.jsonl", ROWS * 20))
+    plan, encoding = plan_of(config, tmp_path / "cache")  # a process that makes one chunk
+    started: list[pool.LocalWorker] = []
+
+    class Noted(pool.LocalWorker):
+        def __init__(self, task: pool.Task) -> None:
+            super().__init__(task)
+            started.append(self)
+
+    monkeypatch.setattr(pool, "LocalWorker", Noted)
+    with encoding:
+        while not started or len(list(Path(plan.folders[0]).glob("0*"))) < 2:
+            time.sleep(0.02)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, started[0]._process.pid) == min(own + 10, 19)
+        started[0]._process.kill()
+        with opened(config, plan) as data, pytest.raises(RunError, match="a worker process was killed by signal 9"):
+            for step in range(300):
+                data.micro_batches(step)
+    assert 2 <= len(list(Path(plan.folders[0]).glob("0*"))) < plan.counts[0]
