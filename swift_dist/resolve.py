@@ -76,6 +76,8 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, 
     from swift_dist.config.applies import require_read
 
     require_read(job)
+    if job.model.liger and not on_cuda:
+        raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
     job = absolute_paths(job)
     if job.engine == "megatron":
         resolved = _resolve_megatron(job, nproc_per_node, on_cuda)
@@ -130,6 +132,8 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
 
     hf_config = read_hf_config(job.model)
     check_plugins(job)
+    if job.objective.reference:
+        _check_reference(job.objective.reference, job.model.trust_remote_code)
     layout = ParallelLayout(world_size=job.cluster.nnodes * nproc_per_node)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
@@ -160,6 +164,16 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
 
 
+def _check_reference(path: str, trust_remote_code: bool) -> None:
+    from swift_dist.config import ModelSection
+    from swift_dist.models import read_hf_config
+
+    try:
+        read_hf_config(ModelSection(path=path, trust_remote_code=trust_remote_code))
+    except JobError as error:
+        raise JobError("objective.reference", error.message, error.remedy) from None
+
+
 def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any]) -> None:
     """Refuse to continue a run with what a resume may not change.
 
@@ -182,6 +196,8 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
     old, new = {}, {"data": str(resolved.data_fingerprint)}
     if "data_fingerprint" in origin:
         old["data"] = origin["data_fingerprint"]
+    if resolved.data_fingerprint is None and resolved.job.task != "pretrain":
+        old["data"] = new["data"] = ""  # rows that are not encoded here: who runs the job compares them
     changed: list[Difference] = []
     if "hf_config" in origin:  # name what differs in the geometry rather than print two whole configurations
         changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
@@ -271,15 +287,29 @@ def _check_weights(job: JobConfig, hf_config: Mapping[str, Any]) -> None:
         raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
     if load:
         checkpoint = open_checkpoint(load)
+        engine = checkpoint.metadata.get("engine", job.engine)
+        if engine != job.engine:
+            raise JobError(
+                "checkpoint.load",
+                f"{checkpoint.path} is of the {engine} engine, and this job's is {job.engine}",
+                f"--engine {engine}, or begin with its weights alone: --model.path EXPORT",
+            )
         _require_same_model(hf_config, checkpoint)
         _require_same_batch(job, checkpoint)
-        assert job.train.steps is not None
-        if job.train.steps <= checkpoint.step:
-            raise JobError(
-                "train.steps",
-                f"{job.train.steps}, but {checkpoint.path} lies at step {checkpoint.step}: steps count on from there",
-                f"--train.steps {checkpoint.step + job.train.steps} for {job.train.steps} more",
-            )
+        _require_steps_left(job, checkpoint)
+
+
+def _require_steps_left(job: JobConfig, checkpoint: Checkpoint) -> None:
+    steps, epochs = job.train.steps, job.train.epochs
+    if steps is None or steps > checkpoint.step:
+        return  # None: rows that are not encoded here; who runs the job knows
+    more = f"--train.steps {checkpoint.step + steps} for {steps} more"
+    raise JobError(
+        "train.steps" if epochs is None else "train.epochs",
+        f"{steps if epochs is None else f'{epochs:g} are {steps} steps'}, but {checkpoint.path} lies at step "
+        f"{checkpoint.step}: steps count on from there",
+        more if epochs is None else "raise train.epochs, which count from the beginning",
+    )
 
 
 def _require_same_model(hf_config: Mapping[str, Any], checkpoint: Checkpoint) -> None:

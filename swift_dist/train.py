@@ -138,6 +138,7 @@ def _metadata(
 ) -> dict[str, Any]:
     return {
         "step": step,
+        "engine": job.engine,
         "consumed_samples": step * job.train.global_batch_size,
         "layout": asdict(engine.layout),
         "hf_config": payload["hf_config"],

@@ -52,7 +52,8 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
         return None
     folder = run_dir / engine.tuners.saves
     partial = run_dir / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in run_dir.glob(f".*{folder.name}.partial*"):  # of an export that was killed, and its own parts
+        shutil.rmtree(left_over, ignore_errors=True)
     if engine.job.model.problem_type:
         engine.model.config.problem_type = engine.job.model.problem_type  # what turns scores into answers
     engine.tuners.export(engine.model, weights, partial)
