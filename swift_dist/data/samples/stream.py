@@ -37,8 +37,8 @@ from swift_dist.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-_OPEN = 4 * WINDOW  # chunks held open: a few files each
 _POLL_SECONDS = 0.1
+_TELL_AFTER_SECONDS = 2.0
 _TELL_SECONDS = 60.0
 
 
@@ -86,7 +86,12 @@ class StreamPlan:
         groups = [range(starts[-1])]
         if self.weights:
             groups = [range(start, end) for start, end in pairwise(starts)]
-        return [ChunkStream(group, seed, number, num_samples) for number, group in enumerate(groups)]
+        return [ChunkStream(group, seed, number, num_samples, self.window) for number, group in enumerate(groups)]
+
+    @property
+    def window(self) -> int:
+        """Chunks of a stream that are shuffled together: all streams' are open at once, a few files each."""
+        return max(2, WINDOW // max(1, len(self.weights)))
 
     def fingerprint(self) -> str:
         """Identity of the rows and of what makes samples of them, and of their shares; not of paths."""
@@ -141,13 +146,13 @@ class Chunks:
         return self._sizes[chunk]
 
     def store(self, chunk: int) -> SampleStore:
+        self._status.check(waits=False)
         if chunk not in self._open:
-            self._status.check(waits=False)
             store = self._wait(chunk)
             check_chunk(store, self.plan, self._job)
             self._require_one_kind(store)
             self._open[chunk], self._sizes[chunk] = store, store.num_samples
-            if len(self._open) > _OPEN:
+            if len(self._open) > 4 * self.plan.window * max(1, len(self.plan.weights)):
                 self._open.popitem(last=False)
         self._open.move_to_end(chunk)
         return self._open[chunk]
@@ -173,7 +178,7 @@ class Chunks:
             if self._closed.wait(_POLL_SECONDS):
                 raise RunError("the data was closed while rows were waited for")
             waited = time.monotonic() - began
-            if waited > told + (_TELL_SECONDS if told else 2.0):
+            if waited > told + (_TELL_SECONDS if told else _TELL_AFTER_SECONDS):
                 told = waited
                 logger.info("waiting for %s to be encoded, for %.0f s so far", self.plan.describe(chunk), waited)
         return store

@@ -1,8 +1,8 @@
 """The order of streamed samples: pure in (seed, samples of each chunk), and known as far as chunks are encoded.
 
     chunks   pieces of the sources (about a MiB of text); each pass takes all of them, in an order of its own
-    windows  16 consecutive chunks of that order, whose samples are shuffled together; in the first pass 1, 2, 4 and 8
-             come first, so that training begins with the first chunk
+    windows  16 consecutive chunks of that order (of several streams fewer, as each keeps its own open), whose samples
+             are shuffled together; in the first pass 1, 2, 4 and 8 come first, so that training begins with the first
     samples  those of one stream of all chunks; or where datasets have weights of a stream each, interleaved by share
 
 So each pass holds each sample once, sample number n of the order is the same on any number of ranks, and it depends on
@@ -31,14 +31,22 @@ class ChunkStream:
     Args:
         chunks: their numbers; number: of the stream, which has an order of its own.
         num_samples: of a chunk; called for chunks in the order in which they are needed, and may wait for one.
+        window: chunks whose samples are shuffled together.
     """
 
-    def __init__(self, chunks: Sequence[int], seed: int, number: int, num_samples: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        seed: int,
+        number: int,
+        num_samples: Callable[[int], int],
+        window: int = WINDOW,
+    ) -> None:
         self._chunks, self._num_samples = np.asarray(chunks, dtype=np.int64), num_samples
         self._chunk_seed, self._sample_seed = (
             int.from_bytes(derive(seed, purpose, number, size=8), "little") for purpose in ("chunks", "in windows")
         )
-        self._first_edges, self._edges = _edges(len(chunks), 1), _edges(len(chunks), WINDOW)
+        self._first_edges, self._edges = _edges(len(chunks), 1, window), _edges(len(chunks), window, window)
         self._ends: list[int] = []  # samples up to the end of each window that is known
         self._order = lru_cache(maxsize=2)(self.order)
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -99,12 +107,12 @@ class ChunkStream:
         return members, starts, Permutation(int(ends[-1]), self._sample_seed, number)
 
 
-def _edges(num_chunks: int, first: int) -> list[int]:
-    """Where windows begin, and the end: the first one has `first` chunks, each next one twice as many, up to WINDOW."""
+def _edges(num_chunks: int, first: int, most: int) -> list[int]:
+    """Where windows begin, and the end: the first one has `first` chunks, each next one twice as many, up to `most`."""
     edges, size = [0], first
     while edges[-1] < num_chunks:
         edges.append(min(edges[-1] + size, num_chunks))
-        size = min(2 * size, WINDOW)
+        size = min(2 * size, most)
     return edges
 
 

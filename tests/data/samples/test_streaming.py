@@ -31,6 +31,9 @@ from tests.data.samples.test_encode import kto_row, work_inline
 ROWS = [conversation(f"q{k}", f"a{k}") for k in range(100)]
 
 
+Process = pool.LocalWorker
+
+
 class Worker:
     """A worker without a process of its own, which does a chunk only when it may."""
 
@@ -214,6 +217,7 @@ def test_a_rank_waits_for_its_chunk_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("swift_dist.data.prefetch._WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("swift_dist.data.samples.stream._TELL_AFTER_SECONDS", 0.2)
     caplog.set_level(logging.INFO)
     config = make_job(tokenizer, write_rows(tmp_path / "r.jsonl", ROWS), train={"global_batch_size": 2})
     plan, encoding = plan_of(config, tmp_path / "cache")
@@ -221,13 +225,13 @@ def test_a_rank_waits_for_its_chunk_and_says_so(
     told: list[int] = []
     with encoding, opened(config, plan, waiting=told.append) as data:
         seen = texts(data.micro_batches(0))
-        timer = threading.Timer(2.5, lambda: Worker.may.release(10**6))
+        timer = threading.Timer(0.9, lambda: Worker.may.release(10**6))
         timer.start()
         for step in range(1, 40):
             seen += texts(data.micro_batches(step))
         timer.join()
     assert len(set(seen)) == 80 and told.count(1) > 10
-    assert f"of {plan.counts[0]} of {tmp_path / 'r.jsonl'} to be encoded" in caplog.text
+    assert f"of {plan.counts[0]} of {tmp_path / 'r.jsonl'} to be encoded, for 0 s so far" in caplog.text
 
 
 def ends(config: JobConfig, plan: StreamPlan, within: float = 20.0) -> Exception:
@@ -394,14 +398,13 @@ def test_what_needs_all_rows_is_refused(changes: dict, key: str) -> None:
 
 def test_a_worker_process_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With real processes: the task travels to them, and their end to the ranks."""
-    monkeypatch.undo()
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(stream_status, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(streaming, "_NICENESS", 3)
     config = make_job(make_tokenizer(tmp_path / "model"), write_rows(tmp_path / "r.jsonl", ROWS * 20))
-    plan, encoding = plan_of(config, tmp_path / "cache")  # a process that makes one chunk
-    started: list[pool.LocalWorker] = []
+    plan, encoding = plan_of(config, tmp_path / "cache")
+    started: list[Process] = []
 
-    class Noted(pool.LocalWorker):
+    class Noted(Process):
         def __init__(self, task: pool.Task) -> None:
             super().__init__(task)
             started.append(self)
@@ -411,7 +414,7 @@ def test_a_worker_process_that_dies_ends_the_run(tmp_path: Path, monkeypatch: py
         while not started or len(list(Path(plan.folders[0]).glob("0*"))) < 2:
             time.sleep(0.02)
         own = os.getpriority(os.PRIO_PROCESS, 0)
-        assert os.getpriority(os.PRIO_PROCESS, started[0]._process.pid) == min(own + 10, 19)
+        assert os.getpriority(os.PRIO_PROCESS, started[0]._process.pid) == min(own + 3, 19)
         started[0]._process.kill()
         with opened(config, plan) as data, pytest.raises(RunError, match="a worker process was killed by signal 9"):
             for step in range(300):
