@@ -10,7 +10,8 @@ import chat_model
 import pytest
 import sft_ranks
 from sft_runs import LORA, Runs
-from test_runs import STRATEGIES
+from sft_runs import RANKS as SFT_RANKS
+from test_runs import STRATEGIES, batches
 
 from swift_dist.errors import JobError
 
@@ -41,6 +42,19 @@ def test_exports_compute_what_the_trained_model_did(runs: Runs, tmp_path: Path, 
 
 def evaluations(folder: Path) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in sft_ranks.rows(folder) if "eval_loss" in row}
+
+
+def test_an_evaluation_is_the_mean_over_all_tokens(runs: Runs) -> None:
+    """Of three global batches on two ranks, the last of them not full; beside a plain loop over whole sequences."""
+    rows = [{"messages": row["messages"][:2]} for row in chat_model.conversations(21, seed=5)]
+    data = {"train": [str(chat_model.save_rows(runs.folder / "short.jsonl", rows))]}
+    train = {"steps": 1, "eval_interval": 1, "eval_steps": 3}
+    folder, _ = runs.run(runs.job(data={**data, "validation": data["train"]}, train=train, optimizer={"lr": 1e-12}), 2)
+    whole = batches(runs, runs.job(data=data, train={"global_batch_size": 21, "micro_batch_size": 21}))[:1]
+    assert len(whole[0]) == 21
+    common = {"model": runs.model, "batches": whole, "lr": 1.0, "seed": 3, "adapter": None}
+    ((expected, _),) = runs.gang.run(SFT_RANKS, "reference", 1, **common)[0]
+    assert evaluations(folder) == {1: pytest.approx(expected, rel=1e-5)}
 
 
 def test_patience_and_the_best_checkpoint_count_over_a_resume(runs: Runs) -> None:
