@@ -62,7 +62,7 @@ class Renderer:
                 **self._arguments,
             )
         except Exception as error:  # templates are programs of others: raise_exception, and whatever goes wrong in them
-            raise BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}") from None
+            raise _refused(error, messages) from None
 
     def marked(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
         """The conversation, and what the template's own ``{% generation %}`` marks say is generated of it.
@@ -85,7 +85,7 @@ class Renderer:
                 **{**self.tokenizer.special_tokens_map, **self._arguments},
             )
         except Exception as error:
-            raise BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}") from None
+            raise _refused(error, messages) from None
         text, marks = rendered[0][0], rendered[1][0]
         return text, [(start, self.end_of_turn(text[:end], start)) for start, end in marks]
 
@@ -159,6 +159,13 @@ class Renderer:
         """Whether the template knows the <think> tags in a message's text."""
         return "</think>" in self.source
 
+    @property
+    def _thoughtful(self) -> dict[str, Any]:
+        """The probe's answer with thinking before it, as `Template` gives it to this template."""
+        if self.reads_thinking:
+            return {**_PROBE[1], "reasoning_content": "zqx thought"}
+        return {**_PROBE[1], "content": f"<think>\nzqx thought\n</think>\n\n{_ANSWER}"}
+
     def _takes(self, **message: Any) -> bool:
         """Whether the template writes this answer."""
         text = self._written([_PROBE[0], {"role": "assistant", "content": "", **message}])
@@ -173,7 +180,8 @@ class Renderer:
 
     def problem(self) -> str:
         """Why no exact mask can be had even of one question and its answer; "" where it can."""
-        prompt, text = self.text(_PROBE[:1], prompt=True), self.text(_PROBE)
+        prompt = self.text(_PROBE[:1], prompt=True)
+        text = self.text([_PROBE[0], self._thoughtful] if opens_thinking(prompt) else _PROBE)
         if _ANSWER not in text:
             return "it leaves the answer out"
         if self.quirk and self.quirk.answer:
@@ -185,8 +193,6 @@ class Renderer:
             return f"it ignores add_generation_prompt, so that the header {opening!r} would count as generated"
         if not self.ends:
             return "no special token ends the assistant's turn, so the model would not learn to stop"
-        if opening.startswith("\n</think>"):  # the prompt opens the thinking: compared where there is some
-            text = self.text([_PROBE[0], {**_PROBE[1], "reasoning_content": "zqx thought"}])
         whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         places = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
         before = [token for token, (start, _) in places if start < len(prompt)]
@@ -200,7 +206,10 @@ class Renderer:
         if not re.search(r"{%-?\s*generation\s*-?%}", self.source) or self.problem() or self.next_header_ends:
             return False
         text, start = self.text(_PROBE), len(self.text(_PROBE[:1], prompt=True))
-        return self.marked(_PROBE) == (text, [(start, self.end_of_turn(text, start))])
+        try:
+            return self.marked(_PROBE) == (text, [(start, self.end_of_turn(text, start))])
+        except BadRowError:  # another piece is marked that does not end as a turn does (Phi-3's <|endoftext|>)
+            return False
 
     def end_of_turn(self, text: str, start: int) -> int:
         """The character after the token that ends the turn which `text` ends with, and of which `start` is the first.
@@ -215,3 +224,14 @@ class Renderer:
         if self.added_token.sub("", text[end:]).strip():
             raise BadRowError(f"the chat template writes {text[end:][:40]!r} after the token that ends the turn")
         return end
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a generation prompt holds the beginning of the thinking."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def _refused(error: Exception, messages: Messages) -> BadRowError:
+    tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    hint = " (template.agent writes calls and results of tools as text)" if tools else ""
+    return BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}{hint}")

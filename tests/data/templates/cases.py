@@ -162,6 +162,8 @@ CASES = (
     ),
     Case("gemma", TWO, gemma("Hi", "Hello.", "How?", "Fine.")),
     Case("gemma3", (system("Be brief."), *TWO), gemma("Be brief.\n\nHi", "Hello.", "How?", "Fine.")),
+    # Its last mark holds what stands behind the end of the turn.
+    Case("phi3_training", TWO, phi("Hi", "Hello.", "How?", "Fine.")),
     Case("phi3", TWO, phi("Hi", "Hello.", "How?", "Fine.")),
     Case("phi3_5", SYSTEM, "<|system|>\nBe brief.<|end|>\n" + phi("Hi", "Hello.")),
     Case("mistral_v0_2", TWO, "<s>[INST] Hi [/INST]⟦Hello.</s>⟧[INST] How? [/INST]⟦Fine.</s>⟧"),
@@ -181,6 +183,31 @@ CASES = (
         "<s><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜>How?<｜Assistant｜><think>\n"
         "⟦Polite.\n</think>\n\nFine.<｜end▁of▁sentence｜>⟧",
         section={"loss_scale": "last_round"},
+    ),
+    Case(
+        "deepseek_r1_distill_training",
+        THINKS,
+        "<s><｜User｜>Hi<｜Assistant｜><think>\n⟦Greet them.\n</think>\n\nHello.<｜end▁of▁sentence｜>⟧",
+    ),
+    # Without thinking, an answer does not begin as the prompt does, which opens the thinking.
+    Case(
+        "nemotron_3_super",
+        THINKS,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n⟦Greet them.\n</think>\nHello.<|im_end|>⟧\n",
+    ),
+    Case(
+        "nemotron_3_super",
+        ONE,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>⟦Hello.<|im_end|>⟧\n",
+        section={"thinking": "drop"},
+    ),
+    # Gemma 4 ends a call with the token that the result begins with.
+    Case(
+        "gemma4_v5",
+        CALLS,
+        '…<|turn>model\n⟦<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>⟧'
+        'response:get_weather{value:<|"|>{"t": 3}<|"|>}<tool_response|>⟦Cold.<turn|>⟧\n',
+        T,
     ),
     # GLM ends its turn with the token of the next one.
     Case(

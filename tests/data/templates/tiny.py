@@ -15,6 +15,7 @@ from swift_dist.data.templates.template import Template
 JINJA = Path(__file__).parent / "jinja"
 _SPECIAL = re.compile(
     r"<[|｜][^<>|｜]+[|｜]>|<bos>|</?s>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|\[/?INST\]|</?think>|</?tool_call>"
+    r"|<\|[a-z_]+>|<[a-z_]+\|>"  # Gemma 4's
 )
 # Qwen's: line breaks stay together, whatever follows them.
 _WORDS = (
