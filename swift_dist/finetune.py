@@ -37,6 +37,12 @@ def check_plugins(job: JobConfig) -> None:
     tuners, strategy = find_tuners(job.tuner), _strategy(job)
     tuners.refuse(strategy)
     tuners.check(job)
+    if job.checkpoint.export_dtype and tuners.saves == "adapter":
+        raise JobError(
+            "checkpoint.export_dtype",
+            f"has no effect: {tuners.main[0].name} saves an adapter, as it was trained",
+            "leave it out; swift-dist merge writes a model in the dtype of its base",
+        )
     if job.optimizer.name == "muon" and strategy == "fsdp2":
         raise JobError(
             "optimizer.name",

@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_every": Rule.FREE,
     "checkpoint.async_save": Rule.FREE,
     "checkpoint.keep_best": Rule.FREE,
+    "checkpoint.export_dtype": Rule.FREE,
     "checkpoint.load": Rule.FIXED,  # it would not be read again: the run has its own checkpoints by now
     # a checkpoint names each weight by itself, however it was spread over the ranks
     **{key: Rule.FREE for key in job_keys() if key.startswith("strategy.")},

@@ -13,7 +13,7 @@ _OF_ROWS = "format columns split_ratio bad_rows packing padding_free group_by_le
 _ROWS = tuple(f"data.{name}" for name in _OF_ROWS.split())
 _FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
 _MEGATRON = ("parallel.", "train.fp8")
-_HF = ("strategy.", "train.compile", "model.attention", "model.liger")
+_HF = ("strategy.", "train.compile", "model.attention", "model.liger", "checkpoint.export_dtype")
 
 NOT_READ: dict[tuple[str, str], tuple[str, ...]] = {
     ("pretrain", "megatron"): (*_FINE_TUNING, *_HF),

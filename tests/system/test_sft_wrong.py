@@ -146,6 +146,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     ),
     # what does not go together
     "frozen": ("sft", "--dataset rows.jsonl --tuner_type freeze", "tuner.freeze", ["no weight"], "ratio"),
+    "rounded": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type lora --checkpoint.export_dtype bf16",
+        "checkpoint.export_dtype",
+        ["lora saves an adapter"],
+        "merge",
+    ),
     "muon": (
         "sft",
         "--dataset rows.jsonl --optimizer.name muon --fsdp fsdp2",
@@ -202,6 +209,37 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         "data.train",
         ["some.jsonl:2: no label"],
         "skip",
+    ),
+    # what needs all rows, where they are not waited for
+    "stream": ("sft", "--dataset rows.jsonl --streaming true", "train.steps", ["all rows"], "--train.steps"),
+    "stream of epochs": ("sft", "--dataset rows.jsonl --streaming true --train.epochs 2", "train.epochs", [], "steps"),
+    "split stream": (
+        "sft",
+        "--dataset rows.jsonl --streaming true --max_steps 5 --split_dataset_ratio 0.1",
+        "data.split_ratio",
+        ["all rows"],
+        "data.validation",
+    ),
+    "stream without evaluation": (
+        "sft",
+        "--dataset rows.jsonl --streaming true --max_steps 5 --eval_steps 2",
+        "data.validation",
+        ["no dataset given"],
+        "data.validation",
+    ),
+    "stream too long": (
+        "sft",
+        "--dataset rows.jsonl --streaming true --max_steps 5 --max_length 6",
+        "data.train",
+        ["rows.jsonl gives no sample", "rows.jsonl:1: too long"],
+        "truncation",
+    ),
+    "stream of classes": (
+        "sft",
+        f"--dataset classes.jsonl --streaming true --max_steps 5 {CLASSIFY}",
+        "data.train",
+        ["class 3", "2 outputs"],
+        "--num_labels 4",
     ),
     # labels
     "classes": ("sft", f"--dataset classes.jsonl {CLASSIFY}", "data.train", ["class 3", "2 outputs"], "--num_labels 4"),

@@ -11,6 +11,8 @@ from swift_dist.engines.hf.tokenizer import tokenizer_of
 from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
+    import torch
+
     from swift_dist.engines.hf.engine import HFEngine
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     Rank 0 gathers one tensor at a time. The tokenizer and its chat template go with the weights. A folder that is there
     already (the run went on) is replaced when the new one is whole.
     """
-    weights = dict(engine.strategy.whole_weights(engine.tuners.exported(engine.model)))
+    whole = engine.strategy.whole_weights(engine.tuners.exported(engine.model))
+    weights = {name: _rounded(name, tensor, engine) for name, tensor in whole}
     if engine.worker.rank != 0:
         return None
     folder = run_dir / engine.tuners.saves
@@ -68,3 +71,17 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     shutil.rmtree(previous, ignore_errors=True)
     log.info("wrote %s", folder)
     return folder
+
+
+def _rounded(name: str, tensor: torch.Tensor, engine: HFEngine) -> torch.Tensor:
+    """In `checkpoint.export_dtype`, but for what its architecture keeps in fp32 whatever the rest is in."""
+    from swift_dist.engines.hf.model import DTYPES
+
+    dtype, model = engine.job.checkpoint.export_dtype, engine.model
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == "fp16":
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_fp32 = any(f".{part}." in f".{name}." for part in kept)
+    return tensor if in_fp32 else tensor.to(DTYPES[dtype])

@@ -9,6 +9,8 @@ from typing import Any
 import chat_model
 import pytest
 import sft_ranks
+import torch
+from safetensors.torch import load_file
 from sft_runs import LORA, Runs
 from sft_runs import RANKS as SFT_RANKS
 from test_runs import STRATEGIES, batches
@@ -78,7 +80,8 @@ def test_patience_and_the_best_checkpoint_count_over_a_resume(runs: Runs) -> Non
 
 
 def test_a_classifiers_folder_says_what_its_head_is(runs: Runs) -> None:
-    """The number of outputs and their names come from config.json; what the labels are goes into the export's."""
+    """The number of outputs and their names come from config.json; what the labels are goes into the export's, whose
+    weights are in the dtype that is asked for."""
     folder = runs.folder / "classifier"
     chat_model.save_chat_model(folder)
     names = {"0": "quiet", "1": "loud", "2": "bright"}
@@ -87,11 +90,15 @@ def test_a_classifiers_folder_says_what_its_head_is(runs: Runs) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     rows = [{"messages": row["messages"][:1], "label": [0, 2]} for row in chat_model.preferences(8)]
     data = {"train": [str(chat_model.save_rows(runs.folder / "several.jsonl", rows))]}
-    job = runs.job(objective={"name": "classification"}, data=data, model={"path": str(folder)}, train={"steps": 1})
+    common = {"objective": {"name": "classification"}, "data": data, "model": {"path": str(folder)}}
+    job = runs.job(**common, train={"steps": 1}, checkpoint={"export_dtype": "bf16"})
     _, (result,) = runs.run(job, 1)
     exported = json.loads((Path(result["export"]) / "config.json").read_text())
     assert exported["id2label"] == names and exported["problem_type"] == "multi_label_classification"
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
+    assert exported["dtype"] == "bfloat16"
+    tensors = load_file(Path(result["export"]) / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     (folder / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
     with pytest.raises(JobError, match=r"model.problem_type: regression, but each row"):
         runs.resolved(job, 1, runs.folder / "none")
