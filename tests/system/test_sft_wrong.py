@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     ),
     "short": (
         "sft",
-        "--dataset rows.jsonl --tuner_type adalora --tuner.adalora.warmup_steps 2",
+        "--dataset rows.jsonl --tuner_type adalora --tuner.adalora.warmup_steps 3",
         "tuner.adalora.warmup_steps",
         ["leave none of"],
         "raise train.steps",

@@ -39,14 +39,11 @@ class ChunkTask:
 
     Args:
         recipe: whose `parts` are the folders of each source's chunks.
-        niceness: added to that of the worker, which gives way to the ranks.
     """
 
     recipe: Recipe
-    niceness: int
 
     def start(self) -> Callable[[UnitId], ChunkFacts]:
-        os.nice(self.niceness)
         encoder = self.recipe.encoder()
         return lambda unit: self._chunk(encoder, unit)
 

@@ -137,7 +137,7 @@ class Encoding:
 
     def __init__(self, job: JobConfig, plan: StreamPlan, recipe: Recipe) -> None:
         self._job, self._plan = job, plan
-        self._task = ChunkTask(recipe, _NICENESS)
+        self._task = ChunkTask(recipe)
         self._streams = plan.streams(job.train.seed, lambda chunk: 0)
         self._status = StatusWriter(Path(plan.status))
         self._stop = threading.Event()
@@ -196,6 +196,7 @@ class Encoding:
 
     def _run(self) -> None:
         error: Exception | None = None
+        os.nice(_NICENESS)  # of this thread alone (Linux), and of what it starts: the workers give way to the ranks
         try:
             with ExitStack() as stack:
                 for folder in sorted(set(self._plan.folders)):  # by name: two runs never wait for each other

@@ -73,7 +73,6 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     Worker.may, Worker.done = threading.Semaphore(10**9), []
     monkeypatch.setattr(pool, "LocalWorker", Worker)
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(streaming, "_NICENESS", 0)
     monkeypatch.setattr(stream_status, "_WRITE_SECONDS", 0.1)
     monkeypatch.setattr(stream_status, "_LOOK_SECONDS", 0.05)
 
