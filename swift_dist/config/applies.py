@@ -114,8 +114,9 @@ def _require_chosen(job: JobConfig) -> None:
             if not hasattr(options, "model_fields_set") or plugin in names or options == type(options)():
                 continue
             changed = next(n for n in type(options).model_fields if getattr(options, n) != getattr(type(options)(), n))
+            alike = [name for name in names if hasattr(getattr(section, name, None), changed)]
             raise JobError(
                 f"{room}.{plugin}.{changed}",
                 f"has no effect: {room}.name is {' '.join(names)}",
-                f"--{room}.name {plugin}, or leave it out",
+                f"--{room}.{alike[0]}.{changed}" if alike else f"--{room}.name {plugin}, or leave it out",
             )

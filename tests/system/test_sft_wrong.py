@@ -101,6 +101,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     # keys that nothing would read
     "layout": ("sft", "--dataset rows.jsonl --tp 2", "parallel.tensor_model_parallel_size", ["sft"], "leave it out"),
     "rank": ("sft", "--dataset rows.jsonl --lora_rank 4", "tuner.lora.rank", ["tuner.name is full"], "tuner.name lora"),
+    "rank of another": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type qlora --lora_rank 4",
+        "tuner.lora.rank",
+        ["tuner.name is qlora"],
+        "--tuner.qlora.rank",
+    ),
     "tuner": ("pretrain", "--dataset x --tuner_type lora", "tuner.name", ["no effect on pretrain"], "sft"),
     "head": ("sft", "--dataset rows.jsonl --num_labels 3", "model.num_labels", ["causal_lm"], "classification"),
     "problem": ("sft", "--dataset rows.jsonl --model.problem_type regression", "model.problem_type", ["causal_lm"], ""),
