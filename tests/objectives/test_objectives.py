@@ -361,22 +361,28 @@ def kto_loss(answers: list[float], mismatched: list[float], labels: list[bool], 
 
 
 def test_kto_by_hand():
-    part = kto_loss([2.0, -1.0], [0.5, 1.5], [True, False], beta=0.5, undesirable_weight=2.0)
+    part = kto_loss([2.0, -1.0, 4.0], [0.5, 1.5, 1.0], [True, False, True], beta=0.5, undesirable_weight=2.0)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    z0 = 1.0  # of both mismatched answers
-    expected = (1 - sigmoid(0.5 * (2 - z0)) + 2 * (1 - sigmoid(0.5 * (z0 + 1)))) / 2
+    z0 = 1.0  # of the three mismatched answers
+    wanted = sum(1 - sigmoid(0.5 * (r - z0)) for r in (2, 4))
+    expected = (wanted + 2 * (1 - sigmoid(0.5 * (z0 + 1)))) / 3
     assert float(part.value) == pytest.approx(expected, rel=1e-6)
     means = {name: float(value / count) for name, (value, count) in part.metrics.items()}
     assert means == pytest.approx(
         {
-            "rewards/chosen": 1.0,
+            "rewards/chosen": 1.5,
             "rewards/rejected": -0.5,
-            "rewards/margins": 1.5,
-            "logps/chosen": 2.0,
+            "rewards/margins": 2.0,
+            "logps/chosen": 3.0,
             "logps/rejected": -1.0,
             "kl": 1.0,
         }
     )
+
+
+def test_a_missing_reference_is_not_taken_for_one_that_gives_everything_the_same_probability():
+    with pytest.raises(AssertionError):
+        dpo.loss(pair([-1.0], [-2.0]), torch.tensor(1.0), dpo.Options())
 
 
 def test_kto_takes_no_negative_divergence_and_reports_no_mean_of_nothing():
