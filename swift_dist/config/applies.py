@@ -64,6 +64,8 @@ stand in a job file that does not evaluate yet: nothing is encoded for them.)"""
 
 
 def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
+    if job.engine == "hf" and job.train.recompute == "selective":
+        raise JobError("train.recompute", "'selective' is the megatron engine's alone", "--train.recompute full")
     for key, is_read, wanted in _CONDITIONS:
         value = _value(job, key)
         if value != _value(defaults, key) and not is_read(job):

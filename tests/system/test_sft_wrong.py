@@ -143,6 +143,14 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         ["rows.jsonl", "no effect"],
         "train.eval_interval",
     ),
+    "recompute": ("sft", "--dataset rows.jsonl --train.recompute selective", "train.recompute", ["megatron"], "full"),
+    "8 bits": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type qlora --tuner.qlora.bits 8 --tuner.qlora.quant_type fp4",
+        "tuner.qlora",
+        ["quant_type is of 4 bits"],
+        "",
+    ),
     "momentum": ("sft", "--dataset rows.jsonl --optimizer.momentum 0.5", "optimizer.momentum", ["0.5"], "sgd"),
     "lowest rate": (
         "sft",
