@@ -147,7 +147,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         if reason and job.task != "pretrain":
             log.info("batches are padded: %s", reason)
         return "padded"
-    attention.register()
+    attention.register(is_compiled=job.train.compile)
     model.set_attn_implementation(attention.NAME)
     return "packed"
 
@@ -181,7 +181,6 @@ def compile_layers(model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise JobError("train.compile", f"{type(model).__name__} does not name its layers", "leave it out")
-    attention.register(is_compiled=True)
     for layer in layers:
         layer.compile(dynamic=True)
 
