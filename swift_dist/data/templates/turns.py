@@ -125,9 +125,8 @@ def _in_one_text(
         except BadRowError:
             if k == last or not renderer.marks_agree:
                 raise
-            del found.spans[
-                k
-            ]  # marked, but what was thought there is left out: it is whole where the text ends with it
+            # The mark leaves out what was thought there: that turn is whole where the text ends with it.
+            del found.spans[k]
     return found
 
 
