@@ -73,6 +73,19 @@ def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
             raise JobError(key, f"{shown!r} has no effect without {wanted}", f"give {wanted}, or leave it out")
 
 
+def reason_for_padding(job: JobConfig, needs: str) -> str | None:
+    """Why the job's sequences cannot lie side by side in one row, whatever its model; None: that depends on the model.
+
+    Args:
+        needs: of its objective.
+    """
+    if needs != "tokens":
+        return "a classification head reads one sequence from each row"
+    if job.model.attention:
+        return f"model.attention {job.model.attention} does not keep packed sequences apart"
+    return "pretraining's samples are as long as the row" if job.task == "pretrain" else None
+
+
 def _require_strategy(job: JobConfig) -> None:
     """What only FSDP2 reads is not given to another strategy, nor a disk to what is no DeepSpeed."""
     readers = {

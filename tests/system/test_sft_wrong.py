@@ -197,6 +197,14 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "unknown tuner": ("sft", "--dataset rows.jsonl --tuner_type loraa", "tuner.name", ["did you mean lora"], "lora"),
     "strategies": ("sft", "--dataset rows.jsonl --deepspeed zero3 --fsdp fsdp2", "strategy", ["not both"], ""),
     "preset": ("sft", "--dataset rows.jsonl --deepspeed zero9", "strategy.deepspeed", ["'zero9'"], "zero3"),
+    "packed classes": ("sft", f"--dataset classes.jsonl {CLASSIFY} --packing true", "data.packing", ["head"], "leave"),
+    "unpadded": (
+        "sft",
+        "--dataset rows.jsonl --padding_free true --attn_impl sdpa",
+        "data.padding_free",
+        ["sdpa does not keep"],
+        "leave",
+    ),
     "packed pairs": ("rlhf", "--dataset pairs.jsonl --packing true", "data.packing", ["pair"], "leave"),
     "engine": ("sft", "--dataset rows.jsonl --engine megatron", "engine", ["sft"], "--engine hf"),
     # rows

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from swift_dist.config import JobConfig
+from swift_dist.config.applies import reason_for_padding
 from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
@@ -131,15 +132,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         JobError: packing, or a layout without padding, is asked for and the model cannot do it.
     """
     wanted = job.data.padding_free
-    reason: str | None = None
-    if needs != "tokens":
-        reason = "a classification head reads one sequence from each row"
-    elif job.model.attention:
-        reason = f"model.attention {job.model.attention} does not keep packed sequences apart"
-    elif job.task == "pretrain":
-        reason = "pretraining's samples are as long as the row"
-    else:
-        reason = attention.refusal(model)
+    reason = reason_for_padding(job, needs) or attention.refusal(model)
     if reason and (job.data.packing or wanted):
         key = "data.packing" if job.data.packing else "data.padding_free"
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
