@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import chat_model
 import first_rank_ranks as by_rank
 import pytest
 import torch
+
+from swift_dist.engines.hf.strategies import _first_rank as first_rank
 
 RANKS = Path(by_rank.__file__)
 FSDP: dict[str, Any] = {"strategy": {"fsdp": "fsdp2"}}
@@ -59,10 +62,24 @@ def check(deepspeed_gang: Any, models: dict[str, str], cases: list[dict[str, Any
     assert alone[0][0]["weights"] and not alone[1][0]["weights"], "whole weights are on the first rank only"
 
 
-@pytest.mark.parametrize("strategy", [FSDP, ZERO_3], ids=["fsdp2", "zero3"])
-def test_ranks_hold_what_they_would_have_read(deepspeed_gang: Any, models: dict[str, str], strategy: Any) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "names"), [(FSDP, list(CASES)), (ZERO_3, ["reference", "pissa"])], ids=["fsdp2", "zero3"]
+)
+def test_ranks_hold_what_they_would_have_read(
+    deepspeed_gang: Any, models: dict[str, str], strategy: dict[str, Any], names: list[str]
+) -> None:
     """Bit for bit: weights, masters, buffers, a tuner's first factors, and what the model and its reference compute."""
-    check(deepspeed_gang, models, [{**case, **strategy} for case in CASES.values()])
+    check(deepspeed_gang, models, [{**CASES[name], **strategy} for name in names])
+
+
+def test_stage_3_shards_weights_whoever_wrote_the_file(tmp_path: Path) -> None:
+    """A reference beside the model is sharded then, too."""
+    file = tmp_path / "mine.json"
+    for stage in (2, 3):
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        job = by_rank.job("x", {"strategy": {"deepspeed": str(file)}})
+        assert first_rank.shards_weights(job) == (stage == 3)
+    assert first_rank.shards_weights(by_rank.job("x", FSDP)) and not first_rank.shards_weights(by_rank.job("x", {}))
 
 
 def test_tensors_of_every_kind_arrive(deepspeed_gang: Any) -> None:
