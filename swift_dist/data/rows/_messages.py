@@ -25,7 +25,7 @@ _ROLES = {
     "function": "tool",
     "tool_call": "tool_call",
 }
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Names of the thinking before an answer: DeepSeek's and ms-swift's, OpenRouter's and vLLM's, that of gpt-oss' rows."""
 _ADDED_CALL = "_added_call"  # marks calls that came from messages of their own, while a conversation is read
 
@@ -98,7 +98,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
 
 def _thinking(item: dict[str, Any], content: str, where: str) -> Message:
     """``reasoning_content``, under whichever name the row has it."""
-    found = {key: as_text(item[key], f"{where}: {key}", empty=True) for key in _THOUGHTS if item.get(key)}
+    found = {key: as_text(item[key], f"{where}: {key}", empty=True) for key in THOUGHTS if item.get(key)}
     if len(found) + ("</think>" in content) > 1:
         names = [*found, *(["<think> in its content"] if "</think>" in content else [])]
         raise BadRowError(f"{where} has its thinking twice: {' and '.join(names)}")

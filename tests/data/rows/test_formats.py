@@ -67,6 +67,8 @@ GOOD: list[tuple[str, str, dict, Row]] = [
         "conversations": [human("q"), {"from": "function_call", "value": json.dumps(CALL["function"])},
                           {"from": "observation", "value": "rain"}, gpt("a")]},
      rows(system("s"), user("q"), says("", tool_calls=[CALL]), RESULT, says("a"), tools=(WEATHER,))),
+    ("thinking", "sharegpt", {"conversations": [human("q"), {**gpt("a"), "reasoning": "r"}]},
+     rows(user("q"), says("a", reasoning_content="r"))),
     ("user and assistant", "sharegpt",
      {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, rows(*ASKED)),
     ("plain", "toolbench", {"conversations": [
