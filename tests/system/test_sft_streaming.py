@@ -70,7 +70,8 @@ def test_a_run_that_waits_for_rows_and_loses_its_driver(files: Files, start: Sta
     assert command.wait() == 0, command.stderr
     command.assert_nothing_left()
     assert_same_end(output, quiet)
-    assert max(json.loads(line)["data_wait_seconds"] for line in (output / "metrics.jsonl").read_text().splitlines()) > 0.5
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["data_wait_seconds"] for line in lines) > 0.5
     seen = samples_seen(output, [2], [range(ROWS // BATCH)])
     assert len(seen) == ROWS // BATCH * BATCH and set(seen.values()) == {1}
 

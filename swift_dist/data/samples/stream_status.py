@@ -70,8 +70,8 @@ class StatusReader:
             waits: whether the caller waits for a chunk that is not there.
 
         Raises:
-            JobError, RunError: the encoding has failed, as the driver says; or the caller waits although it has ended, or
-                nothing was heard of it for `SILENT_SECONDS`.
+            JobError, RunError: the encoding has failed, as the driver says; or the caller waits although it has ended,
+                or nothing was heard of it for `SILENT_SECONDS`.
         """
         now = time.monotonic()
         if waits and not self._waits:
