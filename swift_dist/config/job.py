@@ -140,6 +140,7 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     name: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to optimizer.lr")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of train.steps, rounded up, as warmup_steps")
     decay_steps: int | None = Field(
         None,
         gt=0,
