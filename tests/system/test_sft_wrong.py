@@ -214,6 +214,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "columns": ("sft", "--dataset columns.jsonl", "data.train", ["columns.jsonl:1: ", "foo"], "data.columns"),
     "encoding": ("sft", "--dataset latin.jsonl", "data.train", ["latin.jsonl:1: not UTF-8"], "data.format"),
     "format": ("sft", "--dataset rows.jsonl --data.format alpaca", "data.train", ["rows.jsonl:1: "], "data.format"),
+    "unknown format": (
+        "sft",
+        "--dataset rows.jsonl --data.format mesages",
+        "data.format",
+        ["did you mean messages"],
+        "auto",
+    ),
     "bad rows": (
         "sft",
         "--dataset mixed.jsonl --data.bad_rows stop",
@@ -285,6 +292,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
 }
 
 
+SEEN_BEFORE_ENCODING = (
+    *("packed pairs", "no data", "missing", "empty", "columns", "encoding", "format", "unknown format", "no pairs"),
+    *("kto", "unlabelled"),
+)
+"""Of those about rows, what a dry run refuses, too."""
+
+
 class Inline:
     """A worker that encodes in this process: another one takes seconds to import what it needs."""
 
@@ -308,6 +322,8 @@ def test_refused(
         monkeypatch.setattr(pool, "LocalWorker", Inline)
     verb, words, key, says, remedy = WRONG[name]
     assert_refused(capsys, folder, command(place, verb, words), Wrong(name, key, says, remedy))
+    if name in SEEN_BEFORE_ENCODING:
+        assert_refused(capsys, folder, [*command(place, verb, words), "--dry-run"], Wrong(name, key, says, remedy))
 
 
 class StartedError(Exception):
