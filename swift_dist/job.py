@@ -183,12 +183,13 @@ def describe(job: JobConfig, where: Where = "ray") -> dict[str, Any]:
     warning = crossing_warning(resolved.layout, places)
     return {
         "job": resolved.job.model_dump(mode="json"),
+    steps = resolved.job.train.steps  # None: epochs of rows that are not encoded
         "layout": {**asdict(resolved.layout), "dp": resolved.layout.dp, "expert_dp": resolved.layout.expert_dp},
         "parameters": resolved.shape.num_parameters() if resolved.shape else None,
         "cluster": runs_on,
         "needs": str(demand),
         "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
-        "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
+        "tokens": {"step": tokens, "all": None if steps is None else tokens * steps},
         "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
     }
 
@@ -214,7 +215,8 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     yield f"# layout: {layout}"
     if plan["parameters"]:
         yield f"# parameters: {plan['parameters']:,}"
-    yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
+    in_all = "" if plan["tokens"]["all"] is None else f", {plan['tokens']['all']:,} in all"
+    yield f"# tokens: {plan['tokens']['step']:,} in a step{in_all}"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
     first, *more = plan["artefact"].rstrip("\n").splitlines()
