@@ -143,6 +143,7 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         ["rows.jsonl", "no effect"],
         "train.eval_interval",
     ),
+    "split": ("sft", "--dataset rows.jsonl --split_dataset_ratio 0.5", "data.split_ratio", ["0.5"], "eval_interval"),
     "recompute": ("sft", "--dataset rows.jsonl --train.recompute selective", "train.recompute", ["megatron"], "full"),
     "8 bits": (
         "sft",
@@ -245,7 +246,7 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "stream of epochs": ("sft", "--dataset rows.jsonl --streaming true --train.epochs 2", "train.epochs", [], "steps"),
     "split stream": (
         "sft",
-        "--dataset rows.jsonl --streaming true --max_steps 5 --split_dataset_ratio 0.1",
+        "--dataset rows.jsonl --streaming true --max_steps 5 --eval_steps 2 --split_dataset_ratio 0.1",
         "data.split_ratio",
         ["all rows"],
         "data.validation",
