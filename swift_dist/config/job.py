@@ -170,7 +170,9 @@ class CheckpointSection(Section):
     interval: int = Field(0, ge=0, description="steps between checkpoints (0: only the final one)")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="checkpoints whose step is a multiple of this stay for ever (0: none)")
-    keep_best: bool = Field(False, description="also keep the checkpoint with the lowest eval_loss")
+    keep_best: bool = Field(
+        False, description="also keep the checkpoint with the lowest eval_loss; what is exported at the end is of it"
+    )
     async_save: bool = Field(True, description="write in the background while training goes on")
     export_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="hf engine: of an exported model's weights (default: fp32, as they were trained)"
