@@ -197,6 +197,21 @@ def test_python_builds_the_same_job():
     )
 
 
+def test_python_says_what_takes_the_place_of_options_that_are_no_keys():
+    import swift_dist
+
+    for name, value, says in (
+        (
+            "launcher",
+            "torchrun",
+            r"launcher: 'torchrun': .* Ray (.|\n)*swift-dist sft job.yaml --launcher torchrun",
+        ),
+        ("gradient_checkpointing", True, "gradient_checkpointing: unknown key. instead: train.recompute full"),
+    ):
+        with pytest.raises(JobError, match=says):
+            swift_dist.sft(model="x", **{name: value})
+
+
 def test_python_refuses_a_job_of_another_task(tmp_path):
     """`sft` of a file that says rlhf would learn from the chosen answers alone."""
     import swift_dist
