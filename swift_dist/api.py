@@ -65,8 +65,9 @@ def pretrain(source: JobConfig | Mapping[str, Any] | str | Path | None = None, *
 
     Returns:
         What ``--json`` prints: ``state`` ("done", or "interrupted" after Ctrl-C, which saves a checkpoint first),
-        ``output`` (the run folder), ``export`` (folder of the final weights; None: none were written), ``step`` and
-        ``loss`` of the last step, ``checkpoint`` (step of the newest), ``restarts`` (failures survived), ``seconds``.
+        ``output`` (the run folder), ``export`` (folder of the final weights; None: none were written) and
+        ``export_step`` (the step that they are of), ``step`` and ``loss`` of the last step, ``message`` (why it stopped
+        early, else ""), ``checkpoint`` (step of the newest), ``restarts`` (failures survived), ``seconds``.
 
     Raises:
         JobError: the job is wrong, or another task's; nothing was started. Its ``key``, ``message`` and ``remedy``.
