@@ -114,7 +114,7 @@ BAD: list[tuple[str, str, dict, str]] = [
      "the last message is of the user"),
     ("no conversation", "preference", {"text": "t", "rejected_response": "b"}, "there is no conversation in it"),
     ("not 0 or 1", "kto", {"prompt": "q", "completion": "a", "label": 2}, "label is 2, not true or false"),
-    ("label is text", "kto", {"prompt": "q", "completion": "a", "label": "good"}, "'good', not a number; give true or false"),
+    ("label is text", "kto", {"prompt": "q", "completion": "a", "label": "good"}, "not a number; give true"),
     ("label is a list", "kto", {"prompt": "q", "completion": "a", "label": [1]}, "label holds an array"),
     ("no label", "kto", {"prompt": "q", "completion": "a"}, "no label, only completion, prompt"),
     ("no answer", "kto", {"messages": [user("q")], "label": True}, "the last message is of the user"),
