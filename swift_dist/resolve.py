@@ -206,7 +206,17 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
         changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
         old["model"] = new["model"] = ""
     differences = [*changed, *resume_difference(old_job, resolved.job, old, new)]
+    differences = [_with_files(d, old_job, resolved.job) if d.key == "data.train" else d for d in differences]
     require_same_training(differences, run_dir, origin.get("engine", "megatron"))
+
+
+def _with_files(difference: Difference, old_job: Mapping[str, Any], job: JobConfig) -> Difference:
+    """A difference of data, whose fingerprints say nothing to people, with the paths that each job gives."""
+    paths = [entry["path"] for entry in old_job["data"]["train"]], [entry.path for entry in job.data.train]
+    if not isinstance(difference.old, str):
+        return difference  # the entries themselves
+    old, new = (", ".join(given) for given in paths)
+    return replace(difference, old=f"{old} (content {difference.old})", new=f"{new} (content {difference.new})")
 
 
 def _geometry_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

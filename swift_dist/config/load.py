@@ -145,6 +145,10 @@ def _as_job_error(error: ValidationError, keys: Mapping[str, Key]) -> JobError:
         key = next(
             (keys[name.rsplit(".", i)[0]] for i in range(name.count(".") + 1) if name.rsplit(".", i)[0] in keys), None
         )
+        if item["type"] == "missing" and name in keys:
+            remedy = f"--{name} <{keys[name].type_text}>: {keys[name].description}"
+            problems.append((name, "is not given", remedy))
+            continue
         message = re.sub(r"^Value error, ", "", item["msg"])
         value = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         problems.append(

@@ -10,6 +10,7 @@ from swift_dist.config import JobConfig, Section
 from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
 from swift_dist.config.keys import did_you_mean, walk
 from swift_dist.config.load import build, dump_job, load_job, parse_words
+from swift_dist.data.preview import PreviewOptions
 from swift_dist.errors import JobError
 
 KEYS = {key.name: key for key in walk(JobConfig)}
@@ -181,6 +182,11 @@ def test_schema_accepts_every_spelling_of_a_dataset(train):
     assert build(JobConfig, [{"data": {"train": train}}]).data.train[0].path in ("a", "data/a")
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"data": {"train": [3]}}, JobConfig.model_json_schema())
+
+
+def test_what_is_not_given_is_named_as_an_option():
+    with pytest.raises(JobError, match="is not given\n  remedy: --tokenizer <text>: the model's folder"):
+        build(PreviewOptions, [{"input": ["rows.jsonl"]}])
 
 
 def test_schema_accepts_what_we_dump():
