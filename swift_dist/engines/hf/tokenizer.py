@@ -45,7 +45,7 @@ def choose_pad(model: Any, job: JobConfig, needs: Needs) -> int:
         return number is not None and 0 <= number < config.vocab_size
 
     if is_token(stated) or needs == "tokens":
-        return stated if is_token(stated) else 0
+        return int(stated) if stated is not None and is_token(stated) else 0
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     candidates = [getattr(tokenizer_of(job), "pad_token_id", None), *ends, 0]
     config.pad_token_id = next(number for number in candidates if is_token(number))
