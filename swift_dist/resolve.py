@@ -139,10 +139,11 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     layout = ParallelLayout(world_size=job.cluster.nnodes * nproc_per_node)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
+        size, default = job.train.global_batch_size, type(job.train).model_fields["global_batch_size"].default
         raise JobError(
             "train.global_batch_size",
-            f"{job.train.global_batch_size} is not a multiple of micro_batch_size {job.train.micro_batch_size} x "
-            f"{layout.dp} data-parallel ranks",
+            f"{size}{' (the default)' if size == default else ''} is not a multiple of micro_batch_size "
+            f"{job.train.micro_batch_size} x {layout.dp} data-parallel ranks",
             f"use a multiple of {per_round}",
         )
     shards = job.strategy.hybrid_shard_size

@@ -90,6 +90,7 @@ JOB_ALIASES: dict[str, str] = {
 }
 
 JOB_ELSEWHERE: dict[str, str] = {
+    "eval_dataset": "val_dataset",
     "gradient_accumulation_steps": "it follows from train.global_batch_size, the batch of a step over all ranks",
     "gradient_checkpointing": "train.recompute full",
     "torch_dtype": "train.precision",

@@ -193,7 +193,7 @@ def parse_words(
         # model.config.hidden_size 128 is a key inside a free-form mapping
         if name not in keys and not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
             instead = (elsewhere or {}).get(name)
-            hint = f"instead: {instead}" if instead else did_you_mean(name, keys, aliases)
+            hint = f"instead: {instead}" if instead else did_you_mean(name, keys, aliases, words)
             raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
         found: list[str] = [inline] if has_value else []
         key = keys.get(name)

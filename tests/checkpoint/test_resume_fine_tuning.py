@@ -49,6 +49,11 @@ def test_rows_that_are_not_encoded_here_are_not_taken_for_others(tmp_path: Path)
         check_resume(changed, folder, old)
 
 
+def test_a_batch_that_nobody_gave_is_called_the_default(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"8 \(the default\) is not a multiple"):
+        resolve(job(tmp_path), nproc_per_node=3, on_cuda=False, output=str(tmp_path / "run"), encode=False)
+
+
 def test_steps_count_on_from_another_run(tmp_path: Path) -> None:
     folder = str(save(tmp_path, engine="hf"))
     resolved(job(tmp_path, checkpoint={"load": folder}), tmp_path)  # epochs, which are steps once rows are encoded
