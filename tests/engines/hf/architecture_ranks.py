@@ -52,6 +52,7 @@ def _settable(config: Any) -> dict[str, Any]:
             found[name] = value
     if "qk_rope_head_dim" in found and "head_dim" in found:
         found["head_dim"] = found["qk_rope_head_dim"]  # DeepSeek's means the rotated part
+        found["num_key_value_heads"] = found["num_attention_heads"]  # its latent attention has no groups
     return found
 
 
