@@ -9,6 +9,7 @@ from typing import Any
 from swift_dist.config import JobConfig
 from swift_dist.config.aliases import JOB_ALIASES
 from swift_dist.config.load import build, read_yaml
+from swift_dist.errors import JobError
 
 
 def job_config(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> JobConfig:
@@ -33,23 +34,31 @@ def pretrain(source: JobConfig | Mapping[str, Any] | str | Path | None = None, *
     """`swift-dist pretrain`: run the job to its end and return its result (``output``, ``step``, ``loss``, ...).
 
     Raises:
-        JobError: the job is wrong; nothing was started.
+        JobError: the job is wrong, or another task's; nothing was started.
         RunError: the run failed.
     """
-    from swift_dist.job import run
-
-    return run(job_config(source, **overrides))
+    return _run("pretrain", source, overrides)
 
 
 def sft(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> dict[str, Any]:
     """`swift-dist sft`, as `pretrain` is `swift-dist pretrain`; its result names the ``export`` too."""
-    from swift_dist.job import run
-
-    return run(job_config(source, task="sft", **overrides))
+    return _run("sft", source, overrides)
 
 
 def rlhf(source: JobConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any) -> dict[str, Any]:
     """`swift-dist rlhf`, as `sft`."""
+    return _run("rlhf", source, overrides)
+
+
+def _run(
+    task: str, source: JobConfig | Mapping[str, Any] | str | Path | None, overrides: dict[str, Any]
+) -> dict[str, Any]:
     from swift_dist.job import run
 
-    return run(job_config(source, task="rlhf", **overrides))
+    if isinstance(source, (str, Path)):
+        source = read_yaml(source)
+    said = source.task if isinstance(source, JobConfig) else (source or {}).get("task", task)
+    if said != task:
+        problem = f"the job says {said!r} but the function is swift_dist.{task}"
+        raise JobError("task", problem, f"swift_dist.{said}(...)")
+    return run(job_config(source, task=task, **overrides))

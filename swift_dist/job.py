@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def run(job: JobConfig) -> dict[str, Any]:
     began, stopwatch = time.monotonic(), Stopwatch()
     check_environment(job.cluster)
     check_versions(os.environ)
-    with Interrupts() as interrupts, Cluster(job.cluster) as cluster:
+    with Interrupts() as interrupts, Cluster(job.cluster) as cluster, ExitStack() as beside:
         folder = RunFolder.for_job(job)
         folder.require_free()  # `begin` asks again; here it costs no start of a cluster
         devices = cluster.devices()
@@ -62,6 +63,8 @@ def run(job: JobConfig) -> dict[str, Any]:
             return {**result, "seconds": round(time.monotonic() - began, 3)}
         stopwatch.lap("checks")
         announce(folder, resolved, num_cpus=os.cpu_count() if cluster.is_own and not devices.use_gpu else None)
+        if resolved.encoding is not None:
+            beside.enter_context(resolved.encoding)
         cluster.start(devices)
         cluster.connect()
         stopwatch.lap("cluster")
@@ -231,5 +234,6 @@ def render_result(result: dict[str, Any]) -> str:
     if result.get("export"):
         text += f"\nweights: {result['export']}"
     if result["state"] == "interrupted":
-        text += f"\ncheckpoint: step {result['checkpoint']}; the same command with this --output goes on from it"
+        saved = "nothing is trained yet" if result["checkpoint"] is None else f"checkpoint: step {result['checkpoint']}"
+        text += f"\n{saved}; the same command with this --output goes on from it"
     return text

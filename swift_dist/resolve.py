@@ -6,6 +6,7 @@ Everything that can be wrong with a job is found here, before anything is starte
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class ResolvedJob:
         shape: its geometry; None for a model that only transformers knows.
         layout: the parallel layout over all ranks.
         data_fingerprint: identity of the training data (None without data, and before rows are encoded).
-        samples: where encoded rows lie (`data.samples.encode.Samples` as plain values); None for prepared text.
+        samples: where encoded rows lie (`data.samples.opening` as plain values); None for prepared text.
+        encoding: to be entered while the job runs: encodes the rest of streamed rows (`finetune.Rows`).
     """
 
     job: JobConfig
@@ -42,6 +44,7 @@ class ResolvedJob:
     layout: ParallelLayout
     data_fingerprint: str | None
     samples: dict[str, Any] | None = None
+    encoding: AbstractContextManager[Any] | None = None
 
     def payload(self) -> dict[str, Any]:
         """What every rank is handed: plain values, so that any transport carries them."""
@@ -73,6 +76,8 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, 
     from swift_dist.config.applies import require_read
 
     require_read(job)
+    if job.model.liger and not on_cuda:
+        raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
     job = absolute_paths(job)
     if job.engine == "megatron":
         resolved = _resolve_megatron(job, nproc_per_node, on_cuda)
@@ -121,12 +126,14 @@ def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> Res
 
 
 def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) -> ResolvedJob:
-    from swift_dist.finetune import check_plugins, known_shape, vocabulary, with_rows
+    from swift_dist.finetune import Rows, check_plugins, known_shape, vocabulary, with_rows
     from swift_dist.models import read_hf_config
     from swift_dist.optim.schedule import build_schedule
 
     hf_config = read_hf_config(job.model)
     check_plugins(job)
+    if job.objective.reference:
+        _check_reference(job.objective.reference, job.model.trust_remote_code)
     layout = ParallelLayout(world_size=job.cluster.nnodes * nproc_per_node)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
@@ -136,17 +143,35 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
             f"{layout.dp} data-parallel ranks",
             f"use a multiple of {per_round}",
         )
-    samples: dict[str, Any] | None = None
-    fingerprint: str | None = None
+    shards = job.strategy.hybrid_shard_size
+    if shards and layout.dp % shards:
+        raise JobError(
+            "strategy.hybrid_shard_size",
+            f"{shards} does not divide the {layout.dp} ranks",
+            "choose a divisor of the number of ranks (the GPUs of a node), or leave it out",
+        )
     if job.task == "pretrain":
         job, fingerprint = _with_data(job, vocabulary(hf_config))
+        rows = Rows(fingerprint=fingerprint)
     else:
-        job, samples, fingerprint = with_rows(job, hf_config, output, encode)
+        job, rows = with_rows(job, hf_config, output, encode)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
     if job.train.steps is not None:
         build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
-    return ResolvedJob(job, hf_config, known_shape(hf_config), layout, fingerprint, samples)
+        check_plugins(job)  # tuners may need some number of steps
+    shape = known_shape(hf_config)
+    return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
+
+
+def _check_reference(path: str, trust_remote_code: bool) -> None:
+    from swift_dist.config import ModelSection
+    from swift_dist.models import read_hf_config
+
+    try:
+        read_hf_config(ModelSection(path=path, trust_remote_code=trust_remote_code))
+    except JobError as error:
+        raise JobError("objective.reference", error.message, error.remedy) from None
 
 
 def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any]) -> None:
@@ -171,6 +196,8 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
     old, new = {}, {"data": str(resolved.data_fingerprint)}
     if "data_fingerprint" in origin:
         old["data"] = origin["data_fingerprint"]
+    if resolved.data_fingerprint is None and resolved.job.task != "pretrain":
+        old["data"] = new["data"] = ""  # rows that are not encoded here: who runs the job compares them
     changed: list[Difference] = []
     if "hf_config" in origin:  # name what differs in the geometry rather than print two whole configurations
         changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
@@ -260,15 +287,29 @@ def _check_weights(job: JobConfig, hf_config: Mapping[str, Any]) -> None:
         raise JobError("checkpoint.load", f"{load} does not exist", "name a run folder or one of its checkpoints")
     if load:
         checkpoint = open_checkpoint(load)
+        engine = checkpoint.metadata.get("engine", job.engine)
+        if engine != job.engine:
+            raise JobError(
+                "checkpoint.load",
+                f"{checkpoint.path} is of the {engine} engine, and this job's is {job.engine}",
+                f"--engine {engine}, or begin with its weights alone: --model.path EXPORT",
+            )
         _require_same_model(hf_config, checkpoint)
         _require_same_batch(job, checkpoint)
-        assert job.train.steps is not None
-        if job.train.steps <= checkpoint.step:
-            raise JobError(
-                "train.steps",
-                f"{job.train.steps}, but {checkpoint.path} lies at step {checkpoint.step}: steps count on from there",
-                f"--train.steps {checkpoint.step + job.train.steps} for {job.train.steps} more",
-            )
+        _require_steps_left(job, checkpoint)
+
+
+def _require_steps_left(job: JobConfig, checkpoint: Checkpoint) -> None:
+    steps, epochs = job.train.steps, job.train.epochs
+    if steps is None or steps > checkpoint.step:
+        return  # None: rows that are not encoded here; who runs the job knows
+    more = f"--train.steps {checkpoint.step + steps} for {steps} more"
+    raise JobError(
+        "train.steps" if epochs is None else "train.epochs",
+        f"{steps if epochs is None else f'{epochs:g} are {steps} steps'}, but {checkpoint.path} lies at step "
+        f"{checkpoint.step}: steps count on from there",
+        more if epochs is None else "raise train.epochs, which count from the beginning",
+    )
 
 
 def _require_same_model(hf_config: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -43,7 +43,8 @@ def main(payload: dict[str, Any], worker: Worker) -> dict[str, Any]:
         worker: this rank.
 
     Returns:
-        ``{"step", "loss", "stopped", "checkpoint", "export"}``, the same on every rank.
+        ``{"step", "loss", "stopped", "checkpoint", "export"}``, the same on every rank but for ``export`` (a folder on
+        rank 0, where weights were written; else None).
     """
     job = JobConfig.model_validate(payload["job"])
     worker.beat("build", 0)
@@ -57,7 +58,7 @@ def main(payload: dict[str, Any], worker: Worker) -> dict[str, Any]:
 def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, Any]) -> dict[str, Any]:
     steps, patience = job.train.steps, job.train.early_stopping_patience
     assert steps is not None, "resolve() fills it"
-    data = open_data(job, engine, payload)
+    data = open_data(job, engine, payload, waiting=lambda step: worker.beat("load", step))
     writer = CheckpointWriter(
         worker.run_dir / "checkpoints",
         keep=job.checkpoint.keep,
@@ -68,12 +69,14 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
     worker.beat("load", 0)
     step, evaluations = _start(job, engine, worker)
     recorder = Recorder(job, worker, engine.flops_per_token, first_step=step)
-    loss, saved, stop, exported = None, step, False, None
+    loss, saved, exported = None, step, None
     try:
+        stop = engine.prepare(data, lambda share: recorder.preparation(step, share))
         while step < steps and not stop and not evaluations.exhausted(patience):
-            worker.beat("step", step)
             started = time.perf_counter()
-            result = engine.train_step(data.micro_batches(step), step, stop=worker.stop_requested())
+            batches = data.micro_batches(step)
+            worker.beat("step", step)
+            result = engine.train_step(batches, step, stop=worker.stop_requested())
             step, loss, stop = step + 1, result.loss, result.stop
             recorder.step(step, result, seconds=time.perf_counter() - started, data_wait=data.wait_seconds)
             writer.poll()
@@ -104,7 +107,14 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
         data.close()
         writer.close()
     stopped = stop and step < steps
-    return {"step": step, "loss": loss, "stopped": stopped, "checkpoint": saved, "export": exported and str(exported)}
+    checkpoint = saved or None
+    return {
+        "step": step,
+        "loss": loss,
+        "stopped": stopped,
+        "checkpoint": checkpoint,
+        "export": exported and str(exported),
+    }
 
 
 def _start(job: JobConfig, engine: Engine, worker: Worker) -> tuple[int, Evaluations]:
@@ -114,7 +124,9 @@ def _start(job: JobConfig, engine: Engine, worker: Worker) -> tuple[int, Evaluat
     if checkpoint is not None:
         engine.load_state_dict(load(checkpoint, engine.sharded_state_dict(is_loading=True)))
         log.info("goes on from %s", checkpoint.path)
-        return checkpoint.step, Evaluations.from_dict(checkpoint.metadata.get("evaluations"))
+        is_own = checkpoint.path.resolve().parent == directory.resolve()
+        # another run's best is none of this one's checkpoints, and its patience may be used up
+        return checkpoint.step, Evaluations.from_dict(checkpoint.metadata.get("evaluations") if is_own else None)
     if job.model.resolved_init == "pretrained":
         assert job.model.path
         engine.load_pretrained(model_folder(job.model.path, weights=True))
@@ -126,6 +138,7 @@ def _metadata(
 ) -> dict[str, Any]:
     return {
         "step": step,
+        "engine": job.engine,
         "consumed_samples": step * job.train.global_batch_size,
         "layout": asdict(engine.layout),
         "hf_config": payload["hf_config"],

@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "doctor": {"config", "parallel", "cluster", "models", "runs.manifest"},  # models: how large a checkpoint is
     "bench": {"config", "parallel", "cluster"},
+    "verbs": set(),
     "api": EVERYTHING,
     "cli": EVERYTHING,
     "": EVERYTHING,  # swift_dist/__init__.py offers the verbs as functions
@@ -76,7 +77,7 @@ HEAVY = {"torch", "ray", "transformers", "megatron", "deepspeed", "vllm", "datas
 # Imported by the driver or the command line, whose start must not pay for what it does not use.
 LIGHT_ROOMS = (
     *("errors", "lifetime", "plugins", "workers", "config", "parallel", "models", "recipes", "launchers", "cli", "api"),
-    *("resolve", ""),
+    *("resolve", "verbs", ""),
 )
 LIGHT_MODULES = ("runs.worker", "converters.mapping", "doctor.verb")
 # A backend is imported by the room that is that backend.

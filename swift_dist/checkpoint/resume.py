@@ -53,7 +53,7 @@ RULES: dict[str, Rule] = {
     "model.trust_remote_code": Rule.FREE,
     "model.attention": Rule.FREE,  # computes the same
     "model.num_labels": Rule.FIXED,
-    "model.problem_type": Rule.FIXED,
+    "model.problem_type": Rule.FREE,  # must be what the labels are
     "model.liger": Rule.FREE,
     "data.train": Rule.DATA,
     "data.validation": Rule.FREE,  # never reaches the weights
@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "data.packing": Rule.FIXED,  # the order
     "data.padding_free": Rule.FREE,
     "data.group_by_length": Rule.FIXED,  # the order
+    "data.streaming": Rule.FIXED,  # the order
     "data.workers": Rule.FREE,
     "data.cache": Rule.FREE,
     "train.steps": Rule.FREE,
@@ -114,11 +115,14 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_every": Rule.FREE,
     "checkpoint.async_save": Rule.FREE,
     "checkpoint.keep_best": Rule.FREE,
+    "checkpoint.export_dtype": Rule.FREE,
     "checkpoint.load": Rule.FIXED,  # it would not be read again: the run has its own checkpoints by now
     # a checkpoint names each weight by itself, however it was spread over the ranks
     **{key: Rule.FREE for key in job_keys() if key.startswith("strategy.")},
     # the objective
     **{key: Rule.FIXED for key in job_keys() if key.startswith(("template.", "tuner.", "objective."))},
+    "template.date": Rule.FREE,  # in the fingerprint of the rows, where it is written into them
+    "objective.precompute_reference": Rule.FREE,  # the same numbers, sooner
     # where it runs, how it gets there and what is told of it never reach the weights
     **{key: Rule.FREE for key in job_keys() if key.startswith(("cluster.", "launch.", "report."))},
 }

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from swift_dist.config.job import JobConfig
 from swift_dist.config.keys import walk
 from swift_dist.errors import JobError
 
-_ROWS = tuple(
-    f"data.{name}"
-    for name in "format columns split_ratio bad_rows packing padding_free group_by_length workers cache".split()
-)
+_OF_ROWS = "format columns split_ratio bad_rows packing padding_free group_by_length streaming workers cache"
+_ROWS = tuple(f"data.{name}" for name in _OF_ROWS.split())
 _FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
 _MEGATRON = ("parallel.", "train.fp8")
-_HF = ("strategy.", "train.compile", "model.attention", "model.liger")
+_HF = ("strategy.", "train.compile", "model.attention", "model.liger", "checkpoint.export_dtype")
 
 NOT_READ: dict[tuple[str, str], tuple[str, ...]] = {
     ("pretrain", "megatron"): (*_FINE_TUNING, *_HF),
@@ -46,6 +45,30 @@ def require_read(job: JobConfig) -> None:
             )
     _require_strategy(job)
     _require_chosen(job)
+    _require_conditions(job, defaults)
+
+
+_CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
+    ("checkpoint.keep_best", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
+    ("train.early_stopping_patience", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
+    ("data.validation", lambda job: job.train.eval_interval > 0 or job.task == "pretrain", "train.eval_interval"),
+    ("train.spike_policy", lambda job: job.train.spike_factor is not None, "train.spike_factor"),
+    ("train.initial_loss_scale", lambda job: job.train.precision == "fp16", "train.precision: fp16"),
+    ("optimizer.betas", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
+    ("optimizer.eps", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
+    ("optimizer.momentum", lambda job: job.optimizer.name != "adamw", "optimizer.name: sgd or muon"),
+    ("schedule.min_lr_ratio", lambda job: job.schedule.name != "constant", "a schedule.name that decays"),
+)
+"""(key, what of the job makes something read it, what the job lacks otherwise). (A pretraining's validation data may
+stand in a job file that does not evaluate yet: nothing is encoded for them.)"""
+
+
+def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
+    for key, is_read, wanted in _CONDITIONS:
+        value = _value(job, key)
+        if value != _value(defaults, key) and not is_read(job):
+            shown = [entry.path for entry in value] if key == "data.validation" else value
+            raise JobError(key, f"{shown!r} has no effect without {wanted}", f"give {wanted}, or leave it out")
 
 
 def _require_strategy(job: JobConfig) -> None:

@@ -31,6 +31,11 @@ class TemplateSection(Section):
         description="a sequence longer than data.sequence_length: leave it out, cut its beginning or its end, or make "
         "several of it",
     )
+    date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="YYYY-MM-DD, for chat templates that write a date (default: the day on which the run begins)",
+    )
 
 
 class StrategySection(Section):
@@ -64,7 +69,7 @@ _BETWEEN_NAMES = re.compile(r"[,\s]+(?![^\[]*\])")  # not within the brackets of
 
 
 def _as_names(value: Any) -> Any:
-    """One text, or each of a list, may hold several names: ``q_proj,v_proj`` is what a command line gives either way."""
+    """One text, or each of a list, may hold several names, such as a command line's ``q_proj,v_proj``."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         return value

@@ -86,6 +86,9 @@ class DataSection(Section):
         None, description="rows: lay a micro-batch out without padding (default: where the model's attention allows it)"
     )
     group_by_length: bool = Field(False, description="rows: of about the same length in one micro-batch")
+    streaming: bool = Field(
+        False, description="rows: begin to train while they are still being encoded; train.steps says where it ends"
+    )
     workers: int | None = Field(None, gt=0, description="rows: processes that encode them (default: CPUs)")
     cache: str | None = Field(None, description="rows: folder of encoded rows (default: .cache beside the run folder)")
 
@@ -168,6 +171,9 @@ class CheckpointSection(Section):
     keep_every: int = Field(0, ge=0, description="checkpoints whose step is a multiple of this stay for ever (0: none)")
     keep_best: bool = Field(False, description="also keep the checkpoint with the lowest eval_loss")
     async_save: bool = Field(True, description="write in the background while training goes on")
+    export_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="hf engine: of an exported model's weights (default: fp32, as they were trained)"
+    )
     load: str | None = Field(None, description="go on from this checkpoint of another run: weights, optimizer, steps")
 
 

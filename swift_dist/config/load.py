@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from swift_dist.config.aliases import JOB_ALIASES
+from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
 from swift_dist.config.job import JobConfig
 from swift_dist.config.keys import Key, did_you_mean, walk
 from swift_dist.config.section import Section
@@ -160,12 +160,14 @@ def parse_words(
     section: type[Section],
     *,
     aliases: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
     positional: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Command-line words to dotted values: ``--a.b value``, ``--a.b=value``, ``--flag``, ``--list x y z``.
 
     `positional` names the keys that bare words fill in order; a name ending in ``...`` takes all that are left.
-    Dashes inside names count as underscores (``--micro-batch-size``).
+    `elsewhere` says of options that are none what takes their place. Dashes inside names count as underscores
+    (``--micro-batch-size``).
 
     Raises:
         JobError: for an unknown option (with a did-you-mean), a missing value, or a bare word too many.
@@ -185,7 +187,8 @@ def parse_words(
         name = aliases.get(text.replace("-", "_"), text.replace("-", "_"))
         # model.config.hidden_size 128 is a key inside a free-form mapping
         if name not in keys and not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
-            hint = did_you_mean(name, keys, aliases)
+            instead = (elsewhere or {}).get(name)
+            hint = f"instead: {instead}" if instead else did_you_mean(name, keys, aliases)
             raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
         found: list[str] = [inline] if has_value else []
         key = keys.get(name)
@@ -265,7 +268,7 @@ def load_job(path: str | Path | None, words: Sequence[str] = (), task: str | Non
         JobError: for anything that is wrong in either.
     """
     layers: list[dict[str, Any]] = [read_yaml(path)] if path else []
-    overrides = parse_words(words, JobConfig, aliases=JOB_ALIASES)
+    overrides = parse_words(words, JobConfig, aliases=JOB_ALIASES, elsewhere=JOB_ELSEWHERE)
     free_form = overrides.get("model.config")
     if free_form and layers and isinstance(layers[0].get("model"), dict):
         # --model.config.x overrides one entry of the file's geometry, not all of it

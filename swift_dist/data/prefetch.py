@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 Batch = TypeVar("Batch")
 
+_WAIT_SECONDS = 1.0
+
 
 class Prefetcher(Generic[Batch]):
     """Calls `read(step)` for step, step + 1, ... ahead of the caller, at most `depth` batches.
@@ -29,12 +31,19 @@ class Prefetcher(Generic[Batch]):
         self._ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(max(1, depth))
         self._next = -1
 
-    def get(self, step: int) -> Batch:
+    def get(self, step: int, waiting: Callable[[], None] | None = None) -> Batch:
+        """The batch of `step`. `waiting` is called about every second until it is there (not where depth is 0)."""
         if self._depth == 0 or (self._end is not None and step >= self._end):
             return self._read(step)
         if self._thread is None or step != self._next:
             self._start(step)
-        batch, error = self._ready.get()
+        while True:
+            try:
+                batch, error = self._ready.get(timeout=_WAIT_SECONDS)
+                break
+            except queue.Empty:
+                if waiting is not None:
+                    waiting()
         self._next = step + 1
         if error is not None:
             self.close()

@@ -43,9 +43,9 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
     Returns:
         rows: how many were read; formats and kinds: how many of each; sequences: how many were encoded; apart: rows
         that were taken apart into several (`Template.encode_all`), and into how many; reasons: why rows, or sequences
-        of theirs, were left out, and how often; lengths: tokens of the sequences (min, median, p95, max, mean);
-        learned: share of all tokens with a weight; shown: of each row its origin, kind and sequences (name, tokens,
-        learned, pieces: [text, weight of its loss]).
+        of theirs, were left out, and how often; first: of each reason the first such row; lengths: tokens of the
+        sequences (min, median, p95, max, mean); learned: share of all tokens with a weight; shown: of each row its
+        origin, kind and sequences (name, tokens, learned, pieces: [text, weight of its loss]).
 
     Raises:
         JobError: rows or tokenizer are missing, or the chat template gives no exact mask.
@@ -64,6 +64,7 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
     apart = {"rows": 0, "sequences": 0}
     learned = 0
     shown: list[dict[str, Any]] = []
+    first: dict[str, str] = {}
     for form, origin, row in _rows(options):
         if rows == options.count:
             break
@@ -71,6 +72,7 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
         formats[form] += 1
         if not isinstance(row, Row):
             reasons[row.reason] += 1
+            first.setdefault(row.reason, origin)
             continue
         kind = kind_of(row)
         kinds[kind] += 1
@@ -81,10 +83,12 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
             sequences, left_out = _shortened(whole, kind, options)
         except BadRowError as error:
             reasons[str(error)] += 1
+            first.setdefault(str(error), origin)
             continue
         if kind == "conversation" and len(whole) > 1:
             apart = {"rows": apart["rows"] + 1, "sequences": apart["sequences"] + len(whole)}
         reasons.update(left_out)
+        first = {**dict.fromkeys(left_out, origin), **first}
         lengths += [len(encoded) for _, encoded in sequences]
         learned += sum(int((encoded.weights > 0).sum()) for _, encoded in sequences)
         if len(shown) < options.rows:
@@ -96,6 +100,7 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
         "sequences": len(lengths),
         "apart": apart,
         "reasons": dict(reasons.most_common()),
+        "first": first,
         "lengths": _distribution(lengths),
         "learned": learned / sum(lengths) if lengths else 0.0,
         "shown": shown,
@@ -267,6 +272,7 @@ def _counts(result: dict[str, Any]) -> Iterator[str]:
     if left_out:
         yield f"{left_out:,} are left out:"
     for reason, number in list(result["reasons"].items())[:_REASONS]:
-        yield f"  {number:,}: {reason}"
+        at = result["first"][reason]
+        yield f"  {number:,}: {reason} ({at if number == 1 else f'first {at}'})"
     if len(result["reasons"]) > _REASONS:
         yield f"  and {len(result['reasons']) - _REASONS} more reasons"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,6 +74,11 @@ class Engine(Protocol):
     flops_per_token: float
     content_metadata: dict[str, Any]
     """How the checkpoint's keys are to be read; saved with it."""
+
+    def prepare(self, data: Any, show: Callable[[float], None]) -> bool:
+        """What is left to be done before the first step, once the data are open and a checkpoint is loaded; `show` is
+        told now and then which share is done. Returns whether some rank was asked to stop meanwhile."""
+        ...
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, *, stop: bool = False) -> StepResult:
         """One optimizer step (number `step`, from 0) on this rank's micro-batches ([] where it needs no data)."""

@@ -16,6 +16,9 @@ from swift_dist.runs.worker import Worker
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits in a collective. Dead peers are noticed at once (gloo) or by the watchdog; this is the net."""
 
+BUILD_TIMEOUT = timedelta(hours=4)
+"""The same while one rank reads the weights that the others wait for."""
+
 
 def join_world(worker: Worker, rendezvous_timeout: float) -> None:
     """Meet the other ranks at the worker's store: NCCL on CUDA, gloo on CPU. `wait_longer` is to follow."""
@@ -32,10 +35,10 @@ def join_world(worker: Worker, rendezvous_timeout: float) -> None:
     )
 
 
-def wait_longer() -> None:
+def wait_longer(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     """All ranks have met: from here on one may legitimately be late (loading weights, writing a checkpoint)."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def leave_world() -> None:

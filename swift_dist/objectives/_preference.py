@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from swift_dist.objectives._sequences import mean_of, real_samples, sequence_sums, weighted_sums
+from swift_dist.objectives._sequences import log_ratios, mean_of, real_samples, sequence_sums, weighted_sums
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,7 @@ def real_pairs(batch: Batch) -> tuple[Answers, Answers]:
     assert batch.logps is not None
     real = real_samples(batch)
     tokens = sequence_sums(batch.weights, batch.segments, len(batch.lengths))
-    logps = weighted_sums(batch, batch.logps)
-    # Token by token: the two sums are large and close to each other, so their difference would lose digits.
-    reference = batch.reference_logps
-    logratios = logps if reference is None else weighted_sums(batch, batch.logps - reference)
+    logps, logratios = weighted_sums(batch, batch.logps), log_ratios(batch)
     return (
         Answers(logps[0::2][real], logratios[0::2][real], tokens[0::2][real]),
         Answers(logps[1::2][real], logratios[1::2][real], tokens[1::2][real]),

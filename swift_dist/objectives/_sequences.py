@@ -38,6 +38,19 @@ def weighted_sums(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     return sequence_sums(batch.weights * values, batch.segments, len(batch.lengths))
 
 
+def log_ratios(batch: Batch) -> torch.Tensor:
+    """[num_sequences]: log pi(y | x) / ref(y | x), how much more likely the model makes each answer than the reference
+    does; log pi(y | x) without a reference. The two sums are large and close to each other, so their difference would
+    lose digits: it is taken token by token, or in float64."""
+    assert batch.logps is not None
+    if batch.reference_sums is not None:
+        sums = sequence_sums((batch.weights * batch.logps).double(), batch.segments, len(batch.lengths))
+        return (sums - batch.reference_sums).to(batch.logps.dtype)
+    if batch.reference_logps is not None:
+        return weighted_sums(batch, batch.logps - batch.reference_logps)
+    return weighted_sums(batch, batch.logps)
+
+
 def real_samples(batch: Batch) -> torch.Tensor:
     """int64 [k], the samples that are not there to fill the batch up."""
     return batch.sample_weights.nonzero().squeeze(1)

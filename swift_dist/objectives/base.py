@@ -19,8 +19,9 @@ Needs = Literal["tokens", "sequence_scores", "token_scores"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch as an objective sees it. Sequences are numbered 0 .. num_sequences - 1; those of one sample stand
-    side by side (pairs: chosen 2i, rejected 2i + 1). Padding samples have weights and `sample_weights` of 0.
+    """One micro-batch as an objective sees it. Sequences are numbered 0 .. num_sequences - 1; a pair's stand side by
+    side (chosen 2i, rejected 2i + 1), other samples are one sequence each. Padding samples have `sample_weights` of 0
+    and no weights.
 
     Args:
         weights: float32 [N], the loss weight of each token that is predicted (never 0).
@@ -31,7 +32,9 @@ class Batch:
             [num_sequences, num_labels], of numbers to regress to floating; None where they say nothing.
         logps: float32 [N], log-probability of each such token; with gradient. None before the forward.
         scores: float32 [num_sequences, num_labels] (classification, reward) or [N, num_labels] (token classification).
-        reference_logps: float32 [N], the reference model's, without gradient; None where none is needed.
+        reference_logps: float32 [N], the reference model's, without gradient; None where none is needed, or known as:
+        reference_sums: float64 [num_sequences], each sequence's sum of weight * `reference_logps`, computed before
+            training began (`objective.precompute_reference`). Read neither by yourself: `_sequences.log_ratios`.
         statistics: what `Objective.statistics` added up to over the global batch.
     """
 
@@ -43,6 +46,7 @@ class Batch:
     logps: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
+    reference_sums: torch.Tensor | None = None
     statistics: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,11 +73,12 @@ class Objective:
         summary: one line for people, with the paper.
         needs: what the model is to return: log-probabilities of tokens, a score for each sequence, or for each token.
         sample: what a sample is: one sequence, a pair (chosen, rejected), or an answer beside a mismatched one (KTO).
-        needs_reference: whether `reference_logps` are wanted, given the options.
+        needs_reference: whether a reference model's log-probabilities are wanted, given the options.
         count: what this micro-batch adds to ``total``; known before any forward.
         loss: (batch, total, options) -> Loss.
-        statistics: (batch with logps and reference_logps, no gradient) -> numbers to be added up over the global batch
-            before any loss is computed; None: the loss needs none. They cost a forward pass of their own.
+        statistics: (batch with logps and the reference's, no gradient) -> numbers to be added up over the global batch
+            before any loss is computed; None: the loss needs none. They cost a forward pass of their own: of KTO's
+            mismatched answers, which the loss is not computed of; else of the sequences of the loss.
     """
 
     name: str

@@ -77,10 +77,8 @@ class Options(Section):
 
 
 def loss(batch: Batch, total: torch.Tensor, options: Options) -> Loss:
-    if options.reference_free:
-        assert batch.reference_logps is None, "reference_free, but reference log-probabilities were computed"
-    else:
-        assert batch.reference_logps is not None
+    has_reference = batch.reference_logps is not None or batch.reference_sums is not None
+    assert has_reference != options.reference_free
     chosen, rejected = real_pairs(batch)
     losses = dpo_losses(chosen, rejected, options)
     rewards = options.beta * chosen.logratios.detach(), options.beta * rejected.logratios.detach()

@@ -5,10 +5,10 @@ r"""Kahneman-Tversky optimization, arXiv 2402.01306: single answers that are wan
 
 where y' is another sample's answer, put behind this sample's prompt: z0 estimates the divergence KL(pi || ref).
 
-A sample is the answer (sequence 2i, which `labels` judges) beside the mismatched one (2i + 1). `count` is N, the number
-of real samples. `statistics` adds the mismatched log-ratios up, so z0 is one number over the global batch. TRL takes
-the mean over each rank's micro-batch and then over ranks: the same number where the global batch is one micro-batch on
-each rank; with gradient accumulation another, noisier one for each micro-batch.
+`loss` is of the answers, which `labels` judges, `statistics` of the mismatched ones, in a forward pass of their own
+without gradient. `count` is N, the number of answers. `statistics` adds log-ratios up, so z0 is one number over the
+global batch. TRL takes the mean over each rank's micro-batch and then over ranks: the same number where the global
+batch is one micro-batch on each rank; with gradient accumulation another, noisier one for each micro-batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from swift_dist.config.section import Section
-from swift_dist.objectives._sequences import count_samples, mean_of, real_samples, weighted_sums
+from swift_dist.objectives._sequences import count_samples, log_ratios, mean_of, real_samples, weighted_sums
 from swift_dist.objectives.base import Batch, Loss, Objective
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Options(Section):
 
 
 def statistics(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
-    """Sums over real samples: mismatched log-ratios, and how many answers are wanted and unwanted."""
+    """Sums over mismatched answers: their log-ratios; and how many of the answers are wanted and unwanted."""
     real = real_samples(batch)
-    mismatched = _logratios(batch)[1::2][real]
+    mismatched = _logratios(batch)[real]
     wanted = _wanted(batch)[real].to(mismatched.dtype)
     return {
         "mismatched_logratios": mismatched.sum(),
@@ -46,8 +46,8 @@ def statistics(batch: Batch, options: Options) -> dict[str, torch.Tensor]:
 def loss(batch: Batch, total: torch.Tensor, options: Options) -> Loss:
     assert batch.logps is not None
     real = real_samples(batch)
-    logratios = _logratios(batch)[0::2][real]
-    logps = weighted_sums(batch, batch.logps)[0::2][real]
+    logratios = _logratios(batch)[real]
+    logps = weighted_sums(batch, batch.logps)[real]
     wanted = _wanted(batch)[real]
     known = batch.statistics
     divergence = max(0.0, known["mismatched_logratios"] / max(known["desirable"] + known["undesirable"], 1))
@@ -77,14 +77,14 @@ def _mean_where(mask: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor,
 
 def _logratios(batch: Batch) -> torch.Tensor:
     """[num_sequences]"""
-    assert batch.logps is not None and batch.reference_logps is not None
-    return weighted_sums(batch, batch.logps - batch.reference_logps)
+    assert batch.reference_logps is not None or batch.reference_sums is not None
+    return log_ratios(batch)
 
 
 def _wanted(batch: Batch) -> torch.Tensor:
-    """bool [num_samples]."""
+    """bool [num_samples]; a mismatched answer has the label of the answer that it stands beside."""
     assert batch.labels is not None
-    return batch.labels[0::2] > 0
+    return batch.labels > 0
 
 
 OBJECTIVE = Objective(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Evaluations:
 
     def after(self, step: int, loss: float) -> Evaluations:
         """With the evaluation after `step` steps. (A loss that is no number is no better than any.)"""
-        if self.best_loss is None or loss < self.best_loss:
+        if not math.isnan(loss) and (self.best_loss is None or loss < self.best_loss):
             return Evaluations(loss, step, 0)
         return Evaluations(self.best_loss, self.best_step, self.without_better + 1)
 

@@ -1,4 +1,4 @@
-"""Small text files that are whole at every moment, and the clock that they are stamped with."""
+"""Small files that are whole at every moment, and the clock that they are stamped with."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ _serial = itertools.count()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader, or a crash, finds the old file or the new one, never a part.
+    """As `write_whole`, of text."""
+    write_whole(path, text.encode("utf-8"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: a reader, or a crash, finds the old file or the new one, never a part.
 
     Raises:
         OSError: if it cannot be written; the old file stays and nothing is left beside it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -41,6 +41,8 @@ def human_seconds(seconds: float) -> str:
 def describe(row: Row, steps: int | None, seconds_left: float | None) -> str:
     """A row as one plain line."""
     step = f"step {row['step']}" + (f"/{steps}" if steps else "")
+    if "prepared" in row:
+        return f"{step}  reference model {row['prepared']:.0%}"
     if "eval_loss" in row:
         return f"{step}  eval loss {_number(row['eval_loss'], '.4f')}"
     parts = [step, f"loss {_number(row.get('loss'), '.4f')}"]
@@ -91,8 +93,9 @@ class LineView:
 
     def show(self, row: Row) -> None:
         at = time.monotonic()
-        left = None if "eval_loss" in row else self._left.seen(row["step"], at)
-        must = "eval_loss" in row or row.get("skipped") or row["step"] == self._steps
+        is_step = "eval_loss" not in row and "prepared" not in row
+        left = None if not is_step else self._left.seen(row["step"], at)
+        must = not is_step or row.get("skipped") or row["step"] == self._steps
         due = row["step"] % self._interval == 0 and at - self._shown_at >= MIN_SECONDS_BETWEEN_LINES
         if must or due:
             self._shown_at = at
@@ -128,6 +131,9 @@ class BarView:
     def show(self, row: Row) -> None:
         if "eval_loss" in row:
             self._eval = f"  eval {_number(row['eval_loss'], '.4f')}"
+            return
+        if "prepared" in row:
+            self._bar.update(self._task, text=f"reference model {row['prepared']:.0%}")
             return
         if row.get("skipped"):
             self._bar.console.print(describe(row, self._steps, None), highlight=False)

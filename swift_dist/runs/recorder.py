@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from swift_dist.runs.metrics import MetricsLog
 from swift_dist.runs.reporters import Reporters
 from swift_dist.runs.throughput import Throughput, memory_gib
 from swift_dist.runs.worker import Worker
+
+_SECONDS_BETWEEN_SHARES = 5.0
 
 
 class StepNumbers(Protocol):
@@ -45,7 +48,7 @@ class Recorder:
         self._writes = worker.rank == 0
         if not self._writes:
             return
-        self._device = worker.device
+        self._device, self._told = worker.device, time.monotonic()
         self._throughput = Throughput.of(
             worker.device,
             flops_per_token=flops_per_token,
@@ -84,6 +87,12 @@ class Recorder:
         if result.skipped:
             row.update(skipped=True, reason=result.reason)
         self._reporters.log(self._log.append(row))
+
+    def preparation(self, step: int, share: float) -> None:
+        """How much of what precedes the next step is done: a row every few seconds, for whoever watches the run."""
+        if self._writes and time.monotonic() - self._told >= _SECONDS_BETWEEN_SHARES:
+            self._told = time.monotonic()
+            self._log.append({"step": step, "prepared": round(share, 4)})
 
     def evaluation(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
         """The validation loss after `step` steps, and the objective's other means."""

@@ -87,7 +87,7 @@ def _resolve(job: JobConfig, folder: RunFolder, nproc_per_node: int, on_cuda: bo
 def _lead(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: Interrupts) -> dict[str, Any]:
     """The first node's part: it also holds the run folder, and serves the store at which the nodes meet."""
     job = resolved.job
-    with served(job, folder) as meeting:
+    with served(job, folder) as meeting, resolved.encoding or contextlib.nullcontext():
         folder.begin(job, layout=asdict(resolved.layout))
         meeting.publish(folder)
         with driver_log(folder):

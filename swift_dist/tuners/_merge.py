@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from swift_dist.errors import JobError
-from swift_dist.tuners._export import write_model
+from swift_dist.tuners._export import write_model, written_whole
 from swift_dist.tuners._peft import WEIGHTS, adapted_ties
 
 if TYPE_CHECKING:
@@ -63,10 +63,11 @@ def merge(
         for name, tensor in merged.state_dict().items()
     }
     assert stored in (torch.float32, torch.bfloat16, torch.float16)
-    write_model(merged, weights, folder_out, max_shard_size)
-    for pattern in _BESIDE:
-        for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
-            shutil.copyfile(file, folder_out / file.name)
+    with written_whole(folder_out) as new:
+        write_model(merged, weights, new, max_shard_size)
+        for pattern in _BESIDE:
+            for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
+                shutil.copyfile(file, new / file.name)
     return folder_out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class AdapterTuner(Tuner):
         """
         from peft import get_peft_model
 
+        _require_found(model, options, f"tuner.{self.name}")
         modules = modules_to_save(model, trainable)
         config = self.peft_config(model, options, list(modules) if modules else None)  # PEFT adds a head's to the list
         if modules and ties_saved(model, modules):
@@ -112,6 +114,27 @@ def write_adapter(model: Any, config: Any, weights: dict[str, torch.Tensor], fol
             {"format": "pt"},
         )
         config.save_pretrained(new)
+
+
+def _require_found(model: torch.nn.Module, options: Any, key: str) -> None:
+    """Refuse a name or pattern in `options` that is no module's. PEFT passes it by where another one is found, and what
+    was to learn, or not to, is other than the job says.
+
+    Raises:
+        JobError: names it.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        given = getattr(options, option, ())
+        if tuple(given) == ("all-linear",):
+            continue
+        for wanted in given:
+            pattern = wanted if option.endswith("pattern") else re.escape(wanted)
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # as PEFT reads either
+                last = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
+                one_of = ", ".join(word for word in last if not word.isdecimal())
+                said = f"no module of the {type(model).__name__} is called {wanted!r}"
+                raise JobError(f"{key}.{option}", said, f"one of: {one_of}")
 
 
 def task_type(model: torch.nn.Module) -> str | None:

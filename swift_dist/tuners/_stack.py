@@ -18,6 +18,8 @@ from swift_dist.tuners.base import Strategy, Tuner
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 _ROOM = "swift_dist.tuners"
 
 
@@ -66,6 +68,13 @@ class TunerStack:
                     f"{tuner.name} does not work under {strategy}: {reason}",
                     f"use {' or '.join(able)}, or another tuner" if able else "use another tuner",
                 )
+
+    def check(self, job: JobConfig) -> None:
+        """Raises:
+        JobError: one of them contradicts the job.
+        """
+        for tuner, options in self.members:
+            tuner.check(job, options)
 
     def _runs_under(self, strategy: Strategy) -> bool:
         return all(tuner.refuses(strategy, options) is None for tuner, options in self.members)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from swift_dist.config.finetune import Names
+from swift_dist.config.finetune import AnyNames, Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._peft import ADAPTER, AdapterTuner, never_adapted, task_type
@@ -17,6 +17,8 @@ from swift_dist.tuners.base import Strategy
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
+
+    from swift_dist.config import JobConfig
 
 _MODEL = "swift_dist_model"  # attribute of each E: a weak reference to the model that it is in
 _COMING = "swift_dist_update"  # attribute of the model: number of the update that comes next; None: none does
@@ -30,7 +32,7 @@ class Options(Section):
     target_modules: Names = Field(
         ("all-linear",), description="last words of the names of adapted modules (all-linear: all but the output layer)"
     )
-    exclude_modules: tuple[str, ...] = Field((), description="last words of the names of modules that are not adapted")
+    exclude_modules: AnyNames = Field((), description="last words of the names of modules that are not adapted")
     warmup_steps: int = Field(0, ge=0, description="first steps, with all ranks")
     final_steps: int = Field(0, ge=0, description="last steps, in which ranks do not move any more")
     interval: int = Field(1, gt=0, description="steps between two choices of ranks")
@@ -55,6 +57,15 @@ class AdaLora(AdapterTuner):
         if strategy != "ddp":
             return f"ranks are chosen by whole weights and gradients, and {strategy} leaves each rank pieces of them"
         return None
+
+    def check(self, job: JobConfig, options: Options) -> None:
+        if job.train.steps is not None and options.warmup_steps + options.final_steps >= job.train.steps:
+            raise JobError(
+                "tuner.adalora.warmup_steps",
+                f"{options.warmup_steps} and final_steps {options.final_steps} leave none of {job.train.steps} steps "
+                "to choose ranks in",
+                "lower them, or raise train.steps",
+            )
 
     def peft_config(self, model: torch.nn.Module, options: Options, modules_to_save: list[str] | None) -> PeftConfig:
         from peft import AdaLoraConfig
@@ -102,18 +113,7 @@ class AdaLora(AdapterTuner):
         return optimizer
 
     def before_step(self, model: Any, step: int, steps: int, options: Options) -> None:
-        """Tell PEFT how long the run is.
-
-        Raises:
-            JobError: it is too short for the warm-up and the final steps.
-        """
-        if options.warmup_steps + options.final_steps >= steps:
-            raise JobError(
-                "tuner.adalora.warmup_steps",
-                f"{options.warmup_steps} and final_steps {options.final_steps} leave none of the {steps} steps to "
-                "choose ranks in",
-                "lower them, or raise train.steps",
-            )
+        """Tell PEFT how long the run is."""
         model.peft_config[ADAPTER].total_step = steps
 
     def before_update(

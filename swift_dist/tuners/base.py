@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
@@ -37,6 +39,13 @@ class Tuner:
     def refuses(self, strategy: Strategy, options: Any) -> str | None:
         """Why it cannot work under `strategy`; None: it can."""
         return None
+
+    def check(self, job: JobConfig, options: Any) -> None:
+        """Asked before anything starts, and again once `job.train.steps` is known.
+
+        Raises:
+            JobError: options that the job contradicts, whatever the model.
+        """
 
     def load_arguments(self, options: Any) -> dict[str, Any]:
         """Further arguments of ``from_pretrained`` (a quantised base)."""

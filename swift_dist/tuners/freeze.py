@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from swift_dist.config.finetune import AnyNames
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 from swift_dist.tuners._export import write_model
@@ -17,9 +18,11 @@ from swift_dist.tuners.base import Tuner
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 
 class Options(Section):
-    parameters: tuple[str, ...] = Field((), description="patterns of weights that do not learn, such as layers.[0-3]")
+    parameters: AnyNames = Field((), description="patterns of weights that do not learn, such as layers.[0-3]")
     ratio: float = Field(
         0.0,
         ge=0,
@@ -32,20 +35,22 @@ class Freeze(Tuner):
     name = "freeze"
     summary = "the weights that patterns or a ratio name stay; the others learn"
 
-    def apply(
-        self, model: torch.nn.Module, options: Options, *, seed: int, trainable: Sequence[str] = ()
-    ) -> torch.nn.Module:
-        """`trainable` wins over both rules.
-
-        Raises:
-            JobError: no rule is given, a pattern matches nothing, or nothing is left to learn.
-        """
+    def check(self, job: JobConfig, options: Options) -> None:
         if not options.parameters and not options.ratio:
             raise JobError(
                 "tuner.freeze",
                 "it says of no weight that it stays",
                 "give tuner.freeze.parameters or tuner.freeze.ratio",
             )
+
+    def apply(
+        self, model: torch.nn.Module, options: Options, *, seed: int, trainable: Sequence[str] = ()
+    ) -> torch.nn.Module:
+        """`trainable` wins over both rules.
+
+        Raises:
+            JobError: a pattern matches nothing, or nothing is left to learn.
+        """
         parameters = dict(model.named_parameters())
         frozen = set(matching(parameters, options.parameters, "tuner.freeze.parameters"))
         left = options.ratio * sum(p.numel() for p in parameters.values())

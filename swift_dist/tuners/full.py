@@ -13,16 +13,20 @@ from swift_dist.tuners.base import Tuner
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 
 class Full(Tuner):
     name = "full"
     summary = "every weight learns; the whole model is saved"
 
+    def check(self, job: JobConfig, options: Any) -> None:
+        if job.tuner.trainable:
+            raise JobError("tuner.trainable", "with full every weight learns", "leave it out")
+
     def apply(
         self, model: torch.nn.Module, options: Any, *, seed: int, trainable: Sequence[str] = ()
     ) -> torch.nn.Module:
-        if trainable:
-            raise JobError("tuner.trainable", "with full every weight learns", "leave it out")
         return model.requires_grad_(True)
 
     def export(

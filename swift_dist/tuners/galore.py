@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from swift_dist.config.finetune import AnyNames
 from swift_dist.config.section import Section
 from swift_dist.tuners.base import Strategy, Tuner
 
@@ -20,7 +21,7 @@ class Options(Section):
     side: Literal["short", "long", "left", "right"] = Field(
         "short", description="which side of a gradient is projected: its shorter, longer, left or right one"
     )
-    targets: tuple[str, ...] = Field(
+    targets: AnyNames = Field(
         ("*attn*", "*attention*", "*mlp*"), description="patterns of the matrices whose gradients are projected"
     )
 

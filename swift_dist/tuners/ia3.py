@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from swift_dist.config.finetune import Names
+from swift_dist.config.finetune import AnyNames, Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 from swift_dist.tuners._peft import AdapterTuner, task_type
@@ -20,10 +20,10 @@ class Options(Section):
     target_modules: Names = Field(
         ("k_proj", "v_proj", "down_proj"), description="last words of the names of modules that get factors"
     )
-    feedforward_modules: tuple[str, ...] = Field(
+    feedforward_modules: AnyNames = Field(
         ("down_proj",), description="those of target_modules whose inputs, not outputs, are scaled"
     )
-    exclude_modules: tuple[str, ...] = Field((), description="last words of the names of modules that get none")
+    exclude_modules: AnyNames = Field((), description="last words of the names of modules that get none")
 
 
 class IA3(AdapterTuner):

@@ -18,6 +18,8 @@ from swift_dist.tuners.base import Strategy, Tuner
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 _SEED = "swift_dist_lisa_seed"  # attribute of the model
 
 
@@ -35,6 +37,10 @@ class Lisa(Tuner):
             return "DeepSpeed lays out what learns once, and would go on moving layers that have been frozen since"
         return None
 
+    def check(self, job: JobConfig, options: Options) -> None:
+        if job.tuner.trainable:
+            raise JobError("tuner.trainable", "with lisa every weight may learn", "leave it out")
+
     def apply(
         self, model: torch.nn.Module, options: Options, *, seed: int, trainable: Sequence[str] = ()
     ) -> torch.nn.Module:
@@ -43,8 +49,6 @@ class Lisa(Tuner):
         Raises:
             JobError: the model has fewer layers than are to be active.
         """
-        if trainable:
-            raise JobError("tuner.trainable", "with lisa every weight may learn", "leave it out")
         _, layers = layers_of(model, self.name)
         if options.active_layers > len(layers):
             raise JobError(

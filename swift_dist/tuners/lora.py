@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from swift_dist.config.finetune import Names
+from swift_dist.config.finetune import AnyNames, Names
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._peft import ADAPTER, AdapterTuner, never_adapted, task_type
@@ -32,7 +32,7 @@ class Options(Section):
     target_modules: Names = Field(
         ALL_LINEAR, description="last words of the names of adapted modules (all-linear: all but the output layer)"
     )
-    exclude_modules: tuple[str, ...] = Field((), description="last words of the names of modules that are not adapted")
+    exclude_modules: AnyNames = Field((), description="last words of the names of modules that are not adapted")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="the model's biases that learn too: none, all, or those of adapted modules"
     )

@@ -14,6 +14,8 @@ from swift_dist.tuners.base import Strategy
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
+
 
 class Options(lora.Options):
     init: Literal["default", "gaussian"] = Field("default", description="first A; B is 0")
@@ -33,6 +35,14 @@ class QLora(lora.Lora):
         if options.bits == 8 and strategy == "fsdp2":
             return "bitsandbytes keeps the scales of 8-bit weights on the tensor itself, which FSDP2 replaces"
         return None
+
+    def check(self, job: JobConfig, options: Options) -> None:
+        if job.model.resolved_init != "pretrained":
+            raise JobError(
+                "model.init",
+                "random weights are not quantised: bitsandbytes does it as weights are loaded",
+                "give model.path, a folder of weights, or use lora",
+            )
 
     def load_arguments(self, options: Options) -> dict[str, Any]:
         """``quantization_config`` for ``from_pretrained``."""

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from swift_dist.config import JobConfig, Section
-from swift_dist.config.aliases import JOB_ALIASES
+from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
 from swift_dist.config.keys import did_you_mean, walk
 from swift_dist.config.load import build, dump_job, load_job, parse_words
 from swift_dist.errors import JobError
@@ -44,6 +44,21 @@ def test_weighted_entries_from_yaml_and_from_the_command_line(tmp_path):
     assert job.data.train[0].epochs == 2
 
 
+@pytest.mark.parametrize(
+    "spelling", [["q_proj,v_proj"], ["q_proj", "v_proj"], ["q_proj, v_proj"], ["[q_proj, v_proj]"]]
+)
+def test_names_are_a_list_however_they_are_written(spelling):
+    words = ["--tuner_type", "lora,neftune", "--target_modules", *spelling, "--tuner.lora.exclude_modules", *spelling]
+    tuner = load_job(None, words, "sft").tuner
+    assert tuner.name == ("lora", "neftune")
+    assert tuner.lora.target_modules == tuner.lora.exclude_modules == ("q_proj", "v_proj")
+
+
+def test_a_comma_within_the_brackets_of_a_pattern_is_the_patterns(tmp_path):
+    words = ["--tuner_type", "freeze", "--tuner.freeze.parameters", "embed_tokens,layers.[0,3].mlp"]
+    assert load_job(None, words, "sft").tuner.freeze.parameters == ("embed_tokens", "layers.[0,3].mlp")
+
+
 def test_text_that_looks_like_a_number_stays_text():
     assert load_job(None, ["--output", "2024"]).output == "2024"
     assert load_job(None, ["--output", "none"]).output is None
@@ -77,6 +92,8 @@ def test_ranks_take_the_task_from_the_file(tmp_path, task):
         (["--data.train.0.weight", "-1"], "--data.train.0.weight", "unknown option"),
         (["--data.train", "[{path: a, weight: -1}]"], "data.train.0.weight", "greater than 0"),
         (["--optimizer.lr", ".nan"], "optimizer.lr", "finite"),
+        (["--merge_lora", "true"], "--merge_lora", "instead: swift-dist merge"),
+        (["--warmup-ratio", "0.1"], "--warmup-ratio", "instead: schedule.warmup_steps"),
         (["stray", "--train.steps", "3"], "stray", "unexpected argument"),
     ],
 )
@@ -124,6 +141,7 @@ def test_job_errors_survive_pickling():
 
 def test_every_alias_points_at_a_key_and_every_key_is_described():
     assert set(JOB_ALIASES.values()) <= set(KEYS)
+    assert not JOB_ELSEWHERE.keys() & (JOB_ALIASES.keys() | KEYS)
     assert not [name for name, key in KEYS.items() if not key.description]
 
 
@@ -177,6 +195,18 @@ def test_python_builds_the_same_job():
     assert swift_dist.job_config({"train": {"steps": 10}}, tp=2, optimizer__lr=1e-4) == load_job(
         None, ["--train.steps", "10", "--tp", "2", "--optimizer.lr", "1e-4"]
     )
+
+
+def test_python_refuses_a_job_of_another_task(tmp_path):
+    """`sft` of a file that says rlhf would learn from the chosen answers alone."""
+    import swift_dist
+
+    file = write(tmp_path / "job.yaml", "task: rlhf\n")
+    for source in (file, {"task": "rlhf"}, load_job(file, task=None)):
+        for function in (swift_dist.sft, swift_dist.pretrain):
+            with pytest.raises(JobError, match="says 'rlhf'") as error:
+                function(source)
+            assert error.value.key == "task"
 
 
 def test_did_you_mean_names_a_key_once():

@@ -64,12 +64,13 @@ def ours(
     sequences: list[Sequence],
     labels: Any = None,
     reference: Any = None,
+    mismatched: list[Sequence] | None = None,
 ) -> Loss:
     """Loss of a global batch that is one micro-batch."""
     objective = find("swift_dist.objectives", name, "OBJECTIVE")
     section = type(getattr(JobConfig().objective, name))(**options)
     counts = [len(tokens) - prompt for tokens, prompt in sequences]
-    num_samples = len(sequences) // (1 if objective.sample == "single" else 2)
+    num_samples = len(sequences) // (2 if objective.sample == "pair" else 1)
     batch = Batch(
         weights=torch.ones(sum(counts)),
         segments=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
@@ -86,9 +87,18 @@ def ours(
     if objective.needs_reference(section):
         with torch.no_grad():
             batch = replace(batch, reference_logps=logps_of(reference, sequences))
-    if objective.statistics:
+    if mismatched is not None:
         with torch.no_grad():
-            known = {key: float(value) for key, value in objective.statistics(batch, section).items()}
+            counts = torch.tensor([len(tokens) - prompt for tokens, prompt in mismatched])
+            others = replace(
+                batch,
+                weights=torch.ones(int(counts.sum())),
+                segments=torch.repeat_interleave(torch.arange(len(counts)), counts),
+                lengths=torch.tensor([len(tokens) for tokens, _ in mismatched]),
+                logps=logps_of(model, mismatched),
+                reference_logps=logps_of(reference, mismatched),
+            )
+            known = {key: float(value) for key, value in objective.statistics(others, section).items()}
         batch = replace(batch, statistics=known)
     return objective.loss(batch, total, section)
 
@@ -247,13 +257,16 @@ def test_kto(trl):
         {"prompt_ids": pair[0], "completion_ids": answer, "KL_completion_ids": other, "label": label}
         for pair, answer, other, label in zip(PAIRS, answers, mismatched, LABELS, strict=True)
     ]
-    sequences = sides([(row["prompt_ids"], row["completion_ids"], row["KL_completion_ids"]) for row in rows])
-    labels = torch.tensor(LABELS).repeat_interleave(2)
+    sequences, others = (
+        [(row["prompt_ids"] + row[name], len(row["prompt_ids"])) for row in rows]
+        for name in ("completion_ids", "KL_completion_ids")
+    )
+    labels = torch.tensor(LABELS)
     options = {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.6}
     part = assert_same(
         trainer.model,
         lambda: trainer.compute_loss(trainer.model, trainer.data_collator(rows)),
-        lambda: ours("kto", options, trainer.model, sequences, labels, trl.reference),
+        lambda: ours("kto", options, trainer.model, sequences, labels, trl.reference, others),
     )
     names = [name for name in REWARDS if name != "rewards/accuracies"]
     assert latest(trainer)["kl"] > 0

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from swift_dist.config.job import JobConfig
 from swift_dist.errors import RunError
 from swift_dist.objectives import dpo
-from swift_dist.objectives._sequences import sequence_sums
+from swift_dist.objectives._sequences import log_ratios, sequence_sums
 from swift_dist.objectives.base import Batch, Objective
 from swift_dist.plugins import find, names
 
@@ -63,16 +63,19 @@ class World:
     weights: torch.Tensor
     labels: torch.Tensor
 
-    def batch(self, micro: list[int | None], shuffle: random.Random | None = None) -> Batch:
-        """A micro-batch of samples; None stands for one that fills it up."""
+    def batch(
+        self, micro: list[int | None], shuffle: random.Random | None = None, *, mismatched: bool = False
+    ) -> Batch:
+        """A micro-batch of samples; None stands for one that fills it up. Of KTO: their answers, or the mismatched."""
         width = 1 if self.objective.sample == "single" else 2
+        sides = [int(mismatched)] if self.objective.sample == "kto" else range(width)
         tokens: list[tuple[int, int]] = []  # (segment, token)
         sequences = []
         for place, sample in enumerate(micro):
-            for side in range(width):
+            for index, side in enumerate(sides):
                 sequences.append(-1 if sample is None else sample * width + side)
                 if sample is not None:
-                    tokens += [(place * width + side, token) for token in self.samples[sample][side]]
+                    tokens += [(place * len(sides) + index, token) for token in self.samples[sample][side]]
         if shuffle:
             shuffle.shuffle(tokens)
         segments = torch.tensor([segment for segment, _ in tokens], dtype=torch.int64)
@@ -101,7 +104,8 @@ class World:
         total = sum(self.objective.count(batch) for batch in batches)
         sums: dict[str, float] = defaultdict(float)
         if self.objective.statistics:
-            for batch in batches:
+            for micro in cut:
+                batch = self.batch(micro, shuffle, mismatched=True)
                 for name, value in self.objective.statistics(batch, self.options).items():
                     sums[name] += float(value.detach())
         loss, metrics = 0.0, defaultdict(lambda: [0.0, 0.0])
@@ -203,6 +207,69 @@ def test_any_split_gives_the_same_loss_gradients_and_metrics(name, values, seed)
     assert metrics == pytest.approx(other[2], rel=1e-12, abs=1e-12)
 
 
+OF_TOKENS = [case for case in CASES if find(ROOM, case[0], "OBJECTIVE").needs != "sequence_scores"]
+
+
+@pytest.mark.parametrize(("name", "values"), OF_TOKENS, ids=[f"{n}-{v}" for n, v in OF_TOKENS])
+def test_a_token_of_weight_two_is_two_tokens(name, values):
+    """In sums over an answer and in means over it."""
+    world = make_world(name, values, seed=7)
+    count = len(world.weights)
+    weights = torch.arange(count) % 3 + 1
+    world.weights = weights.double()
+    whole = [list(range(len(world.samples)))]
+    loss, gradients, metrics = world.evaluate(whole)
+    world.weights = torch.ones(count, dtype=torch.float64)
+    world.samples = [
+        [[token for token in sequence for _ in range(int(weights[token]))] for sequence in sample]
+        for sample in world.samples
+    ]
+    other = world.evaluate(whole)
+    assert math.isclose(loss, other[0], rel_tol=1e-12)
+    torch.testing.assert_close(gradients, other[1], rtol=1e-11, atol=1e-13)
+    if name != "token_classification":  # whose accuracy counts labelled tokens, whatever their weight
+        assert metrics == pytest.approx(other[2], rel=1e-12, abs=1e-12)
+
+
+WITH_REFERENCE = [case for case in CASES if case[0] in ("dpo", "kto") and not case[1].get("reference_free")]
+
+
+@pytest.mark.parametrize(("name", "values"), WITH_REFERENCE, ids=[f"{n}-{v}" for n, v in WITH_REFERENCE])
+def test_a_reference_computed_before_is_the_same(name, values):
+    """Its weighted sums in the place of its log-probabilities."""
+    world = make_world(name, values, seed=5)
+    cut = random_cut(random.Random(5), len(world.samples))
+    loss, gradients, metrics = world.evaluate(cut)
+    live = world.batch
+
+    def known(*arguments: Any, **more: Any) -> Batch:
+        batch = live(*arguments, **more)
+        sums = torch.zeros(len(batch.lengths), dtype=torch.float64)
+        sums.index_add_(0, batch.segments, batch.weights * batch.reference_logps)
+        return replace(batch, reference_logps=None, reference_sums=sums)
+
+    world.batch = known
+    other = world.evaluate(cut)
+    assert math.isclose(loss, other[0], rel_tol=1e-12)
+    torch.testing.assert_close(gradients, other[1], rtol=1e-11, atol=1e-13)
+    assert metrics == pytest.approx(other[2], rel=1e-12, abs=1e-12)
+
+
+def test_sums_computed_before_keep_the_digits_of_a_small_difference():
+    """In float32, of sums whose difference would be lost in it."""
+    logps = -5 - torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    reference = logps - 1e-6 * torch.arange(100_000).remainder(2)
+    batch = Batch(
+        *(torch.ones(100_000), torch.zeros(100_000, dtype=torch.int64), torch.tensor([100_000]), torch.ones(1)),
+        logps=logps,
+        reference_sums=reference.double().sum()[None],
+    )
+    exact = math.fsum(logps.tolist()) - math.fsum(reference.tolist())
+    assert float(log_ratios(batch)) == pytest.approx(exact, rel=1e-5)
+    assert float(log_ratios(replace(batch, reference_logps=reference, reference_sums=None))) == pytest.approx(exact)
+    assert abs(float(logps.sum() - reference.sum()) - exact) > 1e-3
+
+
 DIFFERENTIABLE = [case for case in CASES if case[1] != {"loss_type": "dft"}]  # dft weighs by what has no gradient
 
 
@@ -214,7 +281,7 @@ def test_gradients_are_those_of_the_loss(name, values):
     whole = [list(range(len(world.samples)))]
     _, gradients, _ = world.evaluate(whole)
     if world.objective.statistics:  # KTO's z0 has no gradient: held where it is
-        known = world.objective.statistics(world.batch(whole[0]), world.options)
+        known = world.objective.statistics(world.batch(whole[0], mismatched=True), world.options)
         world.objective = replace(world.objective, statistics=lambda *_: known)
     step, losses = 1e-6, []
     direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=leaf.dtype)
@@ -282,13 +349,14 @@ def kto_loss(answers: list[float], mismatched: list[float], labels: list[bool], 
     """One token an answer; the reference says 0 everywhere, so log-probabilities are log-ratios."""
     objective, num = find(ROOM, "kto", "OBJECTIVE"), len(answers)
     batch = Batch(
-        *(torch.ones(2 * num), torch.arange(2 * num), torch.ones(2 * num, dtype=torch.int64), torch.ones(num)),
-        labels=torch.tensor([x for label in labels for x in (label, False)]),
-        logps=torch.tensor([x for two in zip(answers, mismatched, strict=True) for x in two]),
-        reference_logps=torch.zeros(2 * num),
+        *(torch.ones(num), torch.arange(num), torch.ones(num, dtype=torch.int64), torch.ones(num)),
+        labels=torch.tensor(labels),
+        logps=torch.tensor(answers),
+        reference_logps=torch.zeros(num),
     )
     section = options_of("kto", options)
-    known = {name: float(value) for name, value in objective.statistics(batch, section).items()}
+    others = replace(batch, logps=torch.tensor(mismatched))
+    known = {name: float(value) for name, value in objective.statistics(others, section).items()}
     return objective.loss(replace(batch, statistics=known), objective.count(batch), section)
 
 

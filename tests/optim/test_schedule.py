@@ -65,4 +65,6 @@ def test_matrices_decay_and_norms_and_biases_do_not() -> None:
     assert decays("embedding.word_embeddings.weight", (4, 4), **rule)
     assert not decays("decoder.final_layernorm.weight", (4,), **rule)
     assert not decays("decoder.layers.0.self_attention.linear_qkv.bias", (4,), **rule)
+    assert not decays("base_model.model.model.layers.0.self_attn.k_proj.ia3_l.default", (4, 1), **rule)  # begins at 1
+    assert decays("base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight", (1, 4), **rule)
     assert decays("decoder.final_layernorm.weight", (4,), decay_norm_and_bias=True)

@@ -30,6 +30,7 @@ def test_numbers_for_people():
 def test_a_line_says_step_loss_speed_and_time_left():
     assert describe(row(5), 10, 65.0) == "step 5/10  loss 2.5000  grad norm 1.000  12.3k tok/s  1:05 left"
     assert describe({"step": 5, "eval_loss": 2.25}, 10, None) == "step 5/10  eval loss 2.2500"
+    assert describe({"step": 0, "prepared": 0.25}, 10, None) == "step 0/10  reference model 25%"
     assert describe(row(5, loss=None, skipped=True, reason="loss is nan"), None, None).startswith("step 5  loss nan")
 
 
@@ -52,10 +53,12 @@ def test_lines_are_limited_but_never_lose_what_matters(monkeypatch):
     for step in range(1, 101):
         view.show(row(step, skipped=step == 55, reason="spike"))
         if step == 33:
+            view.show({"step": 33, "prepared": 0.5})
             view.show({"step": 33, "eval_loss": 2.0})
     lines = stream.getvalue().splitlines()
     assert 10 <= len(lines) <= 15
     assert lines[0].startswith("step 1/100") and lines[-1].startswith("step 100/100")
+    assert any("reference model 50%" in line for line in lines)
     assert any("eval loss 2.0" in line for line in lines) and any("SKIPPED: spike" in line for line in lines)
 
 
@@ -75,6 +78,8 @@ def test_the_bar_shows_step_loss_speed_and_time_left(monkeypatch):
     primary, secondary = pty.openpty()
     with os.fdopen(secondary, "w") as terminal:
         view = BarView(10, terminal)
+        view.show({"step": 0, "prepared": 0.5})
+        time.sleep(0.05)
         view.show(row(1))
         time.sleep(0.05)
         view.show(row(5))

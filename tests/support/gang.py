@@ -51,7 +51,7 @@ class Gang:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=10)
+        self._server.wait(timeout=60)
         self._folders.cleanup()
 
 

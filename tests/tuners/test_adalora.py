@@ -10,9 +10,8 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from pydantic import ValidationError
 
-from swift_dist.errors import JobError
 from swift_dist.tuners._stack import TunerStack
-from tests.tuners.tiny import batch, groups_of, load, logits, stack_of, train
+from tests.tuners.tiny import batch, groups_of, load, logits, stack_of
 
 OPTIONS = {"initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 2, "orthogonality": 0.0}
 STEPS = 7
@@ -119,10 +118,6 @@ def test_a_resume_goes_on_with_the_same_ranks(bases):
     assert all(torch.equal(p, dict(whole.named_parameters())[n]) for n, p in again.named_parameters())
 
 
-def test_runs_that_are_too_short_and_ranks_that_do_not_shrink_are_refused(bases):
-    stack = stack_of("adalora", adalora=OPTIONS)
-    model = stack.apply(load(bases["llama"]), seed=0)
-    with pytest.raises(JobError, match="leave none of the 3 steps"):
-        train(model, stack, steps=3)
+def test_ranks_that_do_not_shrink_are_refused():
     with pytest.raises(ValidationError, match="target_rank 4 is not below initial_rank 4"):
         stack_of("adalora", adalora={"initial_rank": 4, "target_rank": 4})

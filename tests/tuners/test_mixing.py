@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import swift_dist
+from swift_dist import cli
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners import adalora, ia3, lora, merge, neftune
 from tests.tuners.tiny import batch, difference, export, learning, load, logits, stack_of, train
@@ -138,6 +139,25 @@ def test_a_merged_model_computes_what_base_and_adapter_do(case, bases, tmp_path)
     folder = merge(bases[kind], adapter, tmp_path / "merged")
     assert difference(logits(load(folder, kind)), logits(model)) < 2e-6
     assert (folder / "tokenizer.json").read_text() == "theirs"
+
+
+def test_the_verb_merges_into_the_base_that_the_adapter_names(bases, tmp_path, capsys):
+    stack = stack_of("ia3")
+    model = stack.apply(load(bases["llama"]), seed=0)
+    train(model, stack, steps=3)
+    adapter, target = export(model, stack, tmp_path / "adapter"), tmp_path / "merged"
+    assert cli.main(["merge", str(adapter), str(target)]) == 0
+    assert f"wrote {target}" in capsys.readouterr().out
+    assert difference(logits(load(target)), logits(model)) < 2e-6
+    for words, says in (
+        ([str(adapter), str(target)], "merged exists"),
+        ([str(target), "x"], "no adapter_config.json"),
+        ([str(adapter), str(tmp_path / "x"), "--base", str(tmp_path / "nowhere")], "nowhere"),
+        ([str(adapter)], "target"),
+    ):
+        assert cli.main(["merge", *words]) == 2
+        assert says in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
 def test_a_merge_rounds_once_to_the_dtype_of_the_base(bases, tmp_path):

@@ -136,13 +136,15 @@ def test_freeze_by_patterns_and_by_share(bases):
 @pytest.mark.parametrize(
     ("name", "section", "says"),
     [
-        ("freeze", {}, "of no weight that it stays"),
         ("freeze", {"freeze": {"ratio": 1.0}}, "no weight is left"),
         ("freeze", {"freeze": {"parameters": ["layers.9"]}}, "'layers.9' matches none"),
         ("lora", {"trainable": ["nothing"]}, "'nothing' matches none"),
-        ("lora", {"lora": {"target_modules": "nothing"}}, "not found in the base model"),
-        ("full", {"trainable": ["lm_head"]}, "every weight learns"),
-        ("lisa", {"trainable": ["lm_head"]}, "every weight may learn"),
+        ("lora", {"lora": {"target_modules": "nothing"}}, "is called 'nothing'"),
+        ("lora", {"lora": {"target_modules": "q_proj,v_porj"}}, "is called 'v_porj'"),
+        ("lora", {"lora": {"target_modules": ["all-linear", "q_proj"]}}, "is called 'all-linear'"),
+        ("lora", {"lora": {"exclude_modules": "k_proj,o_porj"}}, "is called 'o_porj'"),
+        ("lora", {"lora": {"rank_pattern": {"q_proj": 2, "qq_proj": 4}}}, "is called 'qq_proj'"),
+        ("ia3", {"ia3": {"target_modules": "k_proj,fc2", "feedforward_modules": ""}}, "is called 'fc2'"),
         ("lisa", {"lisa": {"active_layers": 5}}, "5 of 4 layers"),
         ("llama_pro", {"llama_pro": {"blocks": 3}}, "4 layers and 3 new ones"),
         ("ia3", {"ia3": {"feedforward_modules": ["up_proj"]}}, "up_proj is not among"),
@@ -153,6 +155,26 @@ def test_options_that_do_not_fit_the_model_are_refused(name, section, says, base
     with pytest.raises(JobError, match=says) as caught:
         stack_of(name, **section).apply(load(bases["llama"]), seed=0)
     assert caught.value.key.startswith("tuner.") and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "job", "says"),
+    [
+        ("freeze", {}, {}, "of no weight that it stays"),
+        ("full", {"trainable": ["lm_head"]}, {}, "every weight learns"),
+        ("lisa", {"trainable": ["lm_head"]}, {}, "every weight may learn"),
+        ("adalora", {"adalora": {"warmup_steps": 2, "final_steps": 1}}, {"train": {"steps": 3}}, "none of 3 steps"),
+        ("qlora", {}, {"model": {"config": {"model_type": "llama"}}}, "random weights are not quantised"),
+    ],
+)
+def test_what_the_job_contradicts_is_refused_before_it_starts(name, section, job, says):
+    whole = JobConfig.model_validate({"tuner": {"name": name, **section}, **job})
+    with pytest.raises(JobError, match=says) as caught:
+        find_tuners(whole.tuner).check(whole)
+    assert caught.value.remedy
+    if name in ("adalora", "qlora"):
+        other = {"tuner": {"name": name, **section}, "train": {"steps": 4}, "model": {"path": "x"}}
+        find_tuners(whole.tuner).check(JobConfig.model_validate(other))
 
 
 def test_what_cannot_be_taken_apart_or_parted_is_refused(bases):

@@ -187,10 +187,11 @@ def _of_split(files: Sequence[SourceFile], folder: Path, wanted: str, said: bool
             raise JobError(key, f"{folder} holds files of splits, and beside them {odd}", "name the ones you mean")
         files = [file for file, split in zip(files, splits, strict=True) if split == wanted]
         if not files:
-            found = ", ".join(sorted({split for split in splits if split}))
+            found = " and ".join(sorted({split for split in splits if split}))
             raise JobError(
                 key,
-                f"no file of {folder} says in its name that it is of the split {wanted}, only of {found or 'none'}",
+                f"no file of {folder} says in its name that it is of the split {wanted}"
+                + (f", only of {found}" if found else ", nor of another one"),
                 f"name the files, or another split: {folder}::SPLIT",
             )
     kinds = {"jsonl" if file.format == "json" else file.format for file in files}

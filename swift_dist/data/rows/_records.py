@@ -249,13 +249,13 @@ def count_records(unit: RowUnit) -> int:
     return sum(not isinstance(record, Damage) for _, _, record in unit_records(unit))
 
 
-def cut(files: Sequence[SourceFile]) -> list[RowUnit]:
-    """Units of about UNIT_BYTES that hold every record once, in file order: a function of the files alone.
+def cut(files: Sequence[SourceFile], size: int | None = None) -> list[RowUnit]:
+    """Units of about `size` bytes that hold every record once, in file order: a function of the files and `size` alone.
 
-    Lines of plain files and rows of tables are cut; a compressed file, a list in JSON and a CSV file are one unit.
-    Small files share one.
+    Without `size` it is UNIT_BYTES. Lines of plain files and rows of tables are cut; a compressed file, a list in JSON
+    and a CSV file are one unit. Small files share one.
     """
-    size = UNIT_BYTES
+    size = size or UNIT_BYTES
     units: list[RowUnit] = []
     group: list[SourceFile] = []
 

@@ -85,13 +85,16 @@ class RowSource:
                 raise RunError(f"cannot read {file.name}: {error.strerror}") from error
         return digest.hexdigest()
 
-    def units(self) -> list[RowUnit]:
+    def units(self, size: int | None = None) -> list[RowUnit]:
         """Pieces that workers read on their own; together, in this order, they are the rows of the source.
+
+        Args:
+            size: bytes of one, about (None: `_records.UNIT_BYTES`).
 
         Raises:
             JobError: a table is unreadable, or #N asks for rows of which there are none.
         """
-        units = cut(self.files)
+        units = cut(self.files, size)
         return units if self.take is None else _taken(units, self.take, self.name)
 
 
@@ -128,14 +131,25 @@ def read_rows(source: RowSource, unit: RowUnit) -> Iterator[tuple[str, Row | Bad
     read = find_format(source.format).read
     for file, number, record in unit_records(unit):
         where = origin(file, number)
+        given: Mapping[str, Any] = {}
         try:
-            row: Row | BadRow = read(renamed(parse(record, file), source.columns))
+            given = renamed(parse(record, file), source.columns)
+            row: Row | BadRow = read(given)
         except BadRowError as error:
-            row = BadRow(file.path, str(error), -1, number, table=counts_rows(file))
+            mixed = _mixed(given, source)
+            row = BadRow(file.path, f"{error}{mixed}", -1, number, table=counts_rows(file))
         except Exception as error:
             error.add_note(f"while the format {source.format} read {where}")
             raise
         yield where, row
+
+
+def _mixed(row: Mapping[str, Any], source: RowSource) -> str:
+    """For people, where a row is of another format than its source; "" where it is not."""
+    found = detect(row)
+    if found is None or ":" in source.format or found.name == source.format:
+        return ""
+    return f" (it looks like {found.name}, the source is {source.format})"
 
 
 def renamed(row: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> Mapping[str, Any]:
@@ -217,6 +231,8 @@ def _look(
             continue
         return known, seen | _more_columns(files) if columns else seen
     listed = "\n  ".join(reasons[:3])
+    if files[0].path.endswith((".json", ".json.gz", ".json.zst")) and reasons and "not JSON: " in reasons[0]:
+        listed += "\n  a .json file holds a list of rows, or a row a line"
     names = ", ".join(known.name for known in formats())
     raise JobError(
         key,
@@ -226,6 +242,8 @@ def _look(
 
 
 def _hint(row: Mapping[str, Any]) -> str:
+    if len(row) == 1 and any(mark in name for name in row for mark in ";|\t"):
+        return " (a .csv file has commas between its cells, a .tsv file tabs)"
     if row.get("label") is None:
         return ""
     return " (a label: data.format kto or classification says what it means; or leave it out with another format)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +18,8 @@ Layout = Literal["packed", "padded"]
 MakeLabels = Callable[[Sequence[Any]], "torch.Tensor"]
 
 NO_LABEL = -100
+MISMATCHED = "mismatched."
+"""Before the names of the tensors of KTO's mismatched answers, in the micro-batch of its answers."""
 _EMPTY_TOKENS = 2  # of a sequence that only fills a batch up: attention over none would be NaN in some kernels
 
 
@@ -25,6 +27,17 @@ def empty_example(num_sequences: int, pad_id: int) -> Example:
     """A sample that only fills a batch up: nothing in it has a weight."""
     tokens = Encoded(np.full(_EMPTY_TOKENS, pad_id, np.int32), np.zeros(_EMPTY_TOKENS, np.float32))
     return Example((tokens,) * num_sequences, weight=0.0)
+
+
+def _one_of(example: Example, place: int) -> Example:
+    """A sample of one of its sequences."""
+    return replace(example, sequences=(example.sequences[place],), number=_numbers(example)[place])
+
+
+def _numbers(example: Example) -> list[int]:
+    """The number of each of its sequences."""
+    places = range(len(example.sequences))
+    return [-1 if example.number < 0 else example.number + place for place in places]
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class Collator:
         pad_id: token of padding.
         pad_to_multiple: rows are padded to a multiple of this many tokens.
         classifies_tokens: labels are those of the tokens that have a weight.
+        parts_mismatched: of samples of KTO: a micro-batch of the answers, and one of the mismatched ones beside it.
         make_labels: from the sequences' labels (None for those that fill up) to `sequence_labels`; None: no labels.
     """
 
@@ -43,10 +57,18 @@ class Collator:
     pad_id: int
     pad_to_multiple: int = 1
     classifies_tokens: bool = False
+    parts_mismatched: bool = False
     make_labels: MakeLabels | None = None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """One micro-batch; see `SampleData.micro_batches`."""
+        if not self.parts_mismatched:
+            return self._batch(examples)
+        answers, mismatched = ([_one_of(example, place) for example in examples] for place in (0, 1))
+        beside = {MISMATCHED + name: tensor for name, tensor in self._batch(mismatched).items()}
+        return {**self._batch(answers), **beside}
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         import torch
 
         sequences = [sequence for example in examples for sequence in example.sequences]
@@ -69,6 +91,8 @@ class Collator:
             arrays["position_ids"][0, used:] = np.arange(shape[1] - used)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["lengths"] = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        numbers = [number for example in examples for number in _numbers(example)]
+        batch["numbers"] = torch.tensor(numbers, dtype=torch.int64)
         batch["sample_weights"] = torch.tensor([example.weight for example in examples], dtype=torch.float32)
         if self.make_labels is not None and not self.classifies_tokens:
             batch["sequence_labels"] = self.make_labels(labels)

@@ -12,7 +12,17 @@ import numpy as np
 
 from swift_dist.config.job import JobConfig
 from swift_dist.data.mixture import SMALLEST_SHARE
-from swift_dist.data.samples.order import GroupedItems, Item, Items, PackedItems, PlainItems, SampleOrder, Shares
+from swift_dist.data.samples.order import (
+    GroupedItems,
+    Item,
+    Items,
+    Lengths,
+    Order,
+    PackedItems,
+    PlainItems,
+    SampleOrder,
+    Shares,
+)
 from swift_dist.data.samples.split import split_stores
 from swift_dist.data.samples.store import SampleKind, SampleStore
 from swift_dist.data.templates.base import Encoded
@@ -28,11 +38,13 @@ class Example:
     Args:
         sequences: one or two; label: as its row says it, or of classified words the list of theirs.
         weight: 1, or 0 for a sample that only fills the batch up.
+        number: of its first sequence among those of all the job's stores, which follow one another; -1: it has none.
     """
 
     sequences: tuple[Encoded, ...]
     label: Any = None
     weight: float = 1.0
+    number: int = -1
 
 
 class Part:
@@ -41,30 +53,62 @@ class Part:
     Args:
         stores: where they are; indices: int64 [samples], which of each.
         seed: of the order; shares: of the stores in it.
+        starts: the number of each store's first sequence (`Example.number`).
     """
 
     def __init__(
-        self, stores: Sequence[SampleStore], indices: Sequence[np.ndarray], job: JobConfig, seed: int, shares: Shares
+        self,
+        stores: Sequence[SampleStore],
+        indices: Sequence[np.ndarray],
+        job: JobConfig,
+        seed: int,
+        shares: Shares,
+        starts: Sequence[int],
     ) -> None:
-        self._stores, self._indices = stores, indices
+        self._stores, self._indices, self._starts = stores, indices, starts
         self.has_epochs = bool(shares.epochs)
         order = SampleOrder([len(index) for index in indices], seed, shares)
         lengths = [store.lengths[index] for store, index in zip(stores, indices, strict=True)]
-        self.items: Items
-        if job.data.packing:
-            self.items = PackedItems(order, seed, lengths, job.data.sequence_length)
-        elif job.data.group_by_length:
-            self.items = GroupedItems(order, seed, lengths, job.train.global_batch_size)
-        else:
-            self.items = PlainItems(order)
+        self.items = make_items(order, seed, lengths, job)
 
     def examples(self, item: Item) -> list[Example]:
         """The samples of an item."""
         out = []
         for source, place in item:
-            store, sample = self._stores[source], int(self._indices[source][place])
-            out.append(Example(tuple(store.sequences(sample)), store.label(sample)))
+            out.append(read_example(self._stores[source], int(self._indices[source][place]), self._starts[source]))
         return out
+
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """int64, `Example.number` of every sample of items start ... start + count - 1."""
+        return np.array(
+            [
+                self._starts[source] + int(self._indices[source][place]) * self._stores[source].sequences_per_sample
+                for item in (self.items.items(start, count) if count else ())
+                for source, place in item
+            ],
+            dtype=np.int64,
+        )
+
+
+def read_example(store: SampleStore, sample: int, start: int) -> Example:
+    """A sample of a store whose first sequence has the number `start`."""
+    number = start + sample * store.sequences_per_sample
+    return Example(tuple(store.sequences(sample)), store.label(sample), number=number)
+
+
+def first_numbers(stores: Sequence[SampleStore]) -> list[int]:
+    """The number of each store's first sequence, and one more: of all sequences."""
+    counts = [store.num_samples * store.sequences_per_sample for store in stores]
+    return np.cumsum([0, *counts]).tolist()
+
+
+def make_items(order: Order, seed: int, lengths: Lengths, job: JobConfig) -> Items:
+    """What the job makes items of: packs, samples sorted by length, or samples as they come."""
+    if job.data.packing:
+        return PackedItems(order, seed, lengths, job.data.sequence_length)
+    if job.data.group_by_length:
+        return GroupedItems(order, seed, lengths, job.train.global_batch_size)
+    return PlainItems(order)
 
 
 def require_sound(job: JobConfig, kind: SampleKind) -> None:
@@ -92,7 +136,7 @@ def training_part(stores: Sequence[SampleStore], job: JobConfig) -> Part:
         JobError: shares of the datasets that contradict each other, or a split that leaves nothing.
     """
     kept, _ = split_stores(stores, job.data.split_ratio)
-    return Part(stores, kept, job, job.train.seed, _shares(stores, kept))
+    return Part(stores, kept, job, job.train.seed, _shares(stores, kept), first_numbers(stores))
 
 
 def validation_part(
@@ -110,14 +154,17 @@ def validation_part(
             raise JobError(
                 "data.validation", f"{store.name} has a share, but every row counts once", "leave weight and epochs out"
             )
-    stores = stores_validation
+    stores, starts = stores_validation, first_numbers([*stores_train, *stores_validation])
+    starts = starts[len(stores_train) :]
     indices = [np.arange(store.num_samples, dtype=np.int64) for store in stores]
     if job.data.split_ratio:
         stores, (_, indices) = stores_train, split_stores(stores_train, job.data.split_ratio)
+        starts = first_numbers(stores_train)
     some = [k for k, index in enumerate(indices) if len(index)]
     if not some:
         return None
-    return Part([stores[k] for k in some], [indices[k] for k in some], job, _VALIDATION_SEED, Shares())
+    chosen = [stores[k] for k in some], [indices[k] for k in some]
+    return Part(*chosen, job, _VALIDATION_SEED, Shares(), [starts[k] for k in some])
 
 
 def last_item(part: Part, job: JobConfig) -> int | None:

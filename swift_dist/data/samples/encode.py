@@ -16,14 +16,24 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from swift_dist.config.finetune import TemplateSection
 from swift_dist.config.job import JobConfig
+from swift_dist.config.section import updated
 from swift_dist.data.samples.dataset import require_sound
 from swift_dist.data.samples.identity import content_key, tokenizer_hash
 from swift_dist.data.samples.merge import merge
-from swift_dist.data.samples.store import BAD_ROWS, DamagedStoreError, SampleKind, SampleStore
+from swift_dist.data.samples.store import (
+    BAD_ROWS,
+    DamagedStoreError,
+    SampleKind,
+    SampleStore,
+    listed_unusable,
+    refuse_bad_rows,
+)
 from swift_dist.data.samples.store_lock import StoreLock
 from swift_dist.data.samples.unit_encoder import Recipe, UnitFacts, UnitId, part_name, read_part
 from swift_dist.errors import JobError, RunError, listed
@@ -34,12 +44,47 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """The samples of one source: `store` is the name of their store, `key` the job's key that names the source."""
 
     key: str
     source: Any
     store: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """The sources of a key, and what their rows are encoded with."""
+
+    wanted: list[Wanted]
+    tokenizer: str
+    template: TemplateSection
+
+
+def named_sources(job: JobConfig, kind: SampleKind, key: str) -> Named:
+    """Open data.train or data.validation, and name the samples of each source by content.
+
+    Raises:
+        JobError: see `encode_samples`.
+    """
+    from swift_dist.data.rows.source import open_sources
+
+    require_sound(job, kind)
+    path = job.model.tokenizer or job.model.path
+    if path is None:
+        raise JobError("model.tokenizer", "is not given", "give model.tokenizer, or model.path with a tokenizer")
+    entries = {"data.train": job.data.train, "data.validation": job.data.validation}[key]
+    if not entries:
+        raise JobError(key, "no dataset given", f"give {key}: [ROWS.jsonl, ...]")
+    # One date for all workers, and for all samples of a store.
+    template = job.template if job.template.date else updated(job.template, date=date.today().isoformat())
+    assert template.date
+    tokenizer = tokenizer_hash(path, job.model.trust_remote_code, template.date)
+    wanted = [
+        Wanted(key, source, content_key(source, tokenizer, template, job.data.sequence_length, kind))
+        for source in open_sources(entries, job.data, key)
+    ]
+    return Named(wanted, str(path), template)
 
 
 def encode_samples(
@@ -64,30 +109,26 @@ def encode_samples(
         JobError: no data, rows that the job does not take, a tokenizer that is none.
         RunError: a worker process died; the disk is full.
     """
-    from swift_dist.data.rows.source import open_sources
-
-    require_sound(job, kind)
-    path = job.model.tokenizer or job.model.path
-    if path is None:
-        raise JobError("model.tokenizer", "is not given", "give model.tokenizer, or model.path with a tokenizer")
-    entries = {"data.train": job.data.train, "data.validation": job.data.validation}[key]
-    if not entries:
-        raise JobError(key, "no dataset given", f"give {key}: [ROWS.jsonl, ...]")
-    tokenizer = tokenizer_hash(path, job.model.trust_remote_code)
-    wanted = [
-        _Wanted(key, source, content_key(source, tokenizer, job.template, job.data.sequence_length, kind))
-        for source in open_sources(entries, job.data, key)
-    ]
-    missing = {item.store: item for item in wanted if _open(cache / item.store) is None}
+    named = named_sources(job, kind, key)
+    missing = {item.store: item for item in named.wanted if _open(cache / item.store) is None}
     if missing:
-        _make(job, kind, cache, str(path), [missing[store] for store in sorted(missing)], progress)
+        _make(job, kind, cache, named, [missing[store] for store in sorted(missing)], progress)
     stores = []
-    for item in wanted:
+    for item in named.wanted:
         source = item.source
         stores.append(SampleStore(cache.absolute() / item.store, source.name, source.weight, source.epochs))
         logger.info("%s", stores[-1].summary())
-        _refuse_bad_rows(stores[-1], job.data.bad_rows, key)
+        paths = source_paths(source)
+        refuse_bad_rows(stores[-1], job.data.bad_rows, key, paths)
+        if number := stores[-1].facts["unusable"]:
+            listing, first = stores[-1].path / BAD_ROWS, listed_unusable(stores[-1], paths)
+            logger.warning("%s: left out %d that cannot be used (%s)\n  %s", source.name, number, listing, first)
     return stores
+
+
+def source_paths(source: Any) -> list[str]:
+    """The files of a RowSource."""
+    return [file.path for file in source.files]
 
 
 def _open(path: Path) -> SampleStore | None:
@@ -102,7 +143,7 @@ def _open(path: Path) -> SampleStore | None:
 
 
 def _make(
-    job: JobConfig, kind: SampleKind, cache: Path, tokenizer: str, missing: Sequence[_Wanted], progress: bool
+    job: JobConfig, kind: SampleKind, cache: Path, named: Named, missing: Sequence[Wanted], progress: bool
 ) -> None:
     """Make stores; in the order of their names, so that two runs never wait for each other."""
     with ExitStack() as stack:
@@ -115,8 +156,8 @@ def _make(
         recipe = Recipe(
             sources=tuple(item.source for item, _ in todo),
             units=tuple(tuple(item.source.units()) for item, _ in todo),
-            tokenizer=tokenizer,
-            template=job.template,
+            tokenizer=named.tokenizer,
+            template=named.template,
             trust_remote_code=job.model.trust_remote_code,
             sequence_length=job.data.sequence_length,
             kind=kind,
@@ -165,11 +206,12 @@ def _is_whole(part: Path) -> bool:
     return True
 
 
-def _publish(item: _Wanted, lock: StoreLock, num_units: int, recipe: Recipe) -> None:
+def _publish(item: Wanted, lock: StoreLock, num_units: int, recipe: Recipe) -> None:
     folder, name = lock.new_folder(), item.source.name
     parts = [lock.parts / part_name(unit) for unit in range(num_units)]
+    facts: dict[str, Any] = {"kind": recipe.kind, "sequence_length": recipe.sequence_length, "key": item.key}
     try:
-        merge(parts, folder, kind=recipe.kind, sequence_length=recipe.sequence_length, key=item.key, name=name)
+        merge(parts, folder, **facts, name=name, paths=source_paths(item.source))
         store = SampleStore(folder, name)
         if store.num_samples == 0:
             first = listed(f"{row['row']}: {row['reason']}" for row in store.bad_rows())
@@ -182,17 +224,3 @@ def _publish(item: _Wanted, lock: StoreLock, num_units: int, recipe: Recipe) -> 
         lock.discard()  # nothing of it would be of use to another job
         raise
     lock.publish(folder)
-
-
-def _refuse_bad_rows(store: SampleStore, policy: str, key: str) -> None:
-    number = store.facts["unusable"]
-    if not number:
-        return
-    first = listed(f"{row['row']}: {row['reason']}" for row in store.bad_rows() if row["kind"] == "unusable")
-    if policy == "stop":
-        raise JobError(
-            key,
-            f"{number} rows of {store.name} cannot be used\n  {first}",
-            "correct them, or data.bad_rows: skip leaves them out",
-        )
-    logger.warning("%s: left out %d that cannot be used (%s)\n  %s", store.name, number, store.path / BAD_ROWS, first)

@@ -18,31 +18,36 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates"),
 )
+_ASKS_FOR_DATE = b"strftime_now"
 _TOKENIZER_PATTERNS = ("*.model", "*.tiktoken", "*.py", "*.jinja")
 
 
-def tokenizer_hash(path: str, trust_remote_code: bool = False) -> str:
-    """Of a tokenizer's files, the chat template's and the code it brings among them.
+def tokenizer_hash(path: str, trust_remote_code: bool, date: str) -> str:
+    """Of a tokenizer's files, the chat template's and the code it brings among them; of `date` where it is written.
 
     Args:
         path: folder, or hub id, whose files are looked up in (and fetched into) the hub's cache.
+        date: ``template.date``, which a chat template may write into every conversation.
 
     Raises:
         JobError: it is not there.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        return _hash_of_loaded(path, trust_remote_code)
+        return _hash_of_loaded(path, trust_remote_code, date)
     if folder.is_file():
         return _digest([folder.read_bytes()])
     found = {folder / name for name in _TOKENIZER_FILES}
     found |= {file for pattern in _TOKENIZER_PATTERNS for file in folder.glob(pattern)}
     found |= {file for place in list(found) if place.is_dir() for file in place.rglob("*")}
     files = sorted(file for file in found if file.is_file())
-    return _digest([part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes())])
+    parts = [part for file in files for part in (str(file.relative_to(folder)).encode(), file.read_bytes())]
+    if any(_ASKS_FOR_DATE in part for part in parts):
+        parts.append(date.encode())
+    return _digest(parts)
 
 
-def _hash_of_loaded(name: str, trust_remote_code: bool) -> str:
+def _hash_of_loaded(name: str, trust_remote_code: bool, date: str) -> str:
     """Of what transformers makes of a hub id: its files lie in a cache whose layout is the hub client's own."""
     import tempfile
 
@@ -55,7 +60,7 @@ def _hash_of_loaded(name: str, trust_remote_code: bool) -> str:
         raise JobError("model.tokenizer", f"{name} cannot be loaded: {reason}", "give a tokenizer's folder") from None
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return tokenizer_hash(folder)
+        return tokenizer_hash(folder, trust_remote_code, date)
 
 
 @cache
@@ -96,7 +101,7 @@ def content_key(source: Any, tokenizer: str, template: TemplateSection, sequence
         "source": source.fingerprint(),
         "row_format": _format_hash(source.format),
         "tokenizer": tokenizer,
-        "template": template.model_dump(mode="json"),
+        "template": template.model_dump(mode="json", exclude={"date"}),  # it is in `tokenizer` where it counts
         "sequence_length": sequence_length,
         "kind": kind,
         "code": _code_hash(),

@@ -9,8 +9,11 @@ as many micro-batches as the others; rounds in which no rank has an item are lef
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from swift_dist.config.job import JobConfig
 from swift_dist.data.prefetch import Prefetcher
@@ -19,13 +22,16 @@ from swift_dist.data.samples.dataset import (
     Example,
     Part,
     fingerprint,
+    first_numbers,
     last_item,
     one_label_kind,
+    read_example,
     require_sound,
     training_part,
     validation_part,
 )
 from swift_dist.data.samples.store import SEQUENCES_PER_SAMPLE, SampleKind, SampleStore
+from swift_dist.data.samples.stream import Chunks, StreamPart, StreamPlan
 from swift_dist.errors import JobError, RunError
 
 if TYPE_CHECKING:
@@ -48,6 +54,8 @@ class SampleData:
         make_labels: from the labels of a micro-batch's sequences (None for those that fill up) to `sequence_labels`.
             Default: numbers, int64, or float32 where one of them is no integer or the job says regression; lists of
             classes as bool [sequences, model.num_labels]. Those that fill up get 0.
+        stream: what is trained on instead of `stores_train`, which is empty then.
+        waiting: called about every second with the step whose data is waited for.
 
     Attributes:
         wait_seconds: how long the last `micro_batches` call waited for its data.
@@ -71,6 +79,8 @@ class SampleData:
         pad_id: int,
         pad_to_multiple: int = 1,
         make_labels: MakeLabels | None = None,
+        stream: StreamPlan | None = None,
+        waiting: Callable[[int], None] | None = None,
     ) -> None:
         stores = [*stores_train, *stores_validation]
         assert 0 <= dp_rank < dp_size and all(store.kind == sample_kind for store in stores)
@@ -78,9 +88,16 @@ class SampleData:
         self.global_batch_size, self.micro_batch_size = job.train.global_batch_size, job.train.micro_batch_size
         _check_shared_out(self.global_batch_size, self.micro_batch_size, dp_size)
         self._dp_rank, self._dp_size, self._stores_train = dp_rank, dp_size, stores_train
-        self._train = training_part(stores_train, job)
+        self._stores, self._starts = stores, first_numbers(stores)
+        self._chunks = Chunks(stream, job) if stream else None
+        self._train: Part | StreamPart
+        self._end: int | None = None
+        if self._chunks:
+            self._train = StreamPart(self._chunks, job)
+        else:
+            self._train = training_part(stores_train, job)
+            self._end = last_item(self._train, job)
         self._validation = validation_part(stores_train, stores_validation, job)
-        self._end = last_item(self._train, job)
         self.num_steps = None if self._end is None else -(-self._end // self.global_batch_size)
         self._check_steps(job.train.steps)
         self._collate = Collator(
@@ -88,11 +105,15 @@ class SampleData:
             pad_id,
             pad_to_multiple,
             classifies_tokens=sample_kind == "token_classification",
-            make_labels=_label_maker(stores, job, make_labels),
+            parts_mismatched=sample_kind == "kto",
+            make_labels=_label_maker([*self._first_chunk(), *stores], job, make_labels),
         )
         self._empty = empty_example(SEQUENCES_PER_SAMPLE[sample_kind], pad_id)
-        self.wait_seconds = 0.0
+        self.wait_seconds, self._waiting = 0.0, waiting
         self._prefetch = Prefetcher(self._read_train, job.data.prefetch, self.num_steps)
+
+    def _first_chunk(self) -> list[SampleStore]:
+        return [self._train.first_store()] if isinstance(self._train, StreamPart) else []
 
     def _check_steps(self, steps: int | None) -> None:
         if steps is not None and self.num_steps is not None and steps > self.num_steps:
@@ -119,15 +140,16 @@ class SampleData:
             segments       int64, number of the sequence in the micro-batch, -1: padding
             attention_mask int64, 1 where there is a token (padded only)
 
-            and lengths int64 [sequences], sample_weights float32 [samples]; where the rows have labels sequence_labels
-            [sequences, ...]. A pair's chosen and rejected answer stand side by side. Each sequence of a pack is a
-            sample.
+            and lengths int64 [sequences], sample_weights float32 [samples], numbers int64 [sequences] (which of all
+            the job's sequences each is; -1: it fills up); where the rows have labels sequence_labels [sequences, ...].
+            A pair's chosen and rejected answer stand side by side. Each sequence of a pack is a sample. Of KTO the
+            mismatched answers are apart: the same tensors once more, named "mismatched.<name>".
 
         Raises:
             RunError: the epochs are used up.
         """
-        begin = time.perf_counter()
-        batch = self._prefetch.get(step)
+        begin, waiting = time.perf_counter(), self._waiting
+        batch = self._prefetch.get(step, None if waiting is None else lambda: waiting(step))
         self.wait_seconds = time.perf_counter() - begin
         return batch
 
@@ -154,26 +176,79 @@ class SampleData:
         count = held if num_batches is None else min(held, num_batches)
         return [self._read(self._validation, step, end) for step in range(count)]
 
-    def _read(self, part: Part, step: int, end: int | None) -> MicroBatches:
+    @property
+    def first_numbers(self) -> list[int]:
+        """The number of the first sequence of each store, training then validation; and one more: of all sequences."""
+        return self._starts
+
+    @property
+    def sequences_per_sample(self) -> int:
+        return self._stores[0].sequences_per_sample
+
+    @property
+    def num_sequences(self) -> int:
+        return self._starts[-1]
+
+    def store_identities(self) -> list[str]:
+        """Of the content of each store, training then validation."""
+        return [store.fingerprint() for store in self._stores]
+
+    def numbers_used(self, steps: range, num_batches: int | None) -> np.ndarray:
+        """int64, in order, the number of the first sequence of each sample that is used.
+
+        Args:
+            steps: of training; num_batches: global batches of an evaluation (None: all; 0: none).
+        """
+        assert isinstance(self._train, Part), "streaming.require_streamable"
+        start, end = (step * self.global_batch_size for step in (steps.start, steps.stop))
+        count = (end if self._end is None else min(end, self._end)) - start
+        used = [self._train.numbers(start, max(0, count))]
+        if self._validation is not None and num_batches != 0:
+            end = self._validation.items.items_in(1)
+            count = end if num_batches is None else min(end, num_batches * self.global_batch_size)
+            used.append(self._validation.numbers(0, count))
+        return np.unique(np.concatenate(used))
+
+    def batches_of(self, numbers: Sequence[int]) -> MicroBatches:
+        """This rank's micro-batches of some samples, dealt out as those of a step.
+
+        Args:
+            numbers: of each sample's first sequence.
+        """
+
+        def examples(position: int) -> list[Example]:
+            store = bisect_right(self._starts, numbers[position]) - 1
+            start, width = self._starts[store], self._stores[store].sequences_per_sample
+            return [read_example(self._stores[store], (numbers[position] - start) // width, start)]
+
+        return self._dealt(len(numbers), examples)
+
+    def _read(self, part: Part | StreamPart, step: int, end: int | None) -> MicroBatches:
         start = step * self.global_batch_size
         count = self.global_batch_size if end is None else min(self.global_batch_size, end - start)
         items = part.items.items(start, count)
         assert len(items) == count
+        return self._dealt(count, lambda position: part.examples(items[position]))
+
+    def _dealt(self, count: int, examples_at: Callable[[int], list[Example]]) -> MicroBatches:
+        """This rank's share of `count` items; every rank gets as many micro-batches."""
         batches = []
         for first in range(0, count, self.micro_batch_size * self._dp_size):
             mine = first + self._dp_rank * self.micro_batch_size
             examples: list[Example] = []
             for position in range(mine, mine + self.micro_batch_size):
-                examples += part.examples(items[position]) if position < count else [self._empty]
+                examples += examples_at(position) if position < count else [self._empty]
             batches.append(self._collate(examples))
         return batches
 
     def fingerprint(self) -> str:
         """Identity of the training data: content and shares, not paths. A resume with another one is refused."""
-        return fingerprint(self._stores_train)
+        return self._chunks.plan.fingerprint() if self._chunks else fingerprint(self._stores_train)
 
     def close(self) -> None:
         """End the prefetch thread."""
+        if self._chunks:
+            self._chunks.close()  # the thread may wait for rows
         self._prefetch.close()
 
 

@@ -37,12 +37,22 @@ class _Column:
         return {"dtype": self.dtype.str, "bytes": self._bytes, "checksum": self._digest.hexdigest()}
 
 
-def merge(parts: Sequence[Path], folder: Path, *, kind: SampleKind, sequence_length: int, key: str, name: str) -> None:
+def merge(
+    parts: Sequence[Path],
+    folder: Path,
+    *,
+    kind: SampleKind,
+    sequence_length: int,
+    key: str,
+    name: str,
+    paths: Sequence[str] = (),
+) -> None:
     """Write a store's files; its header last.
 
     Args:
         parts: part files in the order of the source; folder: empty.
         key, name: the job's key and the source, for messages.
+        paths: of the files that the rows were read from, as bad rows name them.
 
     Raises:
         JobError: rows whose labels are of different kinds, or no sample at all.
@@ -77,6 +87,7 @@ def merge(parts: Sequence[Path], folder: Path, *, kind: SampleKind, sequence_len
         "format": FORMAT,
         "kind": kind,
         "sequence_length": sequence_length,
+        "paths": list(paths),
         "rows": sum(header["rows"] for header in headers),
         "samples": samples,
         "tokens": tokens,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from swift_dist.config.job import JobConfig
 from swift_dist.data.samples.collate import Layout
 from swift_dist.data.samples.loader import SampleData
 from swift_dist.data.samples.store import DamagedStoreError, SampleStore
+from swift_dist.data.samples.stream import StreamPlan
 from swift_dist.errors import RunError
 
 
@@ -21,10 +22,26 @@ def stores_as_values(train: Sequence[SampleStore], validation: Sequence[SampleSt
     }
 
 
+def stream_as_values(plan: StreamPlan, validation: Sequence[SampleStore]) -> dict[str, Any]:
+    """What `open_samples` takes, where data.train is streamed."""
+    values = [store.arguments() for store in validation]
+    return {"kind": plan.kind, "train": [], "validation": values, "stream": plan.as_values()}
+
+
 def open_samples(
-    values: Mapping[str, Any], job: JobConfig, *, dp_rank: int, dp_size: int, layout: Layout, pad_id: int
+    values: Mapping[str, Any],
+    job: JobConfig,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    layout: Layout,
+    pad_id: int,
+    waiting: Callable[[int], None] | None = None,
 ) -> SampleData:
     """The data of one data-parallel rank.
+
+    Args:
+        waiting: see `SampleData`.
 
     Raises:
         JobError: see `SampleData`.
@@ -46,4 +63,6 @@ def open_samples(
         dp_size=dp_size,
         layout=layout,
         pad_id=pad_id,
+        stream=StreamPlan(**values["stream"]) if values.get("stream") else None,
+        waiting=waiting,
     )

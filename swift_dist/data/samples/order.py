@@ -12,10 +12,11 @@ Whatever the items are, those of an epoch hold each of its samples exactly once.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 
@@ -91,6 +92,19 @@ class SampleOrder:
         return source, index
 
 
+class Order(Protocol):
+    """What items are made of: a `SampleOrder`, or a stream's (`stream_order.StreamOrder`)."""
+
+    period: int
+    epochs_in_period: int
+    repeats: bool
+
+    def samples_in(self, epochs: float) -> int: ...
+    def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+Lengths = Mapping[int, np.ndarray] | Sequence[np.ndarray]
+
 Item = list[tuple[int, int]]
 """(source, index) of each sample of an item."""
 
@@ -98,7 +112,7 @@ Item = list[tuple[int, int]]
 class PlainItems:
     """Every sample is an item."""
 
-    def __init__(self, order: SampleOrder) -> None:
+    def __init__(self, order: Order) -> None:
         self._order = order
 
     def items(self, start: int, count: int) -> list[Item]:
@@ -119,7 +133,7 @@ class GroupedItems(PlainItems):
         lengths: int [samples] of each source; block: train.global_batch_size.
     """
 
-    def __init__(self, order: SampleOrder, seed: int, lengths: Sequence[np.ndarray], block: int) -> None:
+    def __init__(self, order: Order, seed: int, lengths: Lengths, block: int) -> None:
         super().__init__(order)
         self._lengths, self._block = lengths, block
         self._seed = int.from_bytes(derive(seed, "length groups", size=8), "little")
@@ -167,9 +181,7 @@ class PackedItems:
         lengths: int [samples] of each source; capacity: tokens of a pack.
     """
 
-    def __init__(
-        self, order: SampleOrder, seed: int, lengths: Sequence[np.ndarray], capacity: int, window: int = _WINDOW
-    ) -> None:
+    def __init__(self, order: Order, seed: int, lengths: Lengths, capacity: int, window: int = _WINDOW) -> None:
         self._order, self._lengths, self._capacity = order, lengths, capacity
         self._seed = int.from_bytes(derive(seed, "pack order", size=8), "little")
         epochs = order.epochs_in_period
@@ -244,9 +256,9 @@ class PackedItems:
 Items = PlainItems | GroupedItems | PackedItems
 
 
-def _lengths_of(lengths: Sequence[np.ndarray], source: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _lengths_of(lengths: Lengths, source: np.ndarray, index: np.ndarray) -> np.ndarray:
     out = np.empty(len(source), dtype=np.int64)
-    for k, known in enumerate(lengths):
+    for k in np.unique(source).tolist():  # of a stream's many chunks only those that these samples are of
         mine = source == k
-        out[mine] = known[index[mine]]
+        out[mine] = lengths[k][index[mine]]
     return out

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from swift_dist.data.templates.base import Encoded
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, listed
 
 FORMAT = 1
 HEADER = "store.json"
@@ -177,10 +177,20 @@ class SampleStore:
         files = {name: known["checksum"] for name, known in self.facts["files"].items() if name != BAD_ROWS}
         return xxhash.xxh3_128(json.dumps([self.kind, files], sort_keys=True).encode()).hexdigest()
 
-    def bad_rows(self) -> list[dict[str, str]]:
-        """The rows that were left out, in the order of the files (`BAD_ROWS`)."""
+    def bad_rows(self, paths: Sequence[str] = ()) -> list[dict[str, str]]:
+        """The rows that were left out, in the order of the files (`BAD_ROWS`).
+
+        Args:
+            paths: of the source's files as they are now: a store is found by content, and the job that made it may have
+                read copies elsewhere, which the file names.
+        """
         with (self.path / BAD_ROWS).open(encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream]
+            rows = [json.loads(line) for line in stream]
+        now = dict(zip(self.facts["paths"], paths, strict=bool(paths)))
+        for row in rows:
+            path, colon, place = row["row"].rpartition(":")
+            row["row"] = now.get(path, path) + colon + place
+        return rows
 
     def summary(self) -> str:
         """One line for people."""
@@ -202,6 +212,25 @@ class SampleStore:
             return ""
         left_out = f" ({apart['left_out']} left out)" if apart.get("left_out") else ""
         return f"{apart['rows']} rows were taken apart into {apart['sequences']} sequences{left_out}; "
+
+
+def listed_unusable(store: SampleStore, paths: Sequence[str] = ()) -> str:
+    """The first rows that cannot be used, a line each; `paths` as in `SampleStore.bad_rows`."""
+    rows = store.bad_rows(paths)
+    return listed(f"{row['row']}: {row['reason']}" for row in rows if row["kind"] == "unusable")
+
+
+def refuse_bad_rows(store: SampleStore, policy: str, key: str, paths: Sequence[str] = ()) -> None:
+    """
+    Raises:
+        JobError: ``data.bad_rows: stop``, and rows of the store cannot be used.
+    """
+    if policy == "stop" and store.facts["unusable"]:
+        raise JobError(
+            key,
+            f"{store.facts['unusable']} rows of {store.name} cannot be used\n  {listed_unusable(store, paths)}",
+            "correct them, or data.bad_rows: skip leaves them out",
+        )
 
 
 def check_labels(

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from swift_dist.errors import JobError
@@ -16,11 +17,57 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 0.2
 
 
+class FileLock:
+    """A lock that the kernel frees when its holder ends, however it ends. Closed by `close`.
+
+    Args:
+        path: of a file that stays; its folder is made.
+        waiting: called again and again while another process holds it; what it raises ends the waiting.
+
+    Raises:
+        JobError: the file cannot be written to.
+    """
+
+    def __init__(self, path: Path, waiting: Callable[[], None]) -> None:
+        self._path, self._fd = path, -1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._wait(waiting)
+        except OSError as error:
+            self.close()
+            raise JobError(
+                "data.cache",
+                f"cannot write to {path.parent}: {error.strerror}",
+                "give data.cache another folder",
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, waiting: Callable[[], None]) -> None:
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                waiting()
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+            except OSError as error:  # a file system without locks
+                logger.warning("%s cannot be locked (%s): two runs may do the same work", self._path, error.strerror)
+                return
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class StoreLock:
     """The right to make the store `key` of a cache, and the place where it grows.
 
-    The kernel frees the lock when its holder ends, however it ends. What such a one left in `work` is gone on with:
-    part files are whole or not there, and depend on the key alone.
+    What a holder that ended early left in `work` is gone on with: part files are whole or not there, and depend on the
+    key alone.
 
     Raises:
         JobError: the cache cannot be written to.
@@ -30,36 +77,13 @@ class StoreLock:
         self.target = cache / key
         self.work = cache / f".{key}.work"
         self.parts = self.work / "parts"
-        self._path, self._fd = cache / f".{key}.lock", -1
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._wait()
-        except OSError as error:
-            self._close()
-            raise JobError(
-                "data.cache",
-                f"cannot write to {cache}: {error.strerror}",
-                "give data.cache another folder",
-            ) from None
-        except BaseException:
-            self._close()
-            raise
+        self._told = False
+        self._lock = FileLock(cache / f".{key}.lock", self._tell)
 
-    def _wait(self) -> None:
-        told = False
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if not told:
-                    logger.info("another run is encoding the same rows into %s: waiting for it", self.target)
-                told = True
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-            except OSError as error:  # a file system without locks
-                logger.warning("%s cannot be locked (%s): two runs may do the same work", self._path, error.strerror)
-                return
+    def _tell(self) -> None:
+        if not self._told:
+            logger.info("another run is encoding the same rows into %s: waiting for it", self.target)
+        self._told = True
 
     def new_folder(self) -> Path:
         """An empty folder in `work`, for the store to be written into."""
@@ -79,15 +103,10 @@ class StoreLock:
         """Remove what the store was being made of."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
     def __enter__(self) -> StoreLock:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not any(self.parts.glob("*.npz")):
             self.discard()
-        self._close()
+        self._lock.close()

@@ -52,11 +52,14 @@ class Recipe:
     parts: tuple[str, ...]
 
     def start(self) -> Callable[[UnitId], UnitFacts]:
+        return self.encoder().encode
+
+    def encoder(self) -> UnitEncoder:
         from swift_dist.data.rows.source import read_rows
         from swift_dist.data.templates.template import load_template
 
         template = load_template(self.tokenizer, self.template, self.trust_remote_code)
-        return UnitEncoder(self, template, read_rows).encode
+        return UnitEncoder(self, template, read_rows)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,12 @@ class UnitEncoder:
         self._needs_check = recipe.kind not in ("classification", "token_classification")  # there no mask is needed
 
     def encode(self, unit: UnitId) -> UnitFacts:
-        """Write the part file of a unit.
+        """Write the part file of a unit; raises as `write` does."""
+        tokens = self.write(unit, Path(self.recipe.parts[unit.source]) / part_name(unit.unit))
+        return UnitFacts(unit, tokens, self.recipe.units[unit.source][unit.unit].input_bytes)
+
+    def write(self, unit: UnitId, path: Path) -> int:
+        """Write the part file of a unit to `path`; returns its tokens.
 
         Raises:
             JobError: rows are conversations, and the chat template gives no exact masks.
@@ -150,9 +158,8 @@ class UnitEncoder:
                     continue
                 for sample in samples:
                     arrays.add(sample, content)
-        write_part(Path(self.recipe.parts[unit.source]) / part_name(unit.unit), arrays)
-        size = self.recipe.units[unit.source][unit.unit].input_bytes
-        return UnitFacts(unit, sum(map(len, arrays.ids)), size)
+        write_part(path, arrays)
+        return sum(map(len, arrays.ids))
 
     def _samples(self, where: str, row: Row, arrays: _Arrays) -> tuple[list[Sample], int]:
         """A row's samples and the hash of its content."""
@@ -171,6 +178,7 @@ class UnitEncoder:
             whole = template.encode_text(row.text) if row.text is not None else template.encode(row)
             whole = Encoded(whole.ids, np.zeros_like(whole.weights))
             return [truncation.classified(whole, row.label, limit, how)], content_hash(whole.ids)
+        _require_wanted(row)
         sequences = template.encode_all(row)
         samples: list[Sample] = []
         left_out: list[tuple[int, LeftOutError]] = []
@@ -242,6 +250,16 @@ class UnitEncoder:
             arrays.leave_out(where, error)
             return
         arrays.add(sample, content_hash(own.ids))
+
+
+def _require_wanted(row: Row) -> None:
+    """Raise BadRowError for a row whose label says that there is nothing in it to imitate."""
+    if row.label is None:
+        return
+    if not row.num_answer:
+        raise BadRowError("it has a label to classify it by, not an answer to learn")
+    if not row.label:
+        raise BadRowError("its label says that its answer is not wanted: --rlhf_type kto learns from such rows")
 
 
 def content_hash(*sequences: np.ndarray) -> int:

@@ -44,6 +44,9 @@ QUIRKS = (
         signs=("<|channel|>", "<|return|>", "<|call|>"),
         ends=("<|return|>", "<|call|>"),
     ),
+    # A call ends where the tool's result begins, which the template writes into the same turn (ai.google.dev,
+    # "Gemma 4 prompt formatting": an additional stop sequence).
+    Quirk("Gemma 4", signs=("<|turn>", "<turn|>", "<|tool_response>"), ends=("<turn|>", "<|tool_response>")),
     # DeepSeek-R1 and its distilled models answer after "<think>\n"; the template leaves the thinking out of answers.
     Quirk(
         "DeepSeek-R1",

@@ -16,7 +16,8 @@ Messages = Sequence[dict[str, Any]]
 
 _QUESTION, _ANSWER = "zqx question", "zqx answer"
 _PROBE: list[dict[str, Any]] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-_FUNCTION = {"name": "zqx", "arguments": {"zqx": "zqx"}}
+_ARGUMENTS = {"zqx": "zqx"}
+_FUNCTION = {"name": "zqx", "arguments": _ARGUMENTS}
 _CALL: dict[str, Any] = {"id": "call00001", "type": "function", "function": _FUNCTION}
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -61,7 +62,7 @@ class Renderer:
                 **self._arguments,
             )
         except Exception as error:  # templates are programs of others: raise_exception, and whatever goes wrong in them
-            raise BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}") from None
+            raise _refused(error, messages) from None
 
     def marked(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
         """The conversation, and what the template's own ``{% generation %}`` marks say is generated of it.
@@ -84,7 +85,7 @@ class Renderer:
                 **{**self.tokenizer.special_tokens_map, **self._arguments},
             )
         except Exception as error:
-            raise BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}") from None
+            raise _refused(error, messages) from None
         text, marks = rendered[0][0], rendered[1][0]
         return text, [(start, self.end_of_turn(text[:end], start)) for start, end in marks]
 
@@ -100,6 +101,20 @@ class Renderer:
         tokens = {token for token in tokens if not token.isspace()}
         longest_first = sorted(tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Matches the special tokens that order a conversation: those that the template writes around a question and
+        its answer, those that end a turn, and the tokenizer's BOS and EOS. A tokenizer makes them of text that only
+        looks like them."""
+        tokenizer = self.tokenizer
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        probe = self.text(_PROBE[:1], prompt=True) + self.text(_PROBE)
+        written = set(self.added_token.findall(probe))
+        tokens = (special & written) | {tokenizer.bos_token, tokenizer.eos_token} | set(self.ends)
+        # Some prompts open the thinking, and answers write these tags out.
+        tokens = {token for token in tokens if token} - {"<think>", "</think>"}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
@@ -120,9 +135,19 @@ class Renderer:
 
     @cached_property
     def arguments_as_text(self) -> bool:
-        """Whether the template takes a call's arguments as JSON text only (most take the object)."""
-        as_text = {**_CALL, "function": {**_FUNCTION, "arguments": json.dumps(_FUNCTION["arguments"])}}
-        return not self._takes(tool_calls=[_CALL]) and self._takes(tool_calls=[as_text])
+        """Whether the template takes a call's arguments as JSON text (most take the object): it refuses the object, or
+        writes it as Python does, with quotes that are not JSON's (InternLM2)."""
+        as_text = {**_CALL, "function": {**_FUNCTION, "arguments": json.dumps(_ARGUMENTS)}}
+        written = self._written([_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        return (written is None or str(_ARGUMENTS) in written) and self._takes(tool_calls=[as_text])
+
+    @cached_property
+    def results_need_name(self) -> bool:
+        """Whether the template refuses a tool's result that does not name the tool (Hermes 2 Pro)."""
+        called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        result = {"role": "tool", "tool_call_id": _CALL["id"], "content": "zqx result"}
+        without, named = ([_PROBE[0], called, message] for message in (result, {**result, "name": "zqx"}))
+        return self._written(without) is None and self._written(named) is not None
 
     @cached_property
     def reads_thinking(self) -> bool:
@@ -134,17 +159,29 @@ class Renderer:
         """Whether the template knows the <think> tags in a message's text."""
         return "</think>" in self.source
 
+    @property
+    def _thoughtful(self) -> dict[str, Any]:
+        """The probe's answer with thinking before it, as `Template` gives it to this template."""
+        if self.reads_thinking:
+            return {**_PROBE[1], "reasoning_content": "zqx thought"}
+        return {**_PROBE[1], "content": f"<think>\nzqx thought\n</think>\n\n{_ANSWER}"}
+
     def _takes(self, **message: Any) -> bool:
         """Whether the template writes this answer."""
+        text = self._written([_PROBE[0], {"role": "assistant", "content": "", **message}])
+        return text is not None and message.get("reasoning_content", "zqx") in text
+
+    def _written(self, messages: Messages) -> str | None:
+        """The conversation; None if the template refuses it."""
         try:
-            text = self.text([_PROBE[0], {"role": "assistant", "content": "", **message}])
+            return self.text(messages)
         except BadRowError:
-            return False
-        return message.get("reasoning_content", "zqx") in text
+            return None
 
     def problem(self) -> str:
         """Why no exact mask can be had even of one question and its answer; "" where it can."""
-        prompt, text = self.text(_PROBE[:1], prompt=True), self.text(_PROBE)
+        prompt = self.text(_PROBE[:1], prompt=True)
+        text = self.text([_PROBE[0], self._thoughtful] if opens_thinking(prompt) else _PROBE)
         if _ANSWER not in text:
             return "it leaves the answer out"
         if self.quirk and self.quirk.answer:
@@ -156,10 +193,10 @@ class Renderer:
             return f"it ignores add_generation_prompt, so that the header {opening!r} would count as generated"
         if not self.ends:
             return "no special token ends the assistant's turn, so the model would not learn to stop"
-        if opening.startswith("\n</think>"):  # the prompt opens the thinking: compared where there is some
-            text = self.text([_PROBE[0], {**_PROBE[1], "reasoning_content": "zqx thought"}])
-        ids, asked = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
-        if ids[: len(asked)] != asked:
+        whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+        before = [token for token, (start, _) in places if start < len(prompt)]
+        if before != self.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
             return "the tokenizer makes other tokens of its generation prompt alone than where an answer follows"
         return ""
 
@@ -169,7 +206,10 @@ class Renderer:
         if not re.search(r"{%-?\s*generation\s*-?%}", self.source) or self.problem() or self.next_header_ends:
             return False
         text, start = self.text(_PROBE), len(self.text(_PROBE[:1], prompt=True))
-        return self.marked(_PROBE) == (text, [(start, self.end_of_turn(text, start))])
+        try:
+            return self.marked(_PROBE) == (text, [(start, self.end_of_turn(text, start))])
+        except BadRowError:  # another piece is marked that does not end as a turn does (Phi-3's <|endoftext|>)
+            return False
 
     def end_of_turn(self, text: str, start: int) -> int:
         """The character after the token that ends the turn which `text` ends with, and of which `start` is the first.
@@ -184,3 +224,14 @@ class Renderer:
         if self.added_token.sub("", text[end:]).strip():
             raise BadRowError(f"the chat template writes {text[end:][:40]!r} after the token that ends the turn")
         return end
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a generation prompt holds the beginning of the thinking."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def _refused(error: Exception, messages: Messages) -> BadRowError:
+    tools = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    hint = " (template.agent writes calls and results of tools as text)" if tools else ""
+    return BadRowError(f"the chat template refuses the conversation: {error or type(error).__name__}{hint}")

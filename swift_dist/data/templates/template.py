@@ -23,13 +23,13 @@ from swift_dist.data.templates.align import token_weights
 from swift_dist.data.templates.base import Encoded
 from swift_dist.data.templates.loss_scale import LOSS_SCALES, weighted_ranges
 from swift_dist.data.templates.renderer import Renderer
-from swift_dist.data.templates.turns import Spans, check_context, spans_of, split_thinking
+from swift_dist.data.templates.turns import Spans, check_context, name_results, spans_of, split_thinking
 from swift_dist.errors import JobError
 
 Message = dict[str, Any]
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def load_template(tokenizer_path: str, section: TemplateSection, trust_remote_code: bool = False) -> Template:
@@ -69,7 +69,7 @@ class Template:
                 "save it as a fast tokenizer (tokenizer.json)",
             )
         self.tokenizer, self.section, self.name = tokenizer, section, name
-        self._now = datetime.now()
+        self._now = datetime.fromisoformat(section.date) if section.date else datetime.now()
         self._made_by: tuple[str, TemplateSection, bool] | None = None
 
     def __reduce__(self):
@@ -280,30 +280,34 @@ class Template:
             messages.insert(0, {"role": "system", "content": self.section.system})
         if self.section.agent != "none":
             agent = importlib.import_module(f"swift_dist.data.templates.agents.{self.section.agent}")
-            return self._without_ends(agent.render(messages, tools)), []
+            return self._without_control(agent.render(messages, tools)), []
         for message in messages:
             if message.get("tool_calls"):
                 message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-        return self._without_ends(messages), list(tools)
+        if any(message["role"] == "tool" for message in messages) and self._renderer.results_need_name:
+            name_results(messages)
+        return self._without_control(messages), list(tools)
 
-    def _without_ends(self, messages: list[Message]) -> list[Message]:
-        """The messages, none of whose texts ends a turn: a special token written in a row would be taken for one."""
+    def _without_control(self, messages: list[Message]) -> list[Message]:
+        """The messages, none of whose texts holds a token that begins or ends turns: as text it would be that token."""
         for k, message in enumerate(messages):
-            texts = [
-                message["content"],
-                message.get("reasoning_content") or "",
-                as_json(message.get("tool_calls") or ""),
-            ]
-            found = next((token for token in self._renderer.ends if any(token in text for text in texts)), None)
+            texts = (message["content"], message.get("reasoning_content"), message.get("tool_calls"))
+            found = self._renderer.control.search("\n".join(as_json(text) for text in texts if text))
             if found:
-                raise BadRowError(f"message {k + 1} holds {found}, which ends the assistant's turn")
+                raise BadRowError(
+                    f"message {k + 1} holds {found.group()}, which orders conversations and would not be text there"
+                )
         return messages
 
     def _think(self, message: Message) -> None:
         """Drop an answer's thinking, or put it where the template looks for it."""
         if self.section.thinking == "drop":
             message.pop("reasoning_content", None)
-            message["content"] = _THINKING.sub("", message["content"])
+            text = _THINKING.sub("", message["content"])
+            text = text.split("</think>")[-1].lstrip() if "</think>" in text else text  # a prompt opened that thinking
+            if message["content"].strip() and not text.strip() and not message.get("tool_calls"):
+                raise BadRowError("an answer is nothing but thinking")
+            message["content"] = text
             return
         renderer = self._renderer
         if renderer.quirk and renderer.quirk.answer:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift_dist.data.rows.base import BadRowError
-from swift_dist.data.templates.renderer import Renderer
+from swift_dist.data.templates.renderer import Renderer, opens_thinking
 
 Message = dict[str, Any]
 
@@ -117,8 +117,15 @@ def _in_one_text(
             span = turns[k].span_in(text)
             spans |= {k: span} if span else {}
         found = Spans(text, spans, len(messages))
-    for k, (start, end) in found.spans.items():
-        _check_answer(messages[k], found.text[start:end], _turn(messages, k))
+    for k, (start, end) in list(found.spans.items()):
+        try:
+            _check_answer(messages[k], found.text[start:end], _turn(messages, k))
+        except BadRowError:
+            if k == last or not renderer.marks_agree:
+                raise
+            del found.spans[
+                k
+            ]  # marked, but what was thought there is left out: it is whole where the text ends with it
     return found
 
 
@@ -135,16 +142,18 @@ def _generated(renderer: Renderer, messages: Sequence[Message], tools: Sequence[
     last = len(messages) - 1
     prompt = renderer.text(messages[:last], tools, prompt=True)
     own = renderer.text(messages, tools)
-    start = len(prompt)
-    if not own.startswith(prompt):
+    start, turn = len(prompt), _turn(messages, last)
+    begins = own.startswith(prompt)
+    if opens_thinking(prompt) and (not begins or own.startswith("\n</think>", start)):
         raise BadRowError(
-            f"{_turn(messages, last)}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins "
-            "this turn"
+            f"{turn} has no thinking, with which the generation prompt begins the turn: template.thinking drop asks "
+            "for answers without"
         )
-    if own.startswith("\n</think>", start):
+    if not begins:
+        without = prompt.rstrip().endswith("</think>")
         raise BadRowError(
-            f"{_turn(messages, last)} has no thinking, with which the generation prompt begins the turn: "
-            "template.thinking drop asks for answers without"
+            f"{turn}: the chat template's generation prompt ({prompt[-30:]!r}) is not how it begins this turn"
+            + (": the model is asked for an answer without thinking (template.thinking drop)" if without else "")
         )
     if renderer.next_header_ends:
         return _Turn(own, start, renderer.ends)
@@ -181,6 +190,22 @@ def split_thinking(message: Message) -> tuple[str, str]:
         return str(message["reasoning_content"]).strip(), content
     before, tag, after = content.partition("</think>")
     return (before.replace("<think>", "", 1).strip(), after.lstrip("\n")) if tag else ("", content)
+
+
+def name_results(messages: Sequence[Message]) -> None:
+    """Give tools' results the name of the tool: of the call with their id, else of the call in their place."""
+    calls: list[dict[str, Any]] = []
+    place = 0
+    for message in messages:
+        if message["role"] != "tool":
+            calls, place = message.get("tool_calls") or [], 0
+            continue
+        known = [call for call in calls if call.get("id") == message.get("tool_call_id", "")] or calls[
+            place : place + 1
+        ]
+        if known:
+            message.setdefault("name", known[0]["function"]["name"])
+        place += 1
 
 
 def _turn(messages: Sequence[Message], k: int) -> str:

@@ -12,6 +12,7 @@ On CUDA in half precision one kernel does all sequences (torch.nn.attention.varl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,24 @@ PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 """Kinds of layers (``config.layer_types``) in which nothing but attention carries one token's state to another."""
 
 
-def register() -> None:
-    """Make the function known to transformers. (No mask function: models then build no mask at all.)"""
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each sequence of a row. An object, because torch.compile would make a program for each length of a
+    tuple."""
+
+    values: tuple[int, ...]
+
+
+def register(*, is_compiled: bool = False) -> None:
+    """Make the function known to transformers. (No mask function: models then build no mask at all.)
+
+    Args:
+        is_compiled: layers are, and this function within them is not: its loop would be unrolled for each number of
+            sequences.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention) if is_compiled else packed_attention)
 
 
 def boundaries(lengths: list[int], device: torch.device) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def boundaries(lengths: list[int], device: torch.device) -> dict[str, Any]:
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
-        "sequence_lengths": tuple(lengths),
+        "sequence_lengths": Lengths(tuple(lengths)),
     }
 
 
@@ -83,14 +97,14 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
+    sequence_lengths: Lengths | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a row.
 
     Args:
         query: [1, heads, T, d]; key, value: [1, key-value heads, T, d].
-        sequence_lengths: of the sequences; their sum is T.
+        sequence_lengths: their sum is T.
         sliding_window: tokens that a token sees, itself included.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         s_aux: [heads], a score that takes part in the softmax and has no value (attention sinks, gpt-oss).
@@ -98,7 +112,7 @@ def packed_attention(
     Returns:
         ([1, T, heads, d_v], None), as transformers' own functions.
     """
-    if sequence_lengths is None or sum(sequence_lengths) != query.shape[2] or query.shape[0] != 1:
+    if sequence_lengths is None or sum(sequence_lengths.values) != query.shape[2] or query.shape[0] != 1:
         raise RuntimeError(
             f"{type(module).__name__} does not hand on where packed sequences lie: --data.padding_free false, and no "
             "data.packing, for this model"
@@ -113,7 +127,7 @@ def packed_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     parts = []
-    for q, k, v in zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True):
+    for q, k, v in zip(*(tensor.split(sequence_lengths.values, dim=2) for tensor in (query, key, value)), strict=True):
         window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
         if softcap is None and s_aux is None:
             mask = None if window is None else _mask(q.shape[2], window, q.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from swift_dist.data.samples.collate import MISMATCHED
 from swift_dist.engines.base import MicroBatch
 from swift_dist.engines.hf.attention import boundaries
 from swift_dist.engines.hf.logps import token_logps
@@ -25,6 +26,8 @@ class Prepared:
         columns: int64 [K], the positions whose logits are wanted, of every row of the micro-batch.
         chosen: bool [b, K], which of those are among the N.
         num_tokens: tokens that are no padding.
+        numbers: int64 [num_sequences] on the CPU, which of all the job's sequences each is, -1: it fills up; None: of
+            text.
     """
 
     arguments: dict[str, Any]
@@ -33,14 +36,21 @@ class Prepared:
     columns: torch.Tensor
     chosen: torch.Tensor
     num_tokens: int
+    numbers: torch.Tensor | None = None
+
+
+def parted(micro_batch: MicroBatch) -> tuple[MicroBatch, MicroBatch | None]:
+    """What a loss is of, and KTO's mismatched answers, where there are some."""
+    mismatched = {n.removeprefix(MISMATCHED): t for n, t in micro_batch.items() if n.startswith(MISMATCHED)}
+    return {n: t for n, t in micro_batch.items() if not n.startswith(MISMATCHED)}, mismatched or None
 
 
 def prepare(micro_batch: MicroBatch, device: torch.device, needs: Needs) -> Prepared:
     """Move a micro-batch to `device` and take it apart.
 
     Args:
-        micro_batch: as `data.samples.loader.SampleData` lays it out, or as `data.loader.TrainingData` does (whole
-            sequences of packed text, which count as one sample each).
+        micro_batch: as `data.samples.loader.SampleData` lays it out (one part of it: see `parted`), or as
+            `data.loader.TrainingData` does (whole sequences of packed text, which count as one sample each).
     """
     if "loss_mask" in micro_batch:
         micro_batch = _of_text(micro_batch)
@@ -63,7 +73,8 @@ def prepare(micro_batch: MicroBatch, device: torch.device, needs: Needs) -> Prep
     if needs == "token_scores":
         batch = replace(batch, labels=held["labels"][mask])
     num_tokens = int((micro_batch["segments"] >= 0).sum())
-    return Prepared(arguments, batch, held["labels"][mask], columns, mask[:, columns], num_tokens)
+    numbers = micro_batch.get("numbers")
+    return Prepared(arguments, batch, held["labels"][mask], columns, mask[:, columns], num_tokens, numbers)
 
 
 def _boundaries(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.engines.hf.tokenizer import tokenizer_of
 from swift_dist.runs.guard import GuardHistory
 
 if TYPE_CHECKING:
+    import torch
+
     from swift_dist.engines.hf.engine import HFEngine
 
 log = logging.getLogger(__name__)
@@ -43,17 +46,23 @@ def restore(engine: HFEngine, loaded: dict[str, Any]) -> None:
 def export(engine: HFEngine, run_dir: Path) -> Path | None:
     """See `HFEngine.export`: ``model/`` for whole weights, ``adapter/`` for those beside a base.
 
-    Rank 0 gathers one tensor at a time. A folder that is there already (the run went on) is replaced when the new
-    one is whole.
+    Rank 0 gathers one tensor at a time. The tokenizer and its chat template go with the weights. A folder that is there
+    already (the run went on) is replaced when the new one is whole.
     """
-    weights = dict(engine.strategy.whole_weights(engine.tuners.exported(engine.model)))
+    whole = engine.strategy.whole_weights(engine.tuners.exported(engine.model))
+    weights = {name: _rounded(name, tensor, engine) for name, tensor in whole}
     if engine.worker.rank != 0:
         return None
     folder = run_dir / engine.tuners.saves
     partial = run_dir / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in run_dir.glob(f".*{folder.name}.partial*"):  # of an export that was killed, and its own parts
+        shutil.rmtree(left_over, ignore_errors=True)
+    if engine.job.model.problem_type:
+        engine.model.config.problem_type = engine.job.model.problem_type  # what turns scores into answers
     engine.tuners.export(engine.model, weights, partial)
-    _save_tokenizer(engine, partial)
+    tokenizer = tokenizer_of(engine.job)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
     previous = run_dir / f".{folder.name}.previous"
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():
@@ -64,18 +73,15 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     return folder
 
 
-def _save_tokenizer(engine: HFEngine, folder: Path) -> None:
-    """The tokenizer and its chat template go with the weights."""
-    from transformers import AutoTokenizer
+def _rounded(name: str, tensor: torch.Tensor, engine: HFEngine) -> torch.Tensor:
+    """In `checkpoint.export_dtype`, but for what its architecture keeps in fp32 whatever the rest is in."""
+    from swift_dist.engines.hf.model import DTYPES
 
-    path = engine.job.model.tokenizer or engine.job.model.path
-    if path is None:
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=engine.job.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        if engine.job.model.tokenizer:
-            raise
-        log.info("%s has no tokenizer that could go with the weights (%s)", path, str(error).splitlines()[0])
-        return
-    tokenizer.save_pretrained(folder)
+    dtype, model = engine.job.checkpoint.export_dtype, engine.model
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == "fp16":
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    in_fp32 = any(f".{part}." in f".{name}." for part in kept)
+    return tensor if in_fp32 else tensor.to(DTYPES[dtype])

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,14 @@ import torch.distributed as dist
 
 from swift_dist.config import JobConfig
 from swift_dist.engines.base import DataCoordinates, Evaluation, MicroBatch, StepResult
-from swift_dist.engines.groups import join_world, leave_world, wait_longer
+from swift_dist.engines.groups import BUILD_TIMEOUT, join_world, leave_world, wait_longer
 from swift_dist.engines.hf import checkpoint, model
-from swift_dist.engines.hf.batches import Forward, Prepared, prepare
+from swift_dist.engines.hf.batches import Forward, Prepared, parted, prepare
+from swift_dist.engines.hf.precomputed import Precomputed
 from swift_dist.engines.hf.reference import Reference
+from swift_dist.engines.hf.strategies import _first_rank as first_rank
 from swift_dist.engines.hf.strategies.base import Setting, Strategy
+from swift_dist.engines.hf.tokenizer import choose_pad
 from swift_dist.engines.tracebacks import no_references_in_tracebacks
 from swift_dist.objectives.base import Batch, Objective
 from swift_dist.optim import build_schedule, make_optimizer, parameter_groups
@@ -60,44 +63,74 @@ class HFEngine:
         self._closed = False
         try:
             join_world(worker, job.cluster.rendezvous_timeout)
-            wait_longer()
+            wait_longer(BUILD_TIMEOUT)
             self._build(hf_config)
+            wait_longer()
         except BaseException:
             self.close()
             raise
 
     def _build(self, hf_config: dict[str, Any]) -> None:
-        job, needs = self.job, self.objective.needs
-        torch.manual_seed(job.train.seed)  # heads and adapters begin alike on every rank
-        num_labels = 1 if needs == "sequence_scores" and self.objective.sample == "pair" else job.model.num_labels
-        base: Any = model.load_base(job, hf_config, needs, self.tuners, num_labels=num_labels)
-        self.batch_layout = model.choose_layout(job, base, needs)
-        self.pad_id = model.pad_id(base)
-        if job.train.recompute == "full":
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.forward = Forward(base, needs)
-        model.use_liger(base, job, self.device)
-        self.model = model.apply_tuners(base, self.tuners, job.train.seed)
-        if job.train.compile:
-            model.compile_layers(self.model)
+        job = self.job
+        from_first_rank = first_rank.reads_alone(job, is_quantized=model.is_quantized(hf_config, self.tuners))
+        with first_rank.failing_together(from_first_rank):
+            self._make_model(hf_config, on_meta=from_first_rank and self.worker.rank > 0)
+        if from_first_rank:
+            first_rank.require_alike(self.model)
+            kept = [value for state in self.tuners.state(self.model).values() for value in state.values()]
+            first_rank.hand_out(filter(torch.is_tensor, kept), self.device, torch.device("cpu"))
         self.flops_per_token = _flops_per_token(self.model)
-        wants = self.objective.needs_reference(self.objective_options)
-        self.reference = Reference(job, hf_config, self) if wants else None
+        self.reference: Reference | Precomputed | None = None
+        if self.objective.needs_reference(self.objective_options):
+            kind = Precomputed if job.objective.precompute_reference else Reference
+            self.reference = kind(job, hf_config, self)
         setting = Setting(
             job=job,
             device=self.device,
             group=None,
             make_optimizer=self._make_optimizer,
             parameter_groups=lambda module: parameter_groups(module, job.optimizer, self.tuners.learning_rate_scale),
+            from_first_rank=from_first_rank,
         )
         make = find("swift_dist.engines.hf.strategies", job.strategy.name, "STRATEGY")
         self.strategy: Strategy = make(self.model, setting)
+
+    def _make_model(self, hf_config: dict[str, Any], *, on_meta: bool) -> None:
+        job, needs = self.job, self.objective.needs
+        torch.manual_seed(job.train.seed)  # heads and adapters begin alike on every rank
+        num_labels = 1 if needs == "sequence_scores" and self.objective.sample == "pair" else job.model.num_labels
+        base: Any = model.load_base(job, hf_config, needs, self.tuners, num_labels=num_labels, on_meta=on_meta)
+        self.batch_layout = model.choose_layout(job, base, needs)
+        self.pad_id = choose_pad(base, job, needs)
+        if job.train.recompute == "full":
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.forward = Forward(base, needs)
+        model.use_liger(base, job, self.device)
+        self.model = model.apply_tuners(base, self.tuners, job.train.seed, on_meta=on_meta)
+        if job.train.compile:
+            model.compile_layers(self.model)
 
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return make_optimizer(groups, self.job.optimizer, self.device)
 
         return self.tuners.optimizer(groups, make)
+
+    def prepare(self, data: Any, show: Callable[[float], None]) -> bool:
+        """What is left to be done before the first step, once the data are open and a checkpoint is loaded: with
+        `objective.precompute_reference` the reference's pass over the samples.
+
+        Args:
+            data: a `SampleData`.
+            show: told now and then, on every rank, which share is done.
+
+        Returns:
+            Whether some rank was asked to stop meanwhile; the same command goes on with the pass.
+        """
+        if not isinstance(self.reference, Precomputed):
+            return False
+        with no_references_in_tracebacks():
+            return self.reference.prepare(data, show)
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, *, stop: bool = False) -> StepResult:
         """One optimizer step. What every rank must know alike travels in one small reduction before weights change.
@@ -114,13 +147,13 @@ class HFEngine:
         # dropout: a pure function of the step, so a resume needs no generator's state
         torch.manual_seed(_mixed(self.job.train.seed, step, self.worker.rank))
         self.tuners.before_step(self.model, step, self.job.train.steps or 0)
-        prepared = [prepare(batch, self.device, self.objective.needs) for batch in micro_batches]
+        prepared, mismatched = self.prepared(micro_batches)
         total = self._total(prepared)
-        statistics = self._statistics(prepared)
+        statistics = self._statistics(mismatched or prepared)
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, item in enumerate(prepared):
-            batch = self._with_reference(replace(item.batch, statistics=statistics), item)
+            batch = replace(self._with_reference(item), statistics=statistics)
             with self.strategy.accumulate(index == len(prepared) - 1):
                 part = self.objective.loss(self._forward(item, batch), total, self.objective_options)
                 self.strategy.backward(part.value)
@@ -185,10 +218,14 @@ class HFEngine:
         outputs = self.forward(self.strategy.module, item)
         return replace(batch, logps=outputs.logps, scores=outputs.scores)
 
-    def _with_reference(self, batch: Batch, item: Prepared) -> Batch:
-        if self.reference is None:
-            return batch
-        return replace(batch, reference_logps=self.reference.logps(item))
+    def _with_reference(self, item: Prepared) -> Batch:
+        return item.batch if self.reference is None else self.reference.beside(item)
+
+    def prepared(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Prepared], list[Prepared]]:
+        """What the loss is computed of, and KTO's mismatched answers (none of other objectives)."""
+        parts = [parted(batch) for batch in micro_batches]
+        mine = [prepare(batch, self.device, self.objective.needs) for batch, _ in parts]
+        return mine, [prepare(other, self.device, self.objective.needs) for _, other in parts if other is not None]
 
     def _total(self, prepared: list[Prepared]) -> torch.Tensor:
         """What the loss is normalised by, over the global batch."""
@@ -205,7 +242,7 @@ class HFEngine:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         with torch.no_grad(), self.inference():
             for item in prepared:
-                batch = self._with_reference(self._forward(item, item.batch), item)
+                batch = self._forward(item, self._with_reference(item))
                 for name, value in self.objective.statistics(batch, self.objective_options).items():
                     sums[name] += value
         numbers = torch.stack([sums[name] for name in sorted(sums)])
@@ -224,10 +261,10 @@ class HFEngine:
     def _evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
         for micro_batches in batches:
-            prepared = [prepare(batch, self.device, self.objective.needs) for batch in micro_batches]
-            total, statistics = self._total(prepared), self._statistics(prepared)
+            prepared, mismatched = self.prepared(micro_batches)
+            total, statistics = self._total(prepared), self._statistics(mismatched or prepared)
             for item in prepared:
-                batch = self._with_reference(replace(item.batch, statistics=statistics), item)
+                batch = replace(self._with_reference(item), statistics=statistics)
                 part = self.objective.loss(self._forward(item, batch), total, self.objective_options)
                 count = self.objective.count(item.batch).double()
                 _add(sums, {**part.metrics, "": (part.value * total, count)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ def load_base(
     *,
     num_labels: int | None = None,
     path: str | None = None,
+    on_meta: bool = False,
 ) -> torch.nn.Module:
     """A model as transformers makes it, on the CPU.
 
@@ -43,6 +46,7 @@ def load_base(
             learns as a whole in fp32. None: nothing learns (a reference).
         num_labels: outputs of its head (None: as config.json says).
         path: another model than the job's.
+        on_meta: on the meta device, of files' headers only: the same model without its numbers.
 
     Raises:
         JobError: transformers has no such model, or cannot read it.
@@ -61,11 +65,16 @@ def load_base(
         source = path or job.model.path
         if source and (path or job.model.resolved_init == "pretrained"):
             arguments |= tuners.load_arguments() if tuners else {}
-            return auto.from_pretrained(model_folder(source, weights=True), **arguments)
+            folder = model_folder(source, weights=True)
+            if on_meta:
+                with _without_numbers():
+                    return auto.from_pretrained(folder, device_map="meta", **arguments)
+            return auto.from_pretrained(folder, **arguments)
         config = _config(job, hf_config)
         if "num_labels" in arguments:
             config.num_labels = arguments.pop("num_labels")
-        model = auto.from_config(config, **arguments)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            model = auto.from_config(config, **arguments)
         model.to(dtype)
         return model
     except (ValueError, KeyError, OSError, ImportError) as error:
@@ -74,6 +83,35 @@ def load_base(
             f"transformers cannot make this model: {str(error).splitlines()[0]}",
             f"give a folder or id that {_AUTO[needs]}.from_pretrained reads",
         ) from error
+
+
+@contextlib.contextmanager
+def _without_numbers() -> Iterator[None]:
+    """transformers 5.23 reads every tensor of a file even where it is to lie on the meta device."""
+    from transformers import core_model_loading
+
+    read = core_model_loading._materialize_copy
+
+    def shape_only(tensor: Any, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        shape = tensor.get_shape()
+        dtype = dtype or (tensor[:0] if shape else tensor[...]).dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    core_model_loading._materialize_copy = shape_only
+    try:
+        yield
+    finally:
+        core_model_loading._materialize_copy = read
+
+
+def is_quantized(config: Any, tuners: TunerStack | None) -> bool:
+    """Whether a model's weights are quantised in its files, or become so as they are read.
+
+    Args:
+        config: its config.json.
+        tuners: see `load_base`.
+    """
+    return bool(config.get("quantization_config") or (tuners and tuners.load_arguments()))
 
 
 def _config(job: JobConfig, hf_config: dict[str, Any]) -> Any:
@@ -143,26 +181,25 @@ def compile_layers(model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise JobError("train.compile", f"{type(model).__name__} does not name its layers", "leave it out")
+    attention.register(is_compiled=True)
     for layer in layers:
         layer.compile(dynamic=True)
 
 
-def pad_id(model: Any) -> int:
-    """The token that fills rows up, which a classification head must know: it reads the last token that is another."""
-    config = model.config.get_text_config()
-    if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = (ends[0] if isinstance(ends, list) else ends) or 0
-    return config.pad_token_id
-
-
-def apply_tuners(model: torch.nn.Module, tuners: TunerStack, seed: int) -> torch.nn.Module:
+def apply_tuners(model: torch.nn.Module, tuners: TunerStack, seed: int, *, on_meta: bool = False) -> torch.nn.Module:
     """Let every tuner change the model; what learns is held in fp32 from here on.
+
+    Args:
+        model: as `load_base` makes it.
+        tuners: of the job.
+        seed: of what they draw.
+        on_meta: `model` is on the meta device.
 
     Raises:
         JobError: nothing is left that learns.
     """
-    model = tuners.apply(model, seed=seed)
+    with torch.device("meta") if on_meta else contextlib.nullcontext():  # what they add lies where the rest does
+        model = tuners.apply(model, seed=seed)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not learning:
         raise JobError("tuner.name", "no weight of the model learns", "look at the tuner's patterns of names")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swift_dist.config import JobConfig
 from swift_dist.engines.hf.batches import Forward, Prepared
+from swift_dist.objectives.base import Batch
 
 if TYPE_CHECKING:
     from swift_dist.engines.hf.engine import HFEngine
 
 
 class Reference:
-    """Made before the strategy shards the model that learns.
+    """Computes them beside the model that learns.
 
     An adapter's base is the reference where no other is named: the same weights serve both, with the adapter switched
     off. Otherwise a second, frozen model in the compute precision is held; where the strategy shards weights, its
@@ -29,19 +31,31 @@ class Reference:
 
     def __init__(self, job: JobConfig, hf_config: dict[str, Any], engine: HFEngine) -> None:
         from swift_dist.engines.hf import model
+        from swift_dist.engines.hf.strategies import _first_rank as first_rank
+        from swift_dist.engines.hf.strategies.fsdp2 import shard_frozen
 
         self._engine = engine
         self._module: torch.nn.Module | None = None
         if job.objective.reference is None and engine.tuners.without(engine.model) is not None:
             return
         torch.manual_seed(job.train.seed)  # of a model without a folder, the same random weights again
-        path = job.objective.reference or _own(job)
-        reference: Any = model.load_base(job, hf_config, engine.objective.needs, None, path=path)
-        if engine.batch_layout == "packed":
-            model.choose_layout(job, reference, engine.objective.needs)
-        self._forward = Forward(reference, engine.objective.needs)
+        needs = engine.objective.needs
+        from_first_rank = first_rank.reads_alone(job, is_quantized=model.is_quantized(hf_config, None))
+        with first_rank.failing_together(from_first_rank):
+            on_meta = from_first_rank and engine.worker.rank > 0
+            reference: Any = model.load_base(job, hf_config, needs, None, path=source(job), on_meta=on_meta)
+            if engine.batch_layout == "packed":
+                model.choose_layout(job, reference, needs)
+        self._forward = Forward(reference, needs)
         reference.requires_grad_(False).eval()
-        self._module = _placed(reference, job, engine.device)
+        if first_rank.shards_weights(job):
+            self._module = shard_frozen(reference, job, engine.device, from_first_rank=from_first_rank)
+        else:
+            self._module = reference.to(engine.device)
+
+    def beside(self, prepared: Prepared) -> Batch:
+        """The micro-batch's `batch` with `reference_logps`."""
+        return replace(prepared.batch, reference_logps=self.logps(prepared))
 
     def logps(self, prepared: Prepared) -> torch.Tensor:
         """Float32 [N], without gradient."""
@@ -59,13 +73,7 @@ class Reference:
         return batch.logps.detach()
 
 
-def _own(job: JobConfig) -> str | None:
-    """The folder of the job's own model; None: random weights, which the seed makes again."""
-    return job.model.path if job.model.resolved_init == "pretrained" else None
-
-
-def _placed(reference: torch.nn.Module, job: JobConfig, device: torch.device) -> torch.nn.Module:
-    from swift_dist.engines.hf.strategies.fsdp2 import shard_frozen
-
-    sharded = job.strategy.name == "fsdp2" or (job.strategy.deepspeed or "").startswith("zero3")
-    return shard_frozen(reference, job, device) if sharded else reference.to(device)
+def source(job: JobConfig) -> str | None:
+    """The reference's folder or id; None: the job's own model has random weights, which the seed makes again."""
+    own = job.model.path if job.model.resolved_init == "pretrained" else None
+    return job.objective.reference or own

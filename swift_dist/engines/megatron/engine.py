@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,10 @@ class MegatronEngine:
         except BaseException:
             self.close()
             raise
+
+    def prepare(self, data: Any, show: Callable[[float], None]) -> bool:
+        """Nothing: a step needs no more than its data and the weights."""
+        return False
 
     def train_step(self, micro_batches: list[MicroBatch], step: int, *, stop: bool = False) -> StepResult:
         """One optimizer step.

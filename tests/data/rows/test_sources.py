@@ -168,6 +168,21 @@ def test_bad_rows_of_tables(tmp_path: Path) -> None:
     assert asked(source) == [row["query"] for row in ROWS]
 
 
+def test_what_often_goes_wrong_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(lines([ROWS[0], {"instruction": "i", "output": "o"}, {"text": "t"}]))
+    assert bad(open_one(file)) == [
+        f"{file}:2: no query, only instruction, output (it looks like alpaca, the source is query_response)",
+        f"{file}:3: no query, only text (it looks like text, the source is query_response)",
+    ]
+    (tmp_path / "c.csv").write_text("query;response\nq;a\n")
+    with pytest.raises(JobError, match="commas between its cells"):
+        open_one(tmp_path / "c.csv")
+    (tmp_path / "c.json").write_text(json.dumps({"data": ROWS[:2]}, indent=1))
+    with pytest.raises(JobError, match=r"a \.json file holds a list of rows, or a row a line"):
+        open_one(tmp_path / "c.json")
+
+
 def test_files_that_change_are_noticed(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     file.write_bytes(lines(ROWS))

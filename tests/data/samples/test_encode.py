@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -200,6 +201,17 @@ def test_a_mismatched_answer_is_the_next_good_rows(tmp_path: Path, tokenizer: Pa
 
 
 @pytest.mark.usefixtures("inline")
+def test_only_wanted_answers_are_imitated(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [kto_row(f"q{k}", f"a{k}", k % 2 == 0) for k in range(4)])
+    store = encode(make_job(tokenizer, path), "single", tmp_path / "cache")
+    assert texts(store) == [["q0|A0"], ["q2|A2"]] and store.facts["bad"] == {"unusable": 2}
+    assert "its answer is not wanted" in store.bad_rows()[0]["reason"]
+    path = write_rows(tmp_path / "c.jsonl", [{"text": "good", "label": 1}])
+    with pytest.raises(JobError, match="a label to classify it by"):
+        encode(make_job(tokenizer, path), "single", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("inline")
 def test_classified_texts_and_words(tmp_path: Path, tokenizer: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"text": "good", "label": 1}, {"text": "poor", "label": 0}])
     store = encode(make_job(tokenizer, path), "classification", tmp_path / "cache")
@@ -385,3 +397,33 @@ def test_real_processes_and_a_real_template(tmp_path: Path, monkeypatch: pytest.
         found = encode(config, kind, tmp_path / "none").sequences(0)
         assert [loaded.decode(s.ids[s.weights > 0]) for s in found] == learns, kind
         assert (loaded.decode(found[0].ids) == "fine<|im_end|>") == (kind == "classification")
+
+
+@pytest.mark.usefixtures("inline")
+def test_bad_rows_of_a_store_that_was_found_are_named_where_they_are_now(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*ROWS[:4], conversation("q", "bad")]
+    first, second = (write_rows(tmp_path / name, rows) for name in ("first.jsonl", "second.jsonl"))
+    encode(make_job(tokenizer, first), "single", tmp_path / "cache")
+    first.unlink()
+    Inline.units.clear()
+    caplog.clear()
+    encode(make_job(tokenizer, second), "single", tmp_path / "cache")
+    assert not Inline.units and f"{second}:5: the template refuses it" in caplog.text and str(first) not in caplog.text
+    with pytest.raises(JobError, match=rf"{second}:5: the template refuses it"):
+        encode(make_job(tokenizer, second, bad_rows="stop"), "single", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_date_that_the_chat_template_writes_is_in_the_name_of_the_store(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", ROWS[:3])
+
+    def store(day: str | None) -> Path:
+        config = make_job(tokenizer, path)
+        template = config.template.model_copy(update={"date": day})
+        return encode(config.model_copy(update={"template": template}), "single", tmp_path / "cache").path
+
+    assert store("2026-01-01") == store("2026-01-02") == store(None)
+    (tokenizer / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
+    assert store("2026-01-01") != store("2026-01-02") and store(date.today().isoformat()) == store(None)

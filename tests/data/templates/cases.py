@@ -25,6 +25,7 @@ TWO = (user("Hi"), answer("Hello."), user("How?"), answer("Fine."))
 SYSTEM = (system("Be brief."), *ONE)
 THINKS = (user("Hi"), answer("Hello.", reasoning_content="Greet them."))
 OPEN = (*ONE, user("How?"))
+NAMELESS = {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"}
 CALLS = (user("Hi"), call(), result('{"t": 3}'), answer("Cold."))
 T = (WEATHER,)
 
@@ -37,6 +38,10 @@ def chatml(header: str, *turns: str) -> str:
         for k, turn in enumerate(turns)
     ]
     return header + "".join(texts)
+
+
+def sep(role: str, text: str) -> str:
+    return f"<|im_start|>{role}<|im_sep|>{text}<|im_end|>"
 
 
 BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -157,6 +162,8 @@ CASES = (
     ),
     Case("gemma", TWO, gemma("Hi", "Hello.", "How?", "Fine.")),
     Case("gemma3", (system("Be brief."), *TWO), gemma("Be brief.\n\nHi", "Hello.", "How?", "Fine.")),
+    # Its last mark holds what stands behind the end of the turn.
+    Case("phi3_training", TWO, phi("Hi", "Hello.", "How?", "Fine.")),
     Case("phi3", TWO, phi("Hi", "Hello.", "How?", "Fine.")),
     Case("phi3_5", SYSTEM, "<|system|>\nBe brief.<|end|>\n" + phi("Hi", "Hello.")),
     Case("mistral_v0_2", TWO, "<s>[INST] Hi [/INST]⟦Hello.</s>⟧[INST] How? [/INST]⟦Fine.</s>⟧"),
@@ -176,6 +183,31 @@ CASES = (
         "<s><｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜>How?<｜Assistant｜><think>\n"
         "⟦Polite.\n</think>\n\nFine.<｜end▁of▁sentence｜>⟧",
         section={"loss_scale": "last_round"},
+    ),
+    Case(
+        "deepseek_r1_distill_training",
+        THINKS,
+        "<s><｜User｜>Hi<｜Assistant｜><think>\n⟦Greet them.\n</think>\n\nHello.<｜end▁of▁sentence｜>⟧",
+    ),
+    # Without thinking, an answer does not begin as the prompt does, which opens the thinking.
+    Case(
+        "nemotron_3_super",
+        THINKS,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n⟦Greet them.\n</think>\nHello.<|im_end|>⟧\n",
+    ),
+    Case(
+        "nemotron_3_super",
+        ONE,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think></think>⟦Hello.<|im_end|>⟧\n",
+        section={"thinking": "drop"},
+    ),
+    # Gemma 4 ends a call with the token that the result begins with.
+    Case(
+        "gemma4_v5",
+        CALLS,
+        '…<|turn>model\n⟦<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>⟧'
+        'response:get_weather{value:<|"|>{"t": 3}<|"|>}<tool_response|>⟦Cold.<turn|>⟧\n',
+        T,
     ),
     # GLM ends its turn with the token of the next one.
     Case(
@@ -215,6 +247,31 @@ CASES = (
         "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         "⟦<|tool_call_start|>[get_weather(city='Oslo')]<|tool_call_end|><|im_end|>⟧\n<|im_start|>tool\n"
         '<|tool_response_start|>{"t": 3}<|tool_response_end|><|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n',
+        T,
+    ),
+    Case(
+        "phi4_like",
+        SYSTEM,
+        f"{sep('system', 'Be brief.')}{sep('user', 'Hi')}<|im_start|>assistant<|im_sep|>⟦Hello.<|im_end|>⟧",
+    ),
+    Case("hermes_2_pro_like", TWO, "<s>" + chatml("", "Hi", "Hello.", "How?", "Fine.")),
+    Case(
+        "hermes_2_pro_like",
+        (user("Hi"), call(), NAMELESS, answer("Cold.")),
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "get_weather"}\n</tool_call> <|im_end|>⟧\n'
+        '<|im_start|>tool\n<tool_response>\n{"name": "get_weather", "content": "3"}\n</tool_response> <|im_end|>\n'
+        "<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n",
+        T,
+    ),
+    Case("internlm2_like", (system("Be brief."), *TWO), "<s>" + chatml(BRIEF, "Hi", "Hello.", "How?", "Fine.")),
+    Case(
+        "internlm2_like",
+        CALLS,
+        "…<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<|action_start|><|plugin|>\n{"name": "get_weather", "parameters": {"city": "Oslo"}}<|action_end|>'
+        "<|im_end|>⟧\n"
+        '<|im_start|>environment name=<|plugin|>\n{"t": 3}<|im_end|>\n<|im_start|>assistant\n⟦Cold.<|im_end|>⟧\n',
         T,
     ),
     Case("gptoss", ONE, GPT_OSS_TURNS + "⟦<|channel|>final<|message|>Hello.<|return|>⟧"),

@@ -42,7 +42,9 @@ def test_rows_are_shown_and_counted(folder: Path):
     assert "\x1b" not in text
     assert "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n" in text
     assert "你好 🙂<|im_end|>\n<|im_start|>assistant\n⟦0.5: 很好 🙂<|im_end|>⟧\n" in text
-    assert "1 are left out:" in text and f"rows.jsonl:1 conversation: {shown['tokens']} tokens, " in text
+    (reason,) = result["reasons"]
+    assert f"1 are left out:\n  1: {reason} ({folder / 'rows.jsonl'}:3)" in text
+    assert f"rows.jsonl:1 conversation: {shown['tokens']} tokens, " in text
     json.dumps(result)
 
 

@@ -93,6 +93,16 @@ def test_families_with_quirks():
     )
 
 
+def test_marks_are_not_believed_where_thinking_is_left_out():
+    assert texts("lfm2_2_5_v2", TALK[:4]) == [
+        "<s>" + chatml("", "Hi", "<think>Greet.</think>Hello."),
+        "<s>" + plain("Hi", "Hello.") + chatml("", "How?", "<think>Polite.</think>Fine."),
+    ]
+    assert texts("glm4moe_training", TALK[:4]) == texts("glm4moe", TALK[:4])
+    with pytest.raises(BadRowError, match="answer 1: the chat template rewrites this turn"):
+        texts("lfm2_2_5_v2", TALK[:4], rewritten_turns="refuse")
+
+
 def test_templates_that_keep_turns_give_one_sequence():
     for name in ("chatml", "llama3", "qwen2_5", "qwen3_training"):
         assert len(texts(name, TWO)) == 1

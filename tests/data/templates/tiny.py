@@ -15,6 +15,7 @@ from swift_dist.data.templates.template import Template
 JINJA = Path(__file__).parent / "jinja"
 _SPECIAL = re.compile(
     r"<[|｜][^<>|｜]+[|｜]>|<bos>|</?s>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>|\[/?INST\]|</?think>|</?tool_call>"
+    r"|<\|[a-z_]+>|<[a-z_]+\|>"  # Gemma 4's
 )
 # Qwen's: line breaks stay together, whatever follows them.
 _WORDS = (
@@ -84,6 +85,10 @@ def answer(text: str, **more: Any) -> dict[str, Any]:
 def call(text: str = "", **more: Any) -> dict[str, Any]:
     function = {"name": "get_weather", "arguments": {"city": "Oslo"}}
     return answer(text, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}], **more)
+
+
+def named(function: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function, "arguments": {}}}
 
 
 def result(text: str) -> dict[str, Any]:

@@ -82,18 +82,5 @@ def reference(
     return rows
 
 
-def logits(worker: Any, model: str, ids: list[int], adapter: str | None = None, base: str | None = None) -> list:
-    """Of a folder that a run left, as transformers and PEFT load it."""
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(base or model, dtype=torch.float32)
-    if adapter:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    with torch.no_grad():
-        return loaded.eval()(torch.tensor([ids])).logits[0].tolist()
-
-
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

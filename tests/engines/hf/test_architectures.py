@@ -46,18 +46,19 @@ def attempt(runs: Runs, model_type: str) -> dict[str, Any]:
         places = {"base": str(folder / "base"), "adapter": result["export"], "merged": str(folder / "merged")}
         return made | runs.gang.run(FILE, "reload", 1, packs=made["packs"], seconds=100, **places)[0]
     except Exception as error:
-        return {"error": f"{step}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"}
+        text = (str(error) or "no message").splitlines()[0].replace(str(runs.folder), "FOLDER")
+        return {"error": f"{step}: {type(error).__name__}: {text[:160]}"}
 
 
 def verdict(found: dict[str, Any]) -> str:
     """ "" if all is well, else what is not."""
     if "error" in found:
         return found["error"]
-    if found["changed"] == 0:
+    if not found["changed"] > 0:  # written so that NaN is no good answer either
         return "the adapter changes nothing"
-    if found["merged"] > 1e-4:
+    if not found["merged"] <= 1e-4:
         return f"merged weights compute something else ({found['merged']:.1g})"
-    if found["packed"] > 1e-4:
+    if not found["packed"] <= 1e-4:
         return f"packed sequences are not as alone ({found['packed']:.1g})"
     return ""
 

@@ -83,7 +83,7 @@ def test_a_model_that_hands_nothing_on_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="does not hand on"):
         attention.packed_attention(torch.nn.Linear(1, 1), q, q, q, None)
     with pytest.raises(RuntimeError, match="does not hand on"):
-        attention.packed_attention(torch.nn.Linear(1, 1), q, q, q, None, sequence_lengths=(2, 2))
+        attention.packed_attention(torch.nn.Linear(1, 1), q, q, q, None, sequence_lengths=attention.Lengths((2, 2)))
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import chat_model
 import pytest
-import sft_ranks
+from sft_runs import LORA, RANKS, Runs, curve
 
 from swift_dist.config import JobConfig
-from swift_dist.config.load import build
-from swift_dist.resolve import resolve
 
-RANKS = Path(__file__).with_name("sft_ranks.py")
 STRATEGIES = {
     "ddp": {},
     "fsdp2": {"strategy": {"fsdp": "fsdp2"}},
@@ -23,48 +19,11 @@ STRATEGIES = {
     "zero2": {"strategy": {"deepspeed": "zero2"}},
     "zero3": {"strategy": {"deepspeed": "zero3"}},
 }
-LORA = {"name": ["lora"], "lora": {"rank": 4, "alpha": 8}}
-
-
-class Runs:
-    """Runs in folders of their own."""
-
-    def __init__(self, gang: Any, folder: Path) -> None:
-        self.gang, self.folder, self._numbers = gang, folder, itertools.count()
-        self.model = str(chat_model.save_chat_model(folder / "model"))
-        self.dataset = str(chat_model.save_rows(folder / "rows.jsonl", chat_model.conversations(40)))
-        self.pairs = str(chat_model.save_rows(folder / "pairs.jsonl", chat_model.preferences(24)))
-
-    def job(self, task: str = "sft", **changes: Any) -> JobConfig:
-        base = {
-            "task": task,
-            "model": {"path": self.model},
-            "data": {"train": [self.pairs if task == "rlhf" else self.dataset], "sequence_length": 128, "workers": 1},
-            "train": {"steps": 5, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32", "seed": 3},
-            "optimizer": {"lr": 5e-3},
-            "schedule": {"name": "constant"},
-            "report": {"tensorboard": False},
-        }
-        return build(JobConfig, [base, *([changes] if changes else [])])
-
-    def resolved(self, job: JobConfig, world: int, folder: Path) -> dict[str, Any]:
-        return resolve(job, nproc_per_node=world, on_cuda=False, output=str(folder)).payload()
-
-    def run(self, job: JobConfig, world: int, folder: Path | None = None, **arguments: Any) -> tuple[Path, list[Any]]:
-        if folder is None:
-            folder = self.folder / f"run-{next(self._numbers)}"
-            folder.mkdir()
-        payload = self.resolved(job, world, folder)
-        return folder, self.gang.run(RANKS, "train", world, payload=payload, run_dir=str(folder), **arguments)
 
 
 @pytest.fixture(scope="module")
 def runs(gang: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(gang, tmp_path_factory.mktemp("runs"))
-
-
-def curve(folder: Path) -> list[list[float]]:
-    return [[row["loss"], row["grad_norm"]] for row in sft_ranks.rows(folder) if "loss" in row]
 
 
 def batches(runs: Runs, job: JobConfig) -> list[list[dict[str, list]]]:
@@ -123,27 +82,6 @@ def test_a_run_goes_on_under_other_ranks_and_another_strategy(runs: Runs, expect
     assert results[0]["step"] == 5
     for got, wanted in zip(curve(folder), expected["full"], strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_exports_load_as_what_was_trained(runs: Runs, tuner: str) -> None:
-    """transformers and PEFT read the folder; a second run that starts from it goes on from the same loss."""
-    job = runs.job(**({"tuner": LORA} if tuner == "lora" else {}), strategy={"fsdp": "fsdp2"})
-    folder, results = runs.run(job, 2)
-    ids = [5, 9, 17, 40, 8]
-    base = runs.gang.run(RANKS, "logits", 1, model=runs.model, ids=ids)[0]
-    export = results[0]["export"]
-    arguments = {"adapter": export, "base": runs.model} if tuner == "lora" else {}
-    loaded = runs.gang.run(RANKS, "logits", 1, model=export, ids=ids, **arguments)[0]
-    difference = max(abs(a - b) for one, two in zip(base, loaded, strict=True) for a, b in zip(one, two, strict=True))
-    assert difference > 1e-2
-    assert (Path(export) / "tokenizer.json").exists()
-    if tuner == "full":
-        first = curve(runs.run(runs.job(model={"path": export}, train={"steps": 1}), 1)[0])[0][0]
-        last = curve(folder)[-1][0]
-        assert first < last + 0.5
-    else:
-        assert json.loads((Path(export) / "adapter_config.json").read_text())["base_model_name_or_path"] == runs.model
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "cpo", "simpo", "reward"])

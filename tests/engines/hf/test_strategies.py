@@ -10,6 +10,10 @@ import pytest
 import strategy_ranks as by_rank
 import torch
 
+from swift_dist.config import JobConfig
+from swift_dist.errors import JobError
+from swift_dist.resolve import resolve
+
 RANKS = Path(by_rank.__file__)
 STEPS = 5
 DDP: dict[str, Any] = {"strategy": {}}
@@ -147,5 +151,12 @@ def test_a_dead_peer_is_noticed_and_left(gang: Any, strategy: dict[str, Any]) ->
 def test_what_cannot_be_right_is_refused(gang: Any) -> None:
     muon = gang.run(RANKS, "refused", 1, settings={**FSDP, "optimizer": {"name": "muon"}})[0]
     assert "whole matrices" in muon
-    hybrid = gang.run(RANKS, "refused", 2, settings={"strategy": {"fsdp": "fsdp2", "hybrid_shard_size": 3}})
-    assert all("3 does not divide the 2 ranks" in text for text in hybrid)
+
+
+def test_shards_that_do_not_fit_the_ranks_are_refused_before_anything_starts() -> None:
+    strategy = {"fsdp": "fsdp2", "hybrid_shard_size": 3}
+    wanted = JobConfig.model_validate(
+        {"task": "sft", "model": {"config": {"model_type": "llama"}}, "strategy": strategy}
+    )
+    with pytest.raises(JobError, match="hybrid_shard_size: 3 does not divide the 4 ranks"):
+        resolve(wanted, nproc_per_node=4, on_cuda=False, output="/nowhere")

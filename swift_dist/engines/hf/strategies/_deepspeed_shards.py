@@ -73,6 +73,10 @@ class Shards:
         """Number of the parameter group that updates a flat tensor."""
         return flat
 
+    def names_in(self, flat: int) -> list[str]:
+        """Weights of which a flat tensor holds pieces."""
+        return [piece.name for piece in self.pieces if piece.flat == flat]
+
     @contextlib.contextmanager
     def resident(self, flat: int, *, changes: bool) -> Iterator[bool]:
         """Around reading (or changing) a flat tensor and its moments, which may lie on a disk: they are read in, and
@@ -309,6 +313,10 @@ class PartitionedShards(Shards):
 
     def _flats(self) -> list[torch.Tensor]:
         return self.optimizer.fp32_partitioned_groups_flat
+
+    def names_in(self, flat: int) -> list[str]:
+        """Also those of which other ranks hold all: the same names on every rank."""
+        return [self.names[parameter] for parameter in self.optimizer.fp16_groups[flat]]
 
     def group_of(self, flat: int) -> int:
         return self.optimizer.sub_group_to_group_id[flat]

@@ -8,12 +8,13 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from swift_dist.engines.hf.strategies._first_rank import hand_out, hand_out_the_rest
 from swift_dist.errors import JobError, RunError
 
 STALE_LOCK_SECONDS = 1800.0
@@ -85,6 +86,30 @@ def no_builds() -> Iterator[None]:
             vars(ops).pop("__compatible_ops__", None)
         else:
             vars(ops)["__compatible_ops__"] = known
+
+
+def partition_from_first_rank(model: torch.nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """ZeRO-3's partition of a model that only the first rank has whole, one weight at a time. Collective.
+
+    ``zero.Init`` sends each weight from the first rank before it cuts it, so all that other ranks need is room for one.
+
+    Args:
+        model: on the CPU of the first rank, on the meta device of the others.
+        config: for ``deepspeed.initialize``.
+        device: of this rank.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class FromFirstRank(Init):
+        def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+            for parameter in param_list:
+                hand_out([parameter], device)
+                parameter.data = parameter.data.to(self.dtype)
+                self._convert_to_deepspeed_param(parameter)
+                parameter.partition()
+
+    hand_out_the_rest(model, device)
+    FromFirstRank(module=model, config_dict_or_path=config)
 
 
 def prepare_nvme(config: dict[str, Any], precision: str) -> None:

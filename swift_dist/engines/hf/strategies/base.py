@@ -29,6 +29,8 @@ class Setting:
         group: the data-parallel ranks; None: all ranks (the default group).
         make_optimizer: from parameter groups (``params``, ``weight_decay``, ``lr_scale``, ``names``) to the optimizer.
         parameter_groups: from a module to such groups, of the parameters that learn.
+        from_first_rank: only the first rank has the model's numbers, other ranks have it on the meta device
+            (`_first_rank`).
     """
 
     job: JobConfig
@@ -36,12 +38,13 @@ class Setting:
     group: dist.ProcessGroup | None
     make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     parameter_groups: Callable[[torch.nn.Module], list[dict[str, Any]]]
+    from_first_rank: bool = False
 
 
 class Strategy(Protocol):
     """``STRATEGY`` of its file is a class with this interface, made as ``STRATEGY(model, setting)``. Collective: every
     rank calls every method alike. `model` holds the same whole weights on every rank (fp32, or frozen ones in the
-    compute precision), on the CPU.
+    compute precision), on the CPU; with ``from_first_rank`` only the first one does.
     """
 
     module: torch.nn.Module

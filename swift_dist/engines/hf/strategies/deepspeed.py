@@ -19,10 +19,16 @@ import torch.distributed as dist
 
 from swift_dist.engines.hf.strategies import _deepspeed_config as configuration
 from swift_dist.engines.hf.strategies._clip import LossScale, clip_factor, sum_of_squares
-from swift_dist.engines.hf.strategies._deepspeed_shards import Piece, Shards, shards_of
-from swift_dist.engines.hf.strategies._deepspeed_start import Traces, no_builds, prepare_nvme
+from swift_dist.engines.hf.strategies._deepspeed_shards import Shards, shards_of
+from swift_dist.engines.hf.strategies._deepspeed_start import (
+    Traces,
+    no_builds,
+    partition_from_first_rank,
+    prepare_nvme,
+)
 from swift_dist.engines.hf.strategies._deepspeed_state import ShardedWeights, weights_of
 from swift_dist.engines.hf.strategies._deepspeed_used import UsedWeights
+from swift_dist.engines.hf.strategies._first_rank import hand_out
 from swift_dist.engines.hf.strategies._state import OptimizedWeights
 from swift_dist.engines.hf.strategies._torch import DTYPES, num_bytes
 from swift_dist.engines.hf.strategies.base import Setting
@@ -34,7 +40,8 @@ class DeepSpeed:
     """See `swift_dist.engines.hf.strategies.base.Strategy`.
 
     Args:
-        model: whole weights on the CPU, the same on every rank: fp32, or the compute precision for frozen ones.
+        model: whole weights on the CPU, the same on every rank: fp32, or the compute precision for frozen ones. With
+            ``setting.from_first_rank`` (stage 3) only the first one has them.
         setting: see there.
 
     Raises:
@@ -49,7 +56,7 @@ class DeepSpeed:
             raise JobError(
                 configuration.KEY, "DeepSpeed shards over all ranks", "use strategy.fsdp for shards over some of them"
             )
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if not setting.from_first_rank and any(parameter.is_meta for parameter in model.parameters()):
             raise RunError("DeepSpeed takes a model with its weights, and this one is on the meta device")
         self.config = configuration.settings(self.job, hidden_size=_hidden_size(model), data_parallel_size=ranks)
         self._model, self._ranks = model, ranks
@@ -82,24 +89,25 @@ class DeepSpeed:
         called = model if stage or precision == "fp32" else Autocast(model, self.device.type, DTYPES[precision])
         optimizer = setting.make_optimizer(setting.parameter_groups(model))
         with no_builds():
+            if setting.from_first_rank:
+                partition_from_first_rank(model, self.config, self.device)
             self._engine = deepspeed.initialize(model=called, optimizer=optimizer, config=self.config)[0]
         self._shards: Shards = shards_of(self._engine, self._names)
         if stage and precision != "fp32":
-            self._take_masters(whole)
+            self._take_masters(whole, setting.from_first_rank)
 
-    def _take_masters(self, whole: dict[str, torch.Tensor]) -> None:
+    def _take_masters(self, whole: dict[str, torch.Tensor], from_first_rank: bool) -> None:
         """DeepSpeed made fp32 masters of weights that it had rounded before: take the model's own numbers."""
-        for piece, flat in self._by_flat(changes=True):
-            if piece.name in whole:
-                piece.of(flat).copy_(whole[piece.name].reshape(-1).narrow(0, piece.start, piece.length))
-
-    def _by_flat(self, *, changes: bool) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Every piece with its flat tensor of masters, which is resident meanwhile."""
         for number, flat in enumerate(self._shards.flats):
-            with self._shards.resident(number, changes=changes):
-                for piece in self._shards.pieces:
-                    if piece.flat == number:
-                        yield piece, flat
+            pieces = {piece.name: piece for piece in self._shards.pieces if piece.flat == number}
+            with self._shards.resident(number, changes=True):
+                for name in (name for name in self._shards.names_in(number) if name in whole):
+                    if from_first_rank:
+                        hand_out([whole[name]], self.device)
+                    if name in pieces:
+                        numbers, piece = whole[name].reshape(-1), pieces[name]
+                        piece.of(flat).copy_(numbers.narrow(0, piece.start, piece.length))
+                    del whole[name]
 
     @property
     def loss_scale(self) -> float | None:

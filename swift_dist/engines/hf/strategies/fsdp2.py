@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from swift_dist.config import JobConfig
+from swift_dist.engines.hf.strategies import _first_rank as first_rank
 from swift_dist.engines.hf.strategies._torch import DTYPES, TorchStrategy
 from swift_dist.engines.hf.strategies.base import Setting
 from swift_dist.errors import JobError, RunError
@@ -36,15 +37,15 @@ class FSDP2(TorchStrategy):
     as a floating dtype (``bnb_4bit_quant_storage``) and its quantisation state whole on every rank.
 
     Raises:
-        JobError: ``strategy.hybrid_shard_size`` does not fit the ranks.
+        JobError: ``strategy.hybrid_shard_size`` is for groups of all ranks only.
         RunError: a weight lies on the meta device.
     """
 
     def __init__(self, model: torch.nn.Module, setting: Setting) -> None:
-        if any(parameter.is_meta for parameter in model.parameters()):
+        if not setting.from_first_rank and any(parameter.is_meta for parameter in model.parameters()):
             raise RunError("strategy fsdp2 takes a model with its weights, and this one is on the meta device")
         mesh = _mesh(setting.job, setting.device, setting.group)
-        shard(model, setting.job, mesh)
+        shard(model, setting.job, mesh, setting.device, from_first_rank=setting.from_first_rank)
         super().__init__(model, setting, replica=0)
         self.module, self._mesh = model, mesh
         whole = sum(weight.numel() * weight.element_size() for weight in self._weights.values())
@@ -162,24 +163,39 @@ class GatheredWeights:
         self._params, self._hooks = [], []
 
 
-def shard(model: torch.nn.Module, job: JobConfig, mesh: DeviceMesh, *, is_frozen: bool = False) -> None:
+def shard(
+    model: torch.nn.Module,
+    job: JobConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    is_frozen: bool = False,
+    from_first_rank: bool = False,
+) -> None:
     """Shard each layer, the embeddings and the head by themselves, and the rest as the root's own, in place.
 
     Args:
-        model: whole, the same on every rank.
+        model: whole, the same on every rank; or on the first one, and on the meta device of the others, which get one
+            layer at a time.
         job: its precision and its strategy's settings.
         mesh: [ranks], or [replicas, ranks of a shard].
+        device: of this rank.
         is_frozen: nothing of it learns; no gathered weight is kept for a backward pass.
+        from_first_rank: only the first rank's model is whole.
     """
+    if from_first_rank:
+        first_rank.hand_out_the_rest(model, device)
     precision = DTYPES[job.train.precision]
     mixed = MixedPrecisionPolicy() if precision == torch.float32 else MixedPrecisionPolicy(precision, torch.float32)
     arguments: dict[str, Any] = {"mesh": mesh, "mp_policy": mixed}
     if job.strategy.cpu_offload:
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    for part in parts(model):
-        fully_shard(part, **arguments, reshard_after_forward=is_frozen or job.strategy.reshard_after_forward)
-    # What is left is used first in the backward pass: gathered weights stay for it.
-    fully_shard(model, **arguments, reshard_after_forward=is_frozen)
+    reshard = is_frozen or job.strategy.reshard_after_forward
+    # What is left to the root is used first in the backward pass: gathered weights stay for it.
+    for part, reshards in (*((part, reshard) for part in parts(model)), (model, is_frozen)):
+        if from_first_rank:
+            first_rank.hand_out(first_rank.parameters_of(part), device)
+        fully_shard(part, **arguments, reshard_after_forward=reshards)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sums instead of means. The plain SUM: gloo has none of the other operations.
@@ -188,9 +204,11 @@ def shard(model: torch.nn.Module, job: JobConfig, mesh: DeviceMesh, *, is_frozen
             module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
-def shard_frozen(model: torch.nn.Module, job: JobConfig, device: torch.device) -> torch.nn.Module:
+def shard_frozen(
+    model: torch.nn.Module, job: JobConfig, device: torch.device, *, from_first_rank: bool = False
+) -> torch.nn.Module:
     """A model of which nothing learns (a reference), sharded as one that does."""
-    shard(model, job, _mesh(job, device, None), is_frozen=True)
+    shard(model, job, _mesh(job, device, None), device, is_frozen=True, from_first_rank=from_first_rank)
     return model
 
 
@@ -229,14 +247,11 @@ def _mesh(job: JobConfig, device: torch.device, group: dist.ProcessGroup | None)
         if group is not None:
             return DeviceMesh.from_group(group, device.type)
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    if ranks % size or group is not None:
+    if group is not None:
         raise JobError(
-            "strategy.hybrid_shard_size",
-            f"{size} does not divide the {ranks} ranks"
-            if ranks % size
-            else f"{size} needs all ranks to be data-parallel",
-            "choose a divisor of the number of ranks (the GPUs of a node), or leave it out",
+            "strategy.hybrid_shard_size", f"{size} needs all ranks to be data-parallel", "leave it out, or use ddp"
         )
+    assert ranks % size == 0, "resolve() has checked it"
     return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
 
 
