@@ -28,7 +28,10 @@ def quantise_reference(weight: torch.Tensor, block: tuple[int, int] = (128, 128)
 
 
 def dequantise_reference(
-    quantised: torch.Tensor, factors: torch.Tensor, block: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.float32
+    quantised: torch.Tensor,
+    factors: torch.Tensor,
+    block: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The formula in plain torch."""
     _check(quantised, block, factors)

@@ -90,7 +90,9 @@ def _shares(lse_a: torch.Tensor, lse_b: torch.Tensor, lse: torch.Tensor) -> Pair
     return torch.exp(lse_a - lse).unsqueeze(-1), torch.exp(lse_b - lse).unsqueeze(-1)
 
 
-def _gradients(share: torch.Tensor, part: torch.Tensor, out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor) -> Pair:
+def _gradients(
+    share: torch.Tensor, part: torch.Tensor, out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor
+) -> Pair:
     difference = torch.where(share > 0, part.to(out.dtype) - out, 0.0)
     of_lse = share.squeeze(-1) * (dlse + (dout * difference).sum(-1))
     return (share * dout).to(part.dtype), of_lse

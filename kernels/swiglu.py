@@ -48,9 +48,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         if gate.numel():
-            _forward_kernel[_grid(gate)](
-                gate, up, out, gate.numel(), WIDE=tl_dtype(compute_dtype(gate)), BLOCK=_BLOCK
-            )
+            _forward_kernel[_grid(gate)](gate, up, out, gate.numel(), WIDE=tl_dtype(compute_dtype(gate)), BLOCK=_BLOCK)
         ctx.save_for_backward(gate, up)
         return out
 

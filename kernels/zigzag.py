@@ -72,7 +72,9 @@ def order(lengths: Sequence[int], ring: int) -> torch.Tensor:
     return torch.cat([positions(lengths, ring, rank) for rank in range(ring)])
 
 
-def shard(row: torch.Tensor, lengths: Sequence[int], ring: int, rank: int, *, backend: Backend = "auto") -> torch.Tensor:
+def shard(
+    row: torch.Tensor, lengths: Sequence[int], ring: int, rank: int, *, backend: Backend = "auto"
+) -> torch.Tensor:
     """A rank's tokens. [T, ...] -> [t, ...]; differentiable (the other ranks' tokens get a gradient of 0)."""
     index = positions(lengths, ring, rank).to(row.device)
     result: torch.Tensor = _Take.apply(row, index, on_triton(backend, row))
@@ -123,9 +125,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor, index: torch.Tensor, *, sc
 
 
 @jit
-def _copy_kernel(
-    source, target, index, rows, width, SCATTERS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _copy_kernel(source, target, index, rows, width, SCATTERS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows

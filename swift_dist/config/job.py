@@ -154,7 +154,17 @@ class ParallelSection(Section):
     virtual_pipeline_model_parallel_size: int | None = Field(
         None, gt=1, description="model chunks per stage: the interleaved schedule (VPP)"
     )
-    context_parallel_size: int = Field(1, gt=0, description="ranks that split the sequence in attention too (CP)")
+    context_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="ranks that share each sequence, attention included (CP; fine-tuning: sequence parallelism)",
+    )
+    ulysses_size: int | None = Field(
+        None,
+        gt=0,
+        description="fine-tuning: how many of those exchange heads, the others pass keys round a ring (default: as many "
+        "as the heads allow inside a node)",
+    )
     expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share out the experts (EP)")
     expert_tensor_parallel_size: int | None = Field(None, gt=0, description="TP inside the experts (default: TP) (ETP)")
     sequence_parallel: bool | None = Field(

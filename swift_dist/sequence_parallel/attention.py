@@ -18,8 +18,8 @@ def register(whole: Whole) -> None:
     """Make the function known to transformers. (No mask function: models then build no mask at all.)
 
     Args:
-        whole: attention of whole rows, where Ulysses alone shares them: called as transformers calls it, with
-            ``sequence_lengths``.
+        whole: attention of whole rows, where Ulysses alone shares them: called as transformers calls it, with the
+            lengths of the row's sequences in the place of the mask.
     """
     from transformers import AttentionInterface
 
@@ -78,9 +78,15 @@ def shared_attention(
     else:
         held = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
         out, _ = whole(
-            module, *held, None, dropout=dropout, scaling=scaling, sliding_window=sliding_window, softcap=softcap,
-            s_aux=s_aux, **_boundaries(shared_row.row.lengths, query.device),
-        )  # fmt: skip
+            module,
+            *held,
+            shared_row.row.lengths,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+        )
         out = out[0]
     if ranks.ulysses is not None:
         out = ulysses.to_tokens(out, shared_row.pieces, ranks.ulysses)
@@ -106,8 +112,3 @@ def _exchange(
     whole = ulysses.to_heads(joined, shared_row.pieces, group)
     parts = whole.split([tensor.shape[2] for tensor in by_rank], dim=1)
     return parts[0], parts[1], parts[2]
-
-
-def _boundaries(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-    return {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "sequence_lengths": lengths}

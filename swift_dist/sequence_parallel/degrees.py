@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from swift_dist.config.job import JobConfig
 from swift_dist.errors import JobError
 
 SIZE, ULYSSES = "parallel.context_parallel_size", "parallel.ulysses_size"
@@ -27,6 +29,23 @@ def fits_heads(ulysses: int, heads: int, kv_heads: int) -> bool:
     """Whether `ulysses` ranks can share the heads out: as many query heads each, and either as many key-value heads
     each or each of them on as many ranks."""
     return heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
+
+
+def degrees_of(job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int) -> Degrees:
+    """What a job means by `parallel.context_parallel_size`, of the model of this config.json.
+
+    Raises:
+        JobError: see `choose`; or the model does not say how many heads it has.
+    """
+    size = job.parallel.context_parallel_size
+    if size == 1:
+        return Degrees(1, 1)
+    text = hf_config.get("text_config") or hf_config
+    heads = text.get("num_attention_heads") or text.get("n_head")
+    if not isinstance(heads, int):
+        raise JobError(SIZE, f"{size}, and the model's config.json states no num_attention_heads", "leave it out")
+    kv_heads = text.get("num_key_value_heads") or heads
+    return choose(size, [(heads, kv_heads)], ranks_per_node, job.parallel.ulysses_size)
 
 
 def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, ulysses: int | None = None) -> Degrees:

@@ -84,7 +84,9 @@ def _mine(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
     return kept
 
 
-def gather_tokens(values: torch.Tensor, counts: list[int], order: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gather_tokens(
+    values: torch.Tensor, counts: list[int], order: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
     """Numbers of each rank's tokens, to all ranks, in the order of the row.
 
     Backward takes this rank's part of the gradient and nothing else: each rank computes the same loss from the same

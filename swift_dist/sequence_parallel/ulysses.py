@@ -70,9 +70,7 @@ def _heads(x: torch.Tensor, pieces: tuple[int, ...], group: dist.ProcessGroup) -
     # [u, t, heads / u, d]: what goes to each rank is one block
     sent = x.reshape(tokens, ranks, heads // ranks, width).transpose(0, 1).contiguous()
     whole = x.new_empty((sum(pieces), heads // ranks, width))
-    dist.all_to_all_single(
-        whole, sent.view(-1, heads // ranks, width), list(pieces), [tokens] * ranks, group=group
-    )
+    dist.all_to_all_single(whole, sent.view(-1, heads // ranks, width), list(pieces), [tokens] * ranks, group=group)
     return whole
 
 

@@ -26,7 +26,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def agree(
-    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[torch.Tensor], limit: float | None = None
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    limit: float | None = None,
 ) -> None:
     """Compare every result, and every gradient of a random weighting of them. The reference gets the inputs' values in
     fp64."""

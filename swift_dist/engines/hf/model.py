@@ -14,6 +14,8 @@ from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
 from swift_dist.objectives.base import Needs
+from swift_dist.sequence_parallel import attention as shared_attention
+from swift_dist.sequence_parallel.degrees import SIZE
 from swift_dist.tuners import TunerStack
 
 log = logging.getLogger(__name__)
@@ -130,18 +132,18 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     Raises:
         JobError: packing, or a layout without padding, is asked for and the model cannot do it.
     """
-    wanted = job.data.padding_free
+    wanted, shares = job.data.padding_free, job.parallel.context_parallel_size > 1
     reason: str | None = None
     if needs != "tokens":
         reason = "a classification head reads one sequence from each row"
     elif job.model.attention:
         reason = f"model.attention {job.model.attention} does not keep packed sequences apart"
-    elif job.task == "pretrain":
+    elif job.task == "pretrain" and not shares:
         reason = "pretraining's samples are as long as the row"
     else:
         reason = attention.refusal(model)
-    if reason and (job.data.packing or wanted):
-        key = "data.packing" if job.data.packing else "data.padding_free"
+    if reason and (job.data.packing or wanted or shares):
+        key = "data.packing" if job.data.packing else "data.padding_free" if wanted else SIZE
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
     if reason or (wanted is False and not job.data.packing):
         if reason and job.task != "pretrain":
@@ -149,6 +151,9 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         return "padded"
     attention.register()
     model.set_attn_implementation(attention.NAME)
+    if shares:
+        shared_attention.register(attention.attend_whole_rows)
+        model.set_attn_implementation(shared_attention.NAME)
     return "packed"
 
 

@@ -48,7 +48,7 @@ def compare(
         model.zero_grad()
 
         sharing = make_groups(degrees, worker.rank, worker.world_size)
-        attention.register(whole.packed_attention)
+        attention.register(whole.attend_whole_rows)
         model.set_attn_implementation(attention.NAME)
         filling = without_empty_ranks(tuple(lengths), degrees)
         filled = (*lengths, filling) if filling else tuple(lengths)
