@@ -1,4 +1,4 @@
-"""Block-wise FP8 of weights: e4m3 numbers with one float32 factor a block, as DeepSeek-V3 stores them (arXiv 2412.19437).
+"""Block-wise FP8 of weights: e4m3 numbers with one float32 factor a block, as DeepSeek-V3 stores them (2412.19437).
 
     factor[i, j] = max |w| over block (i, j) / 448,  q = round_e4m3(w / factor),  w' = q factor
 
@@ -116,8 +116,8 @@ def _tiled(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 
 @jit
 def _rounded(x):
-    """To the nearest number of e4m3, halves to even, still float32: Triton's own conversion rounds on a GPU, cuts in some
-    of its versions and loses a carry under its interpreter."""
+    """To the nearest number of e4m3, halves to even, still float32: Triton's own conversion rounds on a GPU, cuts in
+    some of its versions and loses a carry under its interpreter."""
     bits = x.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 of 23 bits after the point
     tiny = (x + 24576.0) - 24576.0  # 1.5 x 2^14: multiples of 2^-9, the step below 2^-6

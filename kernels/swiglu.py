@@ -34,7 +34,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend = "auto") -
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} should be of one shape and dtype"
+            f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: should be of one shape and dtype"
         )
     if on_triton(backend, gate):
         result: torch.Tensor = _SwiGLU.apply(gate, up)

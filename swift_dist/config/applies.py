@@ -18,6 +18,7 @@ _MEGATRON = (
 )
 _HF = (
     "parallel.ulysses_size",
+    "train.tiled_loss",
     "strategy.",
     "train.compile",
     "model.attention",

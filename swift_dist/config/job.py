@@ -114,6 +114,10 @@ class TrainSection(Section):
         None, gt=0, description="evaluations without a better eval_loss after which the run ends"
     )
     compile: bool = Field(False, description="hf engine: torch.compile each layer")
+    tiled_loss: bool | None = Field(
+        None,
+        description="hf engine: log-probabilities without logits, some rows at a time (default: where ranks share rows)",
+    )
     max_skipped: int = Field(10, ge=0, description="skipped steps after which the run stops")
     initial_loss_scale: float = Field(65536.0, gt=0, description="fp16: first dynamic loss scale")
 

@@ -73,8 +73,8 @@ def shared_attention(
                 "round a ring: choose a --sequence_parallel_size that divides its heads"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        held = [tensor.transpose(0, 1) for tensor in (q, k, v)]
-        out = ring.ring_attention(*held, shared_row.row.chunks, scale, sliding_window, ranks.ring).transpose(0, 1)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        out = ring.ring_attention(q, k, v, shared_row.row.chunks, scale, sliding_window, ranks.ring).transpose(0, 1)
     else:
         held = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
         out, _ = whole(

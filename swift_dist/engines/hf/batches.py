@@ -12,6 +12,8 @@ from swift_dist.data.samples.collate import MISMATCHED
 from swift_dist.engines.base import MicroBatch
 from swift_dist.engines.hf.attention import boundaries
 from swift_dist.engines.hf.logps import token_logps
+from swift_dist.engines.hf.output_layer import install
+from swift_dist.errors import JobError
 from swift_dist.objectives.base import Batch, Needs
 from swift_dist.sequence_parallel.group import SharedRow, SharingRanks, gather_tokens
 from swift_dist.sequence_parallel.row import Row, without_empty_ranks
@@ -177,11 +179,22 @@ class Forward:
     Args:
         model: the model as transformers made it, before tuners and strategies wrapped it.
         needs: what the objective needs.
+        tiled: of tokens, make log-probabilities without logits (`output_layer.py`).
+
+    Raises:
+        JobError: `tiled`, and the model's output layer cannot be.
     """
 
-    def __init__(self, model: torch.nn.Module, needs: Needs) -> None:
+    def __init__(self, model: torch.nn.Module, needs: Needs, *, tiled: bool = False) -> None:
         self._needs = needs
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._output = install(model) if tiled and needs == "tokens" and self._keeps_logits else None
+        if tiled and needs == "tokens" and self._output is None:
+            raise JobError(
+                "train.tiled_loss",
+                f"{type(model).__name__} has no plain output layer whose logits are the model's",
+                "--train.tiled_loss false",
+            )
 
     def __call__(self, module: torch.nn.Module, prepared: Prepared) -> Batch:
         """`prepared.batch` with log-probabilities or scores, with gradient."""
@@ -190,24 +203,38 @@ class Forward:
         if self._needs == "token_scores":
             logits = module(**prepared.arguments).logits[:, prepared.columns]
             return replace(prepared.batch, scores=logits[prepared.chosen].float())
+        logps = self._logps(module, prepared)
+        if prepared.gathering is not None:
+            shared = prepared.gathering
+            logps = gather_tokens(logps, shared.counts, shared.order, shared.group)
+        return replace(prepared.batch, logps=logps)
+
+    def _logps(self, module: torch.nn.Module, prepared: Prepared) -> torch.Tensor:
+        """[N]."""
+        if self._output is not None:
+            columns, chosen = _some_position(prepared)
+            with self._output.of(chosen, prepared.labels):
+                return self._output.checked(module(**prepared.arguments, logits_to_keep=columns).logits)
         logits, chosen = self._logits(module, prepared)
         if logits.shape[0] > 1:
             logits = logits[chosen]
         else:  # a packed row: every column is chosen, and a view costs no copy in either direction (a slice costs one)
             logits = logits.view(-1, logits.shape[-1])
             logits = logits if len(logits) == len(prepared.labels) else logits[: len(prepared.labels)]
-        logps = token_logps(logits, prepared.labels, reuse_logits=True)
-        if prepared.gathering is not None:
-            shared = prepared.gathering
-            logps = gather_tokens(logps, shared.counts, shared.order, shared.group)
-        return replace(prepared.batch, logps=logps)
+        return token_logps(logits, prepared.labels, reuse_logits=True)
 
     def _logits(self, module: torch.nn.Module, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [b, K, V] of the wanted positions, and which of them count [b, K]."""
-        columns, chosen = prepared.columns, prepared.chosen
         if not self._keeps_logits:
-            return module(**prepared.arguments).logits[:, columns], chosen
-        if not len(columns):  # nothing counts: one position, so that every rank's forward and backward take part
-            columns = columns.new_zeros(1)
-            chosen = torch.zeros(len(chosen), 1, dtype=torch.bool, device=columns.device)
+            return module(**prepared.arguments).logits[:, prepared.columns], prepared.chosen
+        columns, chosen = _some_position(prepared)
         return module(**prepared.arguments, logits_to_keep=columns).logits, chosen
+
+
+def _some_position(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, chosen) of a micro-batch; where nothing counts one position that is not chosen, so that every rank's
+    forward and backward take part."""
+    columns, chosen = prepared.columns, prepared.chosen
+    if len(columns):
+        return columns, chosen
+    return columns.new_zeros(1), torch.zeros(len(chosen), 1, dtype=torch.bool, device=columns.device)

@@ -112,7 +112,7 @@ class HFEngine:
         self.pad_id = choose_pad(base, job, needs)
         if job.train.recompute == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.forward = Forward(base, needs)
+        self.forward = Forward(base, needs, tiled=model.tiles_loss(job))
         model.use_liger(base, job, self.device)
         self.model = model.apply_tuners(base, self.tuners, job.train.seed, on_meta=on_meta)
         if job.train.compile:

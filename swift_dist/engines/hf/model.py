@@ -157,6 +157,12 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     return "packed"
 
 
+def tiles_loss(job: JobConfig) -> bool:
+    """Whether log-probabilities are made without logits: by default where sequences are long enough to be shared."""
+    shares = job.parallel.context_parallel_size > 1
+    return shares if job.train.tiled_loss is None else job.train.tiled_loss
+
+
 def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:
     """Put Liger's kernels in the place of norms, rotary embeddings and gated MLPs (not of the loss: objectives take
     log-probabilities). By default where they are installed, on CUDA.

@@ -42,6 +42,7 @@ CASES = {
     "lora": (2, {"ulysses_size": 1}, {"tuner": LORA, **ZERO3}, "sft"),
     "dpo": (2, {"ulysses_size": 1}, {**FSDP2}, "rlhf"),
     "dpo lora": (4, {}, {"tuner": LORA}, "rlhf"),
+    "whole logits": (2, {}, {"train": {"tiled_loss": False}}, "sft"),
     "orpo": (2, {}, {"objective": {"name": "orpo"}}, "rlhf"),
 }
 
@@ -55,6 +56,14 @@ def test_as_on_one_rank(runs: Runs, alone: Any, case: str) -> None:
     found, wanted = curve(folder), alone(task, without)
     assert len(found) == 5 and wanted[-1] != wanted[0]
     for got, right in zip(found, wanted, strict=True):
+        assert got == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [{}, FSDP2, ZERO3])
+@pytest.mark.parametrize("adapter", [{}, {"tuner": LORA}])
+def test_tiled_loss(runs: Runs, alone: Any, strategy: dict[str, Any], adapter: dict[str, Any]) -> None:
+    folder, _ = runs.run(runs.job(train={"tiled_loss": True}, **strategy, **adapter), 2)
+    for got, right in zip(curve(folder), alone("sft", adapter), strict=True):
         assert got == pytest.approx(right, rel=1e-5)
 
 
