@@ -51,9 +51,9 @@ def degrees_of(job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int
 def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, ulysses: int | None = None) -> Degrees:
     """The largest Ulysses degree that the heads allow and that stays inside a node; the rest is a ring.
 
-    Ulysses moves each token's heads twice a layer, whatever N is, and its kernels see whole sequences; a ring passes all
-    keys and values N - 1 times, but hides it behind computing and needs no bandwidth beyond a neighbour's. So Ulysses
-    goes where links are fast, the ring where they are not (USP, arXiv 2405.07719).
+    Ulysses moves each token's heads twice a layer, whatever N is, and its kernels see whole sequences; a ring passes
+    all keys and values N - 1 times, but hides it behind computing and needs no bandwidth beyond a neighbour's. So
+    Ulysses goes where links are fast, the ring where they are not (USP, arXiv 2405.07719).
 
     Args:
         size: ranks of the group, N.

@@ -2,8 +2,8 @@
 
 Keys and values go round the ring, a step at a time, while the block that is here is computed; results are merged by
 their normalisers. In the backward pass they go round again, and their gradients travel with them until they are home.
-A rank's tokens are chunks of sequences (`kernels/zigzag.py`); each pair of a chunk of queries and a chunk of keys of the
-same sequence is seen whole, or causally (the same chunk), or through a window's edge, or not at all.
+A rank's tokens are chunks of sequences (`kernels/zigzag.py`); each pair of a chunk of queries and a chunk of keys of
+the same sequence is seen whole, or causally (the same chunk), or through a window's edge, or not at all.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -38,7 +38,7 @@ class Row:
     def pieces(self, ring_rank: int) -> tuple[int, ...]:
         """Tokens of each Ulysses rank of a ring rank."""
         ends = [self.ring_tokens[ring_rank] * k // self.degrees.ulysses for k in range(self.degrees.ulysses + 1)]
-        return tuple(end - begin for begin, end in zip(ends, ends[1:], strict=False))
+        return tuple(end - begin for begin, end in pairwise(ends))
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Ulysses (arXiv 2309.14509): from a piece of the tokens with all heads to all tokens with a piece of the heads, and back.
+"""Ulysses (arXiv 2309.14509): from some tokens with all heads to all tokens with some of the heads, and back.
 
 One all-to-all each way; backward is the other one.
 """
@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 
 def heads_of_ranks(heads: int, kv_heads: int, ranks: int) -> list[int]:
-    """The key-value heads to send, rank by rank: as many for each rank. With fewer key-value heads than ranks a head goes
-    to several of them (and autograd adds its gradients up)."""
+    """The key-value heads to send, rank by rank: as many for each rank. With fewer key-value heads than ranks a head
+    goes to several of them (and autograd adds its gradients up)."""
     if kv_heads % ranks == 0:
         return list(range(kv_heads))
     assert ranks % kv_heads == 0 and heads % ranks == 0

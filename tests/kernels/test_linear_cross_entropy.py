@@ -1,4 +1,4 @@
-"""Output layer and cross entropy in tiles: against the whole logits in fp64; memory; one vocabulary over several ranks."""
+"""Output layer and cross entropy in tiles: against whole logits in fp64; memory; one vocabulary over several ranks."""
 
 from __future__ import annotations
 
