@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.config import JobConfig
+from swift_dist.config.applies import reason_for_padding
 from swift_dist.config.load import read_yaml
 from swift_dist.config.section import updated
 from swift_dist.errors import JobError
@@ -65,6 +66,10 @@ def check_plugins(job: JobConfig) -> None:
             "give one of them",
         )
     _check_head(job, objective.name)
+    reason = reason_for_padding(job, objective.needs)
+    if reason and (job.data.packing or job.data.padding_free):
+        key = "data.packing" if job.data.packing else "data.padding_free"
+        raise JobError(key, reason, f"leave out {key}")
     if job.strategy.deepspeed:
         from swift_dist.engines.hf.strategies import _deepspeed_config
 

@@ -25,7 +25,7 @@ import torch
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
 from swift_dist.tuners._export import written_whole
-from swift_dist.tuners._peft import WEIGHTS, adapted_ties, seeded
+from swift_dist.tuners._peft import WEIGHTS, adapted_ties, require_found, seeded
 from swift_dist.tuners.lora import Options as LoraOptions
 from swift_dist.tuners.lora import changes_base
 
@@ -256,6 +256,7 @@ def _config_of(name: str, model: Any, options: Section) -> Any:
         raise JobError(
             f"adapters.{name}", "with this init or bias it would change the weights that others build on", "use default"
         )
+    require_found(model, options, f"adapters.{name}")
     config = tuner.peft_config(model, options, None)
     config.task_type = None  # with one, PEFT would copy a classification head for each adapter
     return config

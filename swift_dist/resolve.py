@@ -227,7 +227,8 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
     if "hf_config" in origin:  # name what differs in the geometry rather than print two whole configurations
         changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
         old["model"] = new["model"] = ""
-    require_same_training([*changed, *resume_difference(old_job, resolved.job, old, new)], run_dir)
+    differences = [*changed, *resume_difference(old_job, resolved.job, old, new)]
+    require_same_training(differences, run_dir, origin.get("engine", "megatron"))
 
 
 def _geometry_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -350,6 +351,8 @@ def _require_same_model(hf_config: Mapping[str, Any], checkpoint: Checkpoint) ->
 
 def _require_same_batch(job: JobConfig, checkpoint: Checkpoint) -> None:
     """Steps count on from another run's checkpoint, and with them the position in the data."""
+    from swift_dist.checkpoint.resume import weights_alone
+
     samples = checkpoint.metadata.get("consumed_samples")
     size = job.train.global_batch_size
     if samples is not None and samples != checkpoint.step * size:
@@ -358,5 +361,5 @@ def _require_same_batch(job: JobConfig, checkpoint: Checkpoint) -> None:
             f"{size}, but {checkpoint.path} was trained with {samples // checkpoint.step}: step {checkpoint.step} "
             "would be another position in the data and in the schedule",
             f"--train.global_batch_size {samples // checkpoint.step}; or begin anew with its weights alone: "
-            f"swift-dist convert megatron-to-hf {checkpoint.path} FOLDER, then --model.path FOLDER",
+            + weights_alone(checkpoint.path, checkpoint.metadata.get("engine", "megatron")),
         )

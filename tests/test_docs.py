@@ -75,6 +75,7 @@ def test_readme_commands_run_in_order_and_do_what_is_said(walk):
     assert (folder / "my-model" / "model.safetensors").exists() and (folder / "my-model" / "tokenizer.json").exists()
     assert "30/30" in outputs["swift-dist runs list"]
     assert json.loads((folder / "runs" / "chat" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert (folder / "merged" / "model.safetensors").exists() and (folder / "merged" / "tokenizer.json").exists()
     assert len(read_metrics(folder / "runs" / "chat" / "metrics.jsonl")) == 6
 
 

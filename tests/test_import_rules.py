@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -230,6 +231,15 @@ def test_rooms_at_the_top_are_no_packages():
     assert not any((ROOT / room / "__init__.py").exists() for room in LINKED_ROOMS)
     for room in LINKED_ROOMS:
         assert (ROOT / "swift_dist" / room).is_symlink()
+
+
+def test_a_folder_of_its_name_does_not_hide_the_package(tmp_path):
+    """Working beside the clone: Python looks in the current folder first, and so do the ranks."""
+    (tmp_path / "swift_dist").mkdir()
+    code = "import swift_dist; print(swift_dist.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.strip() == str(ROOT / "swift_dist" / "__init__.py"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -172,14 +172,21 @@ _LOAD_REFUSES = ("model.", "train.global_batch_size", "optimizer.name", "paralle
 """Keys that `checkpoint.load` cannot change either."""
 
 
-def require_same_training(differences: list[Difference], folder: Any) -> None:
-    """Raise JobError if there are `differences` between the job and the run in `folder`."""
+def weights_alone(folder: Any, engine: str) -> str:
+    """How to begin with the weights of a run or checkpoint in `folder`, and with nothing else of it."""
+    if engine == "hf":
+        return "--model.path its export, the folder model; or what swift-dist merge makes of its adapter"
+    return f"--model.path DIR after swift-dist convert megatron-to-hf {folder} DIR"
+
+
+def require_same_training(differences: list[Difference], folder: Any, engine: str = "megatron") -> None:
+    """Raise JobError if there are `differences` between the job and the run of `engine` in `folder`."""
     if differences:
         first = differences[0]
         refused = [d.key for d in differences if d.key.startswith(_LOAD_REFUSES)]
         go_on = f"--checkpoint.load {folder} to go on from its checkpoint"
         if refused:
-            go_on = f"--model.path of its export, swift-dist convert megatron-to-hf {folder} DIR, for its weights alone"
+            go_on = f"for its weights alone {weights_alone(folder, engine)}"
         lines = [f"{d.key}: {json.dumps(d.old)} in {folder}, {json.dumps(d.new)} in this job" for d in differences]
         raise JobError(
             first.key,

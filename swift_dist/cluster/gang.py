@@ -352,9 +352,10 @@ class Gang:
 
     def _died(self, rank: int, error: Exception) -> Failure:
         log.debug("rank %d: %s", rank, error)
-        return self._failure(
-            rank, "died", "its process ended without a word (killed, out of memory, or crashed; its log may say more)"
-        )
+        text = "its process ended without a word (killed, out of memory, or crashed; its log may say more)"
+        if "creation task" in str(error):  # Ray's words for an actor whose making raised; its traceback follows
+            text = f"its process could not start: {str(error).strip().splitlines()[-1]}"
+        return self._failure(rank, "died", text)
 
     def _failure(self, rank: int, kind: Any, message: str) -> Failure:
         self._beats = self._agents.read()

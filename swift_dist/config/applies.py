@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from swift_dist.config.job import JobConfig
@@ -80,11 +80,28 @@ stand in a job file that does not evaluate yet: nothing is encoded for them.)"""
 
 
 def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
+    if job.engine == "hf" and job.train.recompute == "selective":
+        raise JobError("train.recompute", "'selective' is the megatron engine's alone", "--train.recompute full")
     for key, is_read, wanted in _CONDITIONS:
         value = _value(job, key)
         if value != _value(defaults, key) and not is_read(job):
             shown = [entry.path for entry in value] if key == "data.validation" else value
             raise JobError(key, f"{shown!r} has no effect without {wanted}", f"give {wanted}, or leave it out")
+
+
+def reason_for_padding(job: JobConfig, needs: str) -> str | None:
+    """Why the job's sequences cannot lie side by side in one row, whatever its model; None: that depends on the model.
+
+    Args:
+        needs: of its objective.
+    """
+    if needs != "tokens":
+        return "a classification head reads one sequence from each row"
+    if job.model.attention:
+        return f"model.attention {job.model.attention} does not keep packed sequences apart"
+    if job.task == "pretrain" and job.parallel.context_parallel_size == 1:
+        return "pretraining's samples are as long as the row"
+    return None
 
 
 def _require_strategy(job: JobConfig) -> None:
@@ -130,8 +147,32 @@ def _require_chosen(job: JobConfig) -> None:
             if not hasattr(options, "model_fields_set") or plugin in names or options == type(options)():
                 continue
             changed = next(n for n in type(options).model_fields if getattr(options, n) != getattr(type(options)(), n))
-            raise JobError(
-                f"{room}.{plugin}.{changed}",
-                f"has no effect: {room}.name is {' '.join(names)}",
-                f"--{room}.name {plugin}, or leave it out",
-            )
+            raise _not_chosen(job, room, plugin, changed)
+
+
+def require_chosen_words(job: JobConfig, words: Iterable[str]) -> None:
+    """The same of what the command line says, defaults too: who types --lora_rank 8 expects LoRA.
+
+    Args:
+        job: the job.
+        words: names of keys.
+    """
+    if job.task == "pretrain":
+        return
+    for word in words:
+        room, _, rest = word.partition(".")
+        plugin, _, option = rest.partition(".")
+        chosen = {"tuner": job.tuner.name, "objective": (job.objective.resolved_name(job.task),)}.get(room)
+        if option and chosen is not None and plugin not in chosen:
+            raise _not_chosen(job, room, plugin, option)
+
+
+def _not_chosen(job: JobConfig, room: str, plugin: str, option: str) -> JobError:
+    section = getattr(job, room)
+    names = job.tuner.name if room == "tuner" else (job.objective.resolved_name(job.task),)
+    alike = [name for name in names if hasattr(getattr(section, name, None), option)]
+    return JobError(
+        f"{room}.{plugin}.{option}",
+        f"has no effect: {room}.name is {' '.join(names)}",
+        f"--{room}.{alike[0]}.{option}" if alike else f"--{room}.name {plugin}, or leave it out",
+    )

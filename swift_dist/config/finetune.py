@@ -23,8 +23,8 @@ class TemplateSection(Section):
     )
     rewritten_turns: Literal["apart", "refuse"] = Field(
         "apart",
-        description="answers that the chat template rewrites when more messages follow: learn each from a sample of its "
-        "own that ends with it, or leave the row out",
+        description="answers that the chat template rewrites when more messages follow: learn each from a sample of "
+        "its own that ends with it, or leave the row out",
     )
     truncation: Literal["delete", "left", "right", "split"] = Field(
         "delete",

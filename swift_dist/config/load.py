@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
+from swift_dist.config.applies import require_chosen_words
 from swift_dist.config.job import JobConfig
 from swift_dist.config.keys import Key, did_you_mean, walk
 from swift_dist.config.section import Section
@@ -276,6 +277,7 @@ def load_job(path: str | Path | None, words: Sequence[str] = (), task: str | Non
     if task not in (None, "pretrain"):
         layers.insert(0, {"task": task})  # what the verb says; a file may say it, too
     job = build(JobConfig, [*layers, overrides], JOB_ALIASES)
+    require_chosen_words(job, overrides)
     if task is not None and job.task != task:
         raise JobError("task", f"the job says {job.task!r} but the verb is {task!r}", f"swift-dist {job.task} ...")
     return job

@@ -6,6 +6,8 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -58,53 +60,64 @@ def preview(options: PreviewOptions) -> dict[str, Any]:
             "template.truncation", "has no effect on rows of any length", "give --sequence_length, or leave it out"
         )
     template = load_template(options.tokenizer, options.template, options.trust_remote_code)
-    rows = 0
-    formats, kinds, reasons = Counter[str](), Counter[str](), Counter[str]()
-    lengths: list[int] = []
-    apart = {"rows": 0, "sequences": 0}
-    learned = 0
-    shown: list[dict[str, Any]] = []
-    first: dict[str, str] = {}
-    for form, origin, row in _rows(options):
-        if rows == options.count:
-            break
-        rows += 1
-        formats[form] += 1
+    found = _Found()
+    for form, origin, row in islice(_rows(options), options.count):
+        found.formats[form] += 1
         if not isinstance(row, Row):
-            reasons[row.reason] += 1
-            first.setdefault(row.reason, origin)
+            found.leave_out(row.reason, origin)
             continue
         kind = kind_of(row)
-        kinds[kind] += 1
-        if row.messages and kinds[kind] == 1:
+        found.kinds[kind] += 1
+        if row.messages and found.kinds[kind] == 1:
             template.check()
         try:
             whole = _encoded(template, row)
             sequences, left_out = _shortened(whole, kind, options)
         except BadRowError as error:
-            reasons[str(error)] += 1
-            first.setdefault(str(error), origin)
+            found.leave_out(str(error), origin)
             continue
         if kind == "conversation" and len(whole) > 1:
-            apart = {"rows": apart["rows"] + 1, "sequences": apart["sequences"] + len(whole)}
-        reasons.update(left_out)
-        first = {**dict.fromkeys(left_out, origin), **first}
-        lengths += [len(encoded) for _, encoded in sequences]
-        learned += sum(int((encoded.weights > 0).sum()) for _, encoded in sequences)
-        if len(shown) < options.rows:
-            shown.append({"origin": origin, "kind": kind, "sequences": [_shown(template, *one) for one in sequences]})
-    return {
-        "rows": rows,
-        "formats": dict(formats),
-        "kinds": dict(kinds),
-        "sequences": len(lengths),
-        "apart": apart,
-        "reasons": dict(reasons.most_common()),
-        "first": first,
-        "lengths": _distribution(lengths),
-        "learned": learned / sum(lengths) if lengths else 0.0,
-        "shown": shown,
-    }
+            found.apart.update(rows=1, sequences=len(whole))
+        for reason in left_out:
+            found.leave_out(reason, origin)
+        found.lengths += [len(encoded) for _, encoded in sequences]
+        found.learned += sum(int((encoded.weights > 0).sum()) for _, encoded in sequences)
+        if len(found.shown) < options.rows:
+            shown = [_shown(template, *one) for one in sequences]
+            found.shown.append({"origin": origin, "kind": kind, "sequences": shown})
+    return found.result()
+
+
+@dataclass
+class _Found:
+    """What `preview` counts; see there."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    apart: Counter[str] = field(default_factory=lambda: Counter(rows=0, sequences=0))
+    lengths: list[int] = field(default_factory=list)
+    learned: int = 0
+    shown: list[dict[str, Any]] = field(default_factory=list)
+
+    def leave_out(self, reason: str, origin: str) -> None:
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, origin)
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "rows": sum(self.formats.values()),
+            "formats": dict(self.formats),
+            "kinds": dict(self.kinds),
+            "sequences": len(self.lengths),
+            "apart": dict(self.apart),
+            "reasons": dict(self.reasons.most_common()),
+            "first": self.first,
+            "lengths": _distribution(self.lengths),
+            "learned": self.learned / sum(self.lengths) if self.lengths else 0.0,
+            "shown": self.shown,
+        }
 
 
 def kind_of(row: Row) -> str:

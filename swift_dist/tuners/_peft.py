@@ -51,7 +51,7 @@ class AdapterTuner(Tuner):
         """
         from peft import get_peft_model
 
-        _require_found(model, options, f"tuner.{self.name}")
+        require_found(model, options, f"tuner.{self.name}")
         modules = modules_to_save(model, trainable)
         config = self.peft_config(model, options, list(modules) if modules else None)  # PEFT adds a head's to the list
         if modules and ties_saved(model, modules):
@@ -116,7 +116,7 @@ def write_adapter(model: Any, config: Any, weights: dict[str, torch.Tensor], fol
         config.save_pretrained(new)
 
 
-def _require_found(model: torch.nn.Module, options: Any, key: str) -> None:
+def require_found(model: torch.nn.Module, options: Any, key: str) -> None:
     """Refuse a name or pattern in `options` that is no module's. PEFT passes it by where another one is found, and what
     was to learn, or not to, is other than the job says.
 
@@ -130,7 +130,13 @@ def _require_found(model: torch.nn.Module, options: Any, key: str) -> None:
             continue
         for wanted in given:
             pattern = wanted if option.endswith("pattern") else re.escape(wanted)
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # as PEFT reads either
+            try:
+                as_peft_reads_it = re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise JobError(
+                    f"{key}.{option}", f"{wanted!r} is no regular expression: {error}", "correct it"
+                ) from None
+            if not any(as_peft_reads_it.match(name) for name in names):
                 last = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
                 one_of = ", ".join(word for word in last if not word.isdecimal())
                 said = f"no module of the {type(model).__name__} is called {wanted!r}"

@@ -55,8 +55,11 @@ class Tuner:
         self, model: torch.nn.Module, options: Any, *, seed: int, trainable: Sequence[str] = ()
     ) -> torch.nn.Module:
         """Freeze, add or wrap; returns the model to train. The same on every rank: random values come from `seed`.
-        Called on whole weights on the CPU, before a strategy shards them. `trainable`: patterns of further weights that
-        learn and are saved whole (``tuner.trainable``)."""
+
+        Called on whole weights on the CPU, before a strategy shards them; on ranks that get their weights from the
+        first one (FSDP2, ZeRO-3), on the meta device: numbers may depend on those of the weights, which tensors there
+        are and what learns may not. `trainable`: patterns of further weights that learn and are saved whole
+        (``tuner.trainable``)."""
         return model
 
     def without(self, model: torch.nn.Module) -> AbstractContextManager[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from swift_dist.errors import JobError
 from swift_dist.tuners import lora
@@ -25,6 +25,13 @@ class Options(lora.Options):
     compute_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="4 bits: of products with frozen weights"
     )
+
+    @model_validator(mode="after")
+    def _of_4_bits(self) -> Options:
+        for name in ("quant_type", "double_quant", "compute_dtype"):
+            if self.bits == 8 and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of 4 bits, and bits is 8: leave it out")
+        return self
 
 
 class QLora(lora.Lora):

@@ -56,6 +56,18 @@ def test_steps_count_on_from_another_run(tmp_path: Path) -> None:
         resolved(job(tmp_path, checkpoint={"load": folder}, train={"steps": 4}), tmp_path)
 
 
+def test_the_remedy_is_the_engines_own(tmp_path: Path) -> None:
+    """A fine-tuning run has an export; nothing converts its checkpoints."""
+    folder = save(tmp_path, engine="hf", consumed_samples=64)
+    old = resolved(job(tmp_path), tmp_path).job.model_dump(mode="json")
+    changed = resolved(job(tmp_path, optimizer={"name": "sgd"}), tmp_path)
+    with pytest.raises(JobError, match="swift-dist merge") as error:
+        check_resume(changed, folder, old)
+    assert "megatron-to-hf" not in str(error.value)
+    with pytest.raises(JobError, match=r"--train\.global_batch_size 16; .*swift-dist merge"):
+        resolved(job(tmp_path, checkpoint={"load": str(folder)}), tmp_path)
+
+
 def test_a_checkpoint_of_the_other_engine_is_refused(tmp_path: Path) -> None:
     folder = str(save(tmp_path, engine="megatron"))
     with pytest.raises(JobError, match="is of the megatron engine, and this job's is hf"):

@@ -93,7 +93,7 @@ def test_ranks_take_the_task_from_the_file(tmp_path, task):
         (["--data.train", "[{path: a, weight: -1}]"], "data.train.0.weight", "greater than 0"),
         (["--optimizer.lr", ".nan"], "optimizer.lr", "finite"),
         (["--merge_lora", "true"], "--merge_lora", "instead: swift-dist merge"),
-        (["--warmup-ratio", "0.1"], "--warmup-ratio", "instead: schedule.warmup_steps"),
+        (["--warmup-ratio", "10"], "schedule.warmup_ratio", "less than 1"),
         (["stray", "--train.steps", "3"], "stray", "unexpected argument"),
     ],
 )
@@ -216,3 +216,14 @@ def test_did_you_mean_names_a_key_once():
 
     hint = did_you_mean("data.seq_lenght", KEYS, JOB_ALIASES) + did_you_mean("sequence_paralel", KEYS, JOB_ALIASES)
     assert hint.count("sequence_parallel") == 1, hint
+
+
+def test_a_tuners_option_without_the_tuner_is_refused_even_at_its_default(tmp_path):
+    default = str(JobConfig().tuner.lora.rank)
+    with pytest.raises(JobError, match=r"tuner\.lora\.rank: has no effect") as caught:
+        load_job(None, ["--lora_rank", default], task="sft")
+    assert "--tuner.name lora" in str(caught.value)
+    assert load_job(None, ["--lora_rank", default, "--tuner_type", "lora"], task="sft").tuner.lora.rank == int(default)
+    job = tmp_path / "job.yaml"
+    job.write_text(dump_job(load_job(None, ["--model", "m"], task="sft")))  # states every option at its default
+    assert load_job(job, task="sft").tuner.name == ("full",)

@@ -91,6 +91,18 @@ def test_metrics_of_classes_by_hand():
     assert [float(x) for x in metrics["accuracy"]] == [1, 2]
 
 
+def test_accuracy_of_tokens_leaves_out_those_without_a_label():
+    """Even where the model says class 0, which stands in for their label in the loss."""
+    scores = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    batch = Batch(
+        *(torch.tensor([1.0, 2.0, 1.0]), torch.zeros(3, dtype=torch.int64), torch.tensor([3]), torch.ones(1)),
+        labels=torch.tensor([-100, 0, 0]),
+        scores=scores,
+    )
+    metrics = token_classification.loss(batch, token_classification.count(batch)).metrics
+    assert [float(x) for x in metrics["accuracy"]] == [1, 2]
+
+
 def classify(labels: torch.Tensor, num_labels: int) -> Loss:
     count = len(labels)
     none = {"weights": torch.ones(0), "segments": torch.zeros(0, dtype=torch.int64), "lengths": torch.ones(count)}

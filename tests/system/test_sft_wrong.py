@@ -101,6 +101,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     # keys that nothing would read
     "layout": ("sft", "--dataset rows.jsonl --tp 2", "parallel.tensor_model_parallel_size", ["sft"], "leave it out"),
     "rank": ("sft", "--dataset rows.jsonl --lora_rank 4", "tuner.lora.rank", ["tuner.name is full"], "tuner.name lora"),
+    "rank of another": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type qlora --lora_rank 4",
+        "tuner.lora.rank",
+        ["tuner.name is qlora"],
+        "--tuner.qlora.rank",
+    ),
     "tuner": ("pretrain", "--dataset x --tuner_type lora", "tuner.name", ["no effect on pretrain"], "sft"),
     "head": ("sft", "--dataset rows.jsonl --num_labels 3", "model.num_labels", ["causal_lm"], "classification"),
     "problem": ("sft", "--dataset rows.jsonl --model.problem_type regression", "model.problem_type", ["causal_lm"], ""),
@@ -135,6 +142,14 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         "data.validation",
         ["rows.jsonl", "no effect"],
         "train.eval_interval",
+    ),
+    "recompute": ("sft", "--dataset rows.jsonl --train.recompute selective", "train.recompute", ["megatron"], "full"),
+    "8 bits": (
+        "sft",
+        "--dataset rows.jsonl --tuner_type qlora --tuner.qlora.bits 8 --tuner.qlora.quant_type fp4",
+        "tuner.qlora",
+        ["quant_type is of 4 bits"],
+        "",
     ),
     "momentum": ("sft", "--dataset rows.jsonl --optimizer.momentum 0.5", "optimizer.momentum", ["0.5"], "sgd"),
     "lowest rate": (
@@ -182,6 +197,14 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "unknown tuner": ("sft", "--dataset rows.jsonl --tuner_type loraa", "tuner.name", ["did you mean lora"], "lora"),
     "strategies": ("sft", "--dataset rows.jsonl --deepspeed zero3 --fsdp fsdp2", "strategy", ["not both"], ""),
     "preset": ("sft", "--dataset rows.jsonl --deepspeed zero9", "strategy.deepspeed", ["'zero9'"], "zero3"),
+    "packed classes": ("sft", f"--dataset classes.jsonl {CLASSIFY} --packing true", "data.packing", ["head"], "leave"),
+    "unpadded": (
+        "sft",
+        "--dataset rows.jsonl --padding_free true --attn_impl sdpa",
+        "data.padding_free",
+        ["sdpa does not keep"],
+        "leave",
+    ),
     "packed pairs": ("rlhf", "--dataset pairs.jsonl --packing true", "data.packing", ["pair"], "leave"),
     "engine": ("sft", "--dataset rows.jsonl --engine megatron", "engine", ["sft"], "--engine hf"),
     # rows

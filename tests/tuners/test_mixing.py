@@ -95,7 +95,7 @@ def test_first_values_come_from_the_seed(bases):
         ({"x": adalora.Options()}, "ADALORA cannot be mixed"),
         ({"x": lora.Options(init="pissa")}, "change the weights that others build on"),
         ({"x.y": lora.Options()}, "no name of an adapter"),
-        ({"x": lora.Options(target_modules=("nothing",))}, "not found in the base model"),
+        ({"x": lora.Options(target_modules=("q_proj", "nothing"))}, "is called 'nothing'"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(adapters, says, bases):

@@ -144,6 +144,7 @@ def test_freeze_by_patterns_and_by_share(bases):
         ("lora", {"lora": {"target_modules": ["all-linear", "q_proj"]}}, "is called 'all-linear'"),
         ("lora", {"lora": {"exclude_modules": "k_proj,o_porj"}}, "is called 'o_porj'"),
         ("lora", {"lora": {"rank_pattern": {"q_proj": 2, "qq_proj": 4}}}, "is called 'qq_proj'"),
+        ("lora", {"lora": {"alpha_pattern": {"q_(proj": 2}}}, "no regular expression"),
         ("ia3", {"ia3": {"target_modules": "k_proj,fc2", "feedforward_modules": ""}}, "is called 'fc2'"),
         ("lisa", {"lisa": {"active_layers": 5}}, "5 of 4 layers"),
         ("llama_pro", {"llama_pro": {"blocks": 3}}, "4 layers and 3 new ones"),

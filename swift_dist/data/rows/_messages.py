@@ -25,6 +25,8 @@ _ROLES = {
     "function": "tool",
     "tool_call": "tool_call",
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the thinking before an answer: DeepSeek's and ms-swift's, OpenRouter's and vLLM's, that of gpt-oss' rows."""
 _ADDED_CALL = "_added_call"  # marks calls that came from messages of their own, while a conversation is read
 
 
@@ -83,8 +85,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
         called = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
         if called:
             message["tool_calls"] = _calls(called, where)
-        if "reasoning_content" in item:
-            message["reasoning_content"] = as_text(item["reasoning_content"], f"{where}: reasoning_content", empty=True)
+        message |= _thinking(item, message["content"], where)
     elif item.get("tool_calls") or item.get("function_call"):
         raise BadRowError(f"{where} has tool calls: only the assistant calls")
     for key in ("name", "tool_call_id"):
@@ -93,6 +94,15 @@ def _message(item: dict[str, Any], where: str) -> Message:
     if "loss" in item or "weight" in item:
         message["loss"] = _loss(item.get("loss", item.get("weight")), role, where)
     return message
+
+
+def _thinking(item: dict[str, Any], content: str, where: str) -> Message:
+    """``reasoning_content``, under whichever name the row has it."""
+    found = {key: as_text(item[key], f"{where}: {key}", empty=True) for key in THOUGHTS if item.get(key)}
+    if len(found) + ("</think>" in content) > 1:
+        names = [*found, *(["<think> in its content"] if "</think>" in content else [])]
+        raise BadRowError(f"{where} has its thinking twice: {' and '.join(names)}")
+    return {"reasoning_content": next(iter(found.values()))} if found else {}
 
 
 def _content(item: dict[str, Any], role: str, where: str) -> str:
@@ -128,7 +138,11 @@ def _call(item: Any, where: str) -> dict[str, Any]:
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise BadRowError(f"{where}: a tool call is not an object with name and arguments")
-    arguments = function.get("arguments")
+    named = [key for key in ("arguments", "parameters") if function.get(key) is not None]
+    unread = [key for key in function if key not in ("name", "id", "type", "arguments", "parameters")]
+    if len(named) > 1 or (unread and not named):
+        raise BadRowError(f"{where}: a call of {function['name']} with {', '.join(named or unread)}, not arguments")
+    arguments = function[named[0]] if named else None
     if isinstance(arguments, str) and arguments.strip():
         arguments = from_json(arguments, f"{where}: arguments of {function['name']}")
     arguments = {} if arguments is None or arguments == "" else arguments

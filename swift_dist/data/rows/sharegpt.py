@@ -7,7 +7,7 @@ from typing import Any
 
 from swift_dist.data.readers import kind_of
 from swift_dist.data.rows._fields import as_list, first, is_plain, required
-from swift_dist.data.rows._messages import check_turns, read_messages, read_tools, with_system
+from swift_dist.data.rows._messages import THOUGHTS, check_turns, read_messages, read_tools, with_system
 from swift_dist.data.rows.base import BadRowError, Message, Row, RowFormat
 from swift_dist.data.rows.messages import TURN_COLUMNS, turns, turns_with
 
@@ -42,7 +42,7 @@ def read_turns(value: Any, column: str, roles: Mapping[str, str] = _ROLES) -> li
         if turn["from"] not in list(roles):
             hint = "; data.format: toolbench knows it" if turn["from"] == "function" else ""
             raise BadRowError(f"{where} is from {turn['from']!r}; there are {', '.join(roles)}{hint}")
-        kept = {key: turn[key] for key in ("loss", "weight") if key in turn}
+        kept = {key: turn[key] for key in ("loss", "weight", *THOUGHTS) if key in turn}
         items.append({"role": roles[turn["from"]], "content": turn["value"], **kept})
     return read_messages(items, column)
 

@@ -13,7 +13,8 @@ from typing import Any
 from swift_dist.data.work_folder import write_json
 from swift_dist.errors import JobError, RunError
 
-SILENT_SECONDS = 180.0  # shared file systems may show a file's change a minute late
+SILENT_SECONDS = 180.0  # shared file systems may show a change a minute late
+_LATE_SECONDS = 60.0  # and a chunk later than the word that all are there
 _WRITE_SECONDS = 3.0
 _LOOK_SECONDS = 3.0
 _AGAIN = "the same command goes on from the newest checkpoint, and with the rows that are encoded"
@@ -69,12 +70,12 @@ class StatusReader:
             waits: whether the caller waits for a chunk that is not there.
 
         Raises:
-            JobError, RunError: the encoding has failed, as the driver says; or the caller waits and it has ended, or
-                nothing was heard of it for `SILENT_SECONDS`.
+            JobError, RunError: the encoding has failed, as the driver says; or the caller waits although it has ended,
+                or nothing was heard of it for `SILENT_SECONDS`.
         """
         now = time.monotonic()
         if waits and not self._waits:
-            self._changed = now  # nobody listened before
+            self._changed = now  # nobody listened before, and what was seen then may have come true since
         self._waits = waits
         if now - self._looked < _LOOK_SECONDS:
             return
@@ -86,7 +87,7 @@ class StatusReader:
             if status["key"]:
                 raise JobError(status["key"], status["message"], status["remedy"])
             raise RunError(f"encoding rows failed: {status['message']}", status["remedy"] or _AGAIN)
-        if waits and status and status["state"] == "ended":
+        if waits and status and status["state"] == "ended" and now - self._changed > _LATE_SECONDS:
             raise RunError("encoded rows are missing or damaged: was data.cache emptied?", _AGAIN)
         if waits and now - self._changed > SILENT_SECONDS:
             raise RunError(f"nobody has encoded rows for {SILENT_SECONDS:.0f} s: the driver is gone or hangs", _AGAIN)

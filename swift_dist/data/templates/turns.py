@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,17 +41,20 @@ class Spans:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn as the model would generate it: `text` is the conversation up to its end, `start` where it begins there,
-    `ends` what may stand behind `text` and belongs to the turn (see `Quirk.next_header_ends`)."""
+    """Args:
+    text: the conversation up to a turn, as the model sees it when it has generated that turn.
+    start: where the turn begins.
+    upto_end: the text up to the turn's last token; one for each that may stand there (see `Quirk.next_header_ends`).
+    """
 
     text: str
     start: int
-    ends: tuple[str, ...] = ("",)
+    upto_end: tuple[str, ...]
 
     def span_in(self, text: str) -> tuple[int, int] | None:
         """Where the turn stands in the text of a longer conversation; None if it was rewritten there."""
-        end = next((self.text + end for end in self.ends if text.startswith(self.text + end)), None)
-        return None if end is None else (self.start, len(end))
+        found = next((known for known in self.upto_end if text.startswith(known)), None)
+        return None if found is None else (self.start, len(found))
 
 
 def spans_of(
@@ -110,12 +114,10 @@ def _in_one_text(
     elif renderer.marks_agree:
         found = _marked(renderer, messages, tools, learning)
     else:
-        text = _text(renderer, messages, tools)
-        spans: dict[int, tuple[int, int]] = {}
         for k in learning:
             turns[k] = turns.get(k) or _generated(renderer, messages[: k + 1], tools)
-            span = turns[k].span_in(text)
-            spans |= {k: span} if span else {}
+        text = turns[last].text if last in learning else _text(renderer, messages, tools)
+        spans = {k: span for k in learning if (span := turns[k].span_in(text))}
         found = Spans(text, spans, len(messages))
     for k, (start, end) in list(found.spans.items()):
         try:
@@ -123,18 +125,20 @@ def _in_one_text(
         except BadRowError:
             if k == last or not renderer.marks_agree:
                 raise
-            del found.spans[
-                k
-            ]  # marked, but what was thought there is left out: it is whole where the text ends with it
+            # The mark leaves out what was thought there: that turn is whole where the text ends with it.
+            del found.spans[k]
     return found
 
 
 def _text(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any]) -> str:
     """The conversation's text, with what ends its last turn."""
-    text, last = renderer.text(messages, tools), messages[-1]
-    if renderer.quirk and renderer.next_header_ends and last["role"] == "assistant":
-        text += renderer.quirk.end_of_call if last.get("tool_calls") else renderer.quirk.ends[0]
-    return text
+    return _ended(renderer, messages, renderer.text(messages, tools))
+
+
+def _ended(renderer: Renderer, messages: Sequence[Message], text: str) -> str:
+    if not (renderer.quirk and renderer.next_header_ends and messages[-1]["role"] == "assistant"):
+        return text
+    return text + (renderer.quirk.end_of_call if messages[-1].get("tool_calls") else renderer.quirk.ends[0])
 
 
 def _generated(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any]) -> _Turn:
@@ -143,6 +147,8 @@ def _generated(renderer: Renderer, messages: Sequence[Message], tools: Sequence[
     prompt = renderer.text(messages[:last], tools, prompt=True)
     own = renderer.text(messages, tools)
     start, turn = len(prompt), _turn(messages, last)
+    if not own.startswith(prompt):
+        own = _behind(renderer, messages, tools, prompt, own) or own
     begins = own.startswith(prompt)
     if opens_thinking(prompt) and (not begins or own.startswith("\n</think>", start)):
         raise BadRowError(
@@ -156,8 +162,26 @@ def _generated(renderer: Renderer, messages: Sequence[Message], tools: Sequence[
             + (": the model is asked for an answer without thinking (template.thinking drop)" if without else "")
         )
     if renderer.next_header_ends:
-        return _Turn(own, start, renderer.ends)
-    return _Turn(own[: renderer.end_of_turn(own, start)], start)
+        return _Turn(_ended(renderer, messages, own), start, tuple(own + end for end in renderer.ends))
+    return _Turn(own, start, (own[: renderer.end_of_turn(own, start)],))
+
+
+def _behind(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], prompt: str, own: str) -> str | None:
+    """The last answer behind its prompt, where the template writes the messages before it otherwise once it is there.
+
+    gpt-oss leaves out what was thought before a call as soon as the answer follows. Where the answer begins is known
+    from another answer in its place: the texts are the same up to behind the header that both begin with.
+
+    Returns:
+        The text; None where the turn does not begin with the prompt's header.
+    """
+    if messages[-1].get("tool_calls"):
+        return None
+    header = prompt.removeprefix(renderer.text(messages[:-1], tools))
+    other = renderer.text([*messages[:-1], {"role": "assistant", "content": "zqx"}], tools)
+    same = next((place for place, (one, two) in enumerate(zip(own, other, strict=False)) if one != two), 0)
+    at = own.rfind(header, 0, same)
+    return prompt + own[at + len(header) :] if header and at >= 0 else None
 
 
 def _marked(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Any], learning: Sequence[int]) -> Spans:
@@ -219,10 +243,11 @@ def _check_answer(message: Message, span: str, turn: str) -> None:
     missing = next((p for text in texts for p in _THINK_TAGS.split(text) if p.strip() not in span), None)
     if missing is not None:
         raise BadRowError(f"{turn}: the chat template leaves out a part of the answer: {missing[:60]!r}")
-    names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    missing = next((name for name in names if name not in span), None)
+    names = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
+    missing = next((name for name, count in names.items() if span.count(name) < count), None)
     if missing is not None:
-        raise BadRowError(f"{turn}: the chat template leaves out the call of {missing!r}: set template.agent")
+        which = "the call" if names[missing] == 1 else f"one of {names[missing]} calls"
+        raise BadRowError(f"{turn}: the chat template leaves out {which} of {missing!r}: set template.agent")
 
 
 def check_context(messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:

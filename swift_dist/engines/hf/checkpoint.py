@@ -58,7 +58,8 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     for left_over in run_dir.glob(f".*{folder.name}.partial*"):  # of an export that was killed, and its own parts
         shutil.rmtree(left_over, ignore_errors=True)
     if engine.job.model.problem_type:
-        engine.model.config.problem_type = engine.job.model.problem_type  # what turns scores into answers
+        config: Any = engine.model.config
+        config.problem_type = engine.job.model.problem_type  # what turns scores into answers
     engine.tuners.export(engine.model, weights, partial)
     tokenizer = tokenizer_of(engine.job)
     if tokenizer is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from swift_dist.config import JobConfig
+from swift_dist.config.applies import reason_for_padding
 from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
@@ -133,15 +134,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         JobError: packing, or a layout without padding, is asked for and the model cannot do it.
     """
     wanted, shares = job.data.padding_free, job.parallel.context_parallel_size > 1
-    reason: str | None = None
-    if needs != "tokens":
-        reason = "a classification head reads one sequence from each row"
-    elif job.model.attention:
-        reason = f"model.attention {job.model.attention} does not keep packed sequences apart"
-    elif job.task == "pretrain" and not shares:
-        reason = "pretraining's samples are as long as the row"
-    else:
-        reason = attention.refusal(model)
+    reason = reason_for_padding(job, needs) or attention.refusal(model)
     if reason and (job.data.packing or wanted or shares):
         key = "data.packing" if job.data.packing else "data.padding_free" if wanted else SIZE
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
@@ -149,7 +142,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         if reason and job.task != "pretrain":
             log.info("batches are padded: %s", reason)
         return "padded"
-    attention.register()
+    attention.register(is_compiled=job.train.compile)
     model.set_attn_implementation(attention.NAME)
     if shares:
         shared_attention.register(attention.attend_whole_rows)
@@ -192,7 +185,6 @@ def compile_layers(model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise JobError("train.compile", f"{type(model).__name__} does not name its layers", "leave it out")
-    attention.register(is_compiled=True)
     for layer in layers:
         layer.compile(dynamic=True)
 

@@ -5,7 +5,7 @@ What is kept of a sequence is the sum over its tokens of loss weight * log-proba
 objective reads of a reference. It lies in the run folder, a file of plain numbers for each store of samples, NaN where
 nothing was computed yet:
 
-    reference/<model>-<samples>.bin   float64 [sequences of the store]
+    reference/<model>-<samples>-<n>.bin   float64 [sequences of the store], the n-th of this content
 
 The names are hashes of what the numbers were computed from, so a resume finds what is still right and computes the
 rest: what a killed pass had not come to, the samples of further steps, those of other data or another model.
@@ -13,11 +13,12 @@ rest: what a killed pass had not come to, the samples of further steps, those of
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,16 +171,21 @@ class _Files:
 
         Args:
             model: identity of what computes.
+
+        Raises:
+            RunError: they cannot be read or made.
         """
-        self._paths = [self._folder / f"{model}-{identity}.bin" for identity in self._data.store_identities()]
-        self._folder.mkdir(exist_ok=True)
-        for other in set(self._folder.iterdir()) - set(self._paths):
-            other.unlink()
+        names = self._data.store_identities()  # the same rows may be there twice, to train and to evaluate on
+        self._paths = [self._folder / f"{model}-{n}-{names[:place].count(n)}.bin" for place, n in enumerate(names)]
         parts = []
-        for path, start, end in self._spans():
-            if not path.exists() or path.stat().st_size != 8 * (end - start):
-                write_whole(path, np.full(end - start, np.nan).tobytes())
-            parts.append(np.fromfile(path))
+        with _told(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            for other in set(self._folder.iterdir()) - set(self._paths):
+                other.unlink()
+            for path, start, end in self._spans():
+                if not path.exists() or path.stat().st_size != 8 * (end - start):
+                    write_whole(path, np.full(end - start, np.nan).tobytes())
+                parts.append(np.fromfile(path))
         return np.concatenate(parts)
 
     def write(self, sums: np.ndarray, first: int, end: int) -> None:
@@ -192,21 +198,25 @@ class _Files:
             low, high = max(first, start), min(end, stop)
             if low >= high:
                 continue
-            try:
-                with path.open("r+b") as file:
-                    file.seek(8 * (low - start))
-                    file.write(sums[low:high].tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise RunError(
-                    f"{path} cannot be written: {error}", "free space, then run the command again"
-                ) from error
+            with _told(path), path.open("r+b") as file:
+                file.seek(8 * (low - start))
+                file.write(sums[low:high].tobytes())
+                file.flush()
+                os.fsync(file.fileno())
 
     def _spans(self) -> Sequence[tuple[Path, int, int]]:
         """(file, number of its first sequence, one more than that of its last)."""
         starts = self._data.first_numbers
         return list(zip(self._paths, starts[:-1], starts[1:], strict=True))
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """An error of the disk as one of the run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}", "free space, then run the command again") from error
 
 
 def _identity(job: JobConfig, hf_config: dict[str, Any]) -> str:

@@ -30,6 +30,11 @@ GOOD: list[tuple[str, str, dict, Row]] = [
      rows(user("q"), says("a", loss=0), user("r"), says("b", loss=1))),
     ("reasoning", "messages", {"messages": [user("q"), says("a", reasoning_content="r")]},
      rows(user("q"), says("a", reasoning_content="r"))),
+    ("thinking", "messages", {"messages": [user("q"), says("a", thinking="r", reasoning=None)]},
+     rows(user("q"), says("a", reasoning_content="r"))),
+    ("a call's parameters", "messages", {"messages": [user("q"), says("", tool_calls=[
+        {"name": CALL["function"]["name"], "parameters": CALL["function"]["arguments"]}])]},
+     rows(user("q"), says("", tool_calls=[CALL]))),
     ("two users", "messages", {"messages": [user("p"), user("q"), says("a")]}, rows(user("p"), *ASKED)),
     ("tool calls", "messages", {
         "tools": [WEATHER],
@@ -62,6 +67,8 @@ GOOD: list[tuple[str, str, dict, Row]] = [
         "conversations": [human("q"), {"from": "function_call", "value": json.dumps(CALL["function"])},
                           {"from": "observation", "value": "rain"}, gpt("a")]},
      rows(system("s"), user("q"), says("", tool_calls=[CALL]), RESULT, says("a"), tools=(WEATHER,))),
+    ("thinking", "sharegpt", {"conversations": [human("q"), {**gpt("a"), "reasoning": "r"}]},
+     rows(user("q"), says("a", reasoning_content="r"))),
     ("user and assistant", "sharegpt",
      {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, rows(*ASKED)),
     ("plain", "toolbench", {"conversations": [

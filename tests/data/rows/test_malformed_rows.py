@@ -51,6 +51,16 @@ BAD: list[tuple[str, str, dict, str]] = [
      "arguments of f is text that is not JSON"),
     ("arguments a list", "messages", {"messages": [user("q"), says("", tool_calls=[{"name": "f", "arguments": [1]}])]},
      "hold an array, not an object"),
+    ("arguments under another name", "messages", {"messages": [user("q"), {"role": "tool_call", "content":
+     '{"name": "f", "args": {"a": 1}}'}]}, "a call of f with args, not arguments"),
+    ("arguments twice", "messages", {"messages": [user("q"), says("", tool_calls=[
+     {"name": "f", "arguments": {}, "parameters": {"a": 1}}])]}, "with arguments, parameters, not arguments"),
+    ("thinking twice", "messages", {"messages": [user("q"), says("a", thinking="t", reasoning="r")]},
+     "has its thinking twice: reasoning and thinking"),
+    ("thinking and tags", "messages", {"messages": [user("q"), says("<think>r</think>a", reasoning_content="r")]},
+     "has its thinking twice: reasoning_content and <think> in its content"),
+    ("thinking is a list", "messages", {"messages": [user("q"), says("a", reasoning=["r"])]},
+     "reasoning holds an array, not text"),
     ("tool_call no JSON", "messages", {"messages": [user("q"), {"role": "tool_call", "content": "f(x)"}]},
      "text that is not JSON"),
     ("tool_call empty", "messages", {"messages": [user("q"), {"role": "tool_call", "content": ""}]}, "has no content"),

@@ -105,8 +105,53 @@ def test_tensors(tmp_path: Path, layout: str, multiple: int, kind: Any) -> None:
             assert micro[name].dtype == (torch.float32 if name == "weights" else torch.int64)
         assert micro["lengths"].tolist() == [len(s) for k in order for s in held[k]]
         assert micro["sample_weights"].tolist() == [1.0] * 4
-        assert set(micro) == {*expected, "lengths", "sample_weights"}
+        width = len(held[0])
+        assert micro["numbers"].tolist() == [width * k + place for k in order for place in range(width)]
+        assert set(micro) == {*expected, "lengths", "sample_weights", "numbers"}
     assert sorted(seen) == list(range(8))
+
+
+@pytest.mark.parametrize("split", [0.0, 0.25])
+@pytest.mark.parametrize("size", [1, 2])
+def test_samples_are_found_again_by_their_numbers(tmp_path: Path, size: int, split: float) -> None:
+    """Of a job's steps and of its evaluation, over several stores: the numbers of a micro-batch lead to its tokens."""
+
+    def pairs(count: int, first: int) -> list[Sample]:
+        return [Sample((sequence(3, 10 * k), sequence(4, 10 * k + 5))) for k in range(first, first + count)]
+
+    made = {"a": pairs(6, 0), "b": pairs(7, 6), "c": pairs(0 if split else 5, 13)}
+    stores = [make_store(tmp_path / name, samples, kind="pair") for name, samples in made.items()]
+    arguments: dict[str, Any] = {"data": {"split_ratio": split} if split else {}, "train": {"epochs": 2}}
+    ranks = [
+        open_data(stores[:2], [] if split else stores[2:], rank=rank, size=size, **arguments) for rank in range(size)
+    ]
+
+    def content(batches: Iterable[dict[str, torch.Tensor]]) -> dict[int, list[int]]:
+        """number -> tokens"""
+        found = {}
+        for micro in batches:
+            for place, number in enumerate(micro["numbers"].tolist()):
+                if number >= 0:
+                    found[number] = micro["tokens"][micro["segments"] == place].tolist()
+        return found
+
+    def merged(parts: Iterable[dict[int, list[int]]]) -> dict[int, list[int]]:
+        return {number: tokens for part in parts for number, tokens in part.items()}
+
+    training = [merged(content(rank.micro_batches(step)) for rank in ranks) for step in range(ranks[0].num_steps or 0)]
+    evaluated = [merged(content(batch) for batch in rank.validation_batches()) for rank in ranks]
+    seen = merged([*training, *evaluated])
+    numbers = ranks[0].numbers_used(range(len(training)), None)
+    assert sorted(seen) == sorted([*numbers.tolist(), *(numbers + 1).tolist()])
+    assert len(seen) == ranks[0].num_sequences == 2 * sum(map(len, made.values()))
+    assert merged(content(rank.batches_of(numbers.tolist())) for rank in ranks) == seen
+    for step, content_of in enumerate(training):
+        these = ranks[0].numbers_used(range(step, step + 1), 0)
+        assert sorted(content_of) == sorted([*these.tolist(), *(these + 1).tolist()])
+    assert (
+        ranks[0].first_numbers
+        == np.cumsum([0, *(2 * len(store) for store in made.values())]).tolist()[: 3 if split else 4]
+    )
 
 
 @pytest.mark.parametrize("how", [{}, {"packing": True}, {"group_by_length": True}])
@@ -286,10 +331,13 @@ def test_labels_of_tokens_stand_at_their_tokens(tmp_path: Path, layout: str) -> 
     assert "sequence_labels" not in micro
 
 
-def test_labels_of_both_sequences_of_a_kto_sample(tmp_path: Path) -> None:
+def test_the_mismatched_answers_of_kto_are_apart(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", [Sample((sequence(3), sequence(4)), 1)], kind="kto")
     (micro,) = open_data([store], train={"micro_batch_size": 2, "epochs": 1}).micro_batches(0)
-    assert micro["sequence_labels"].tolist() == [1, 1, 0, 0] and micro["sample_weights"].tolist() == [1, 0]
+    for prefix, length, number in (("", 3, 0), ("mismatched.", 4, 1)):
+        assert micro[f"{prefix}sequence_labels"].tolist() == [1, 0] and micro[f"{prefix}lengths"][0] == length
+        assert micro[f"{prefix}sample_weights"].tolist() == [1, 0]
+        assert micro[f"{prefix}numbers"].tolist() == [number, -1]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "CHUNK_BYTES", 300)
     monkeypatch.setattr(stream_status, "_WRITE_SECONDS", 0.1)
     monkeypatch.setattr(stream_status, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(stream_status, "_LATE_SECONDS", 0.5)
 
 
 def make_job(tokenizer: Path, *rows: Any, train: dict | None = None, **data: Any) -> JobConfig:
@@ -325,6 +326,20 @@ def test_chunks_that_are_removed_are_missed(tmp_path: Path, tokenizer: Path) -> 
         encoding._thread.join()
         plan.path(int(plan.streams(1234, lambda chunk: 0)[0].order(0)[-1])).rename(tmp_path / "gone")
         assert "was data.cache emptied?" in str(ends(config, plan))
+
+
+def test_a_chunk_that_is_seen_later_than_the_end_is_waited_for(tmp_path: Path, tokenizer: Path) -> None:
+    """Between a look at the chunk and one at the status it may be made; and other nodes may see it late."""
+    config = make_job(tokenizer, write_rows(tmp_path / "r.jsonl", ROWS))
+    plan, encoding = plan_of(config, tmp_path / "cache")
+    with encoding:
+        encoding._thread.join()
+        last = plan.path(int(plan.streams(config.train.seed, lambda chunk: 0)[0].order(0)[-1]))
+        last.rename(tmp_path / "late")
+        timer = threading.Timer(0.3, lambda: (tmp_path / "late").rename(last))
+        timer.start()
+        assert set(together(steps(config, plan, range(13)))[:100]) == ALL
+        timer.join()
 
 
 def test_a_restart_goes_on_with_the_chunks_that_are_there(tmp_path: Path, tokenizer: Path) -> None:

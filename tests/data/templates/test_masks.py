@@ -33,6 +33,7 @@ def test_ids_and_mask(case: Case, trim_offsets: bool):
     assert (encoded.ids.dtype, encoded.weights.dtype) == (np.int32, np.float32)
 
 
+TWICE = {**call(), "tool_calls": call()["tool_calls"] * 2}
 CHANGED = ("deepseek_r1", "glm4", "hermes_2", "internlm2")
 
 
@@ -81,6 +82,7 @@ def test_generation_starts_where_the_prompt_ends():
         ),
         ("deepseek_r1_distill", Row(ONE), {}, "answer 1 has no thinking"),
         ("qwen3_5_think", Row(ONE), {}, "template.thinking drop"),
+        ("gptoss", Row((user("Hi"), TWICE), tools=T), {}, "leaves out one of 2 calls of 'get_weather'"),
         ("nemotron_3_super", Row(ONE), {}, "answer 1 has no thinking"),
         ("cohere", Row(CALLS, tools=T), {}, "roles must alternate"),
         ("cohere", Row(CALLS, tools=T), {}, "template.agent writes calls and results"),

@@ -93,6 +93,26 @@ def test_families_with_quirks():
     )
 
 
+def test_answer_before_which_the_template_leaves_thinking_out():
+    """gpt-oss: asked for the answer, the model still sees what it thought before the call."""
+    thought = (user("Hi"), call(reasoning_content="Ask."), result("3"), answer("Cold.", reasoning_content="So."))
+    called = (
+        "⟦<|channel|>analysis<|message|>Ask.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary "
+        'json<|message|>{"city": "Oslo"}<|call|>⟧<|start|>functions.get_weather to=assistant<|channel|>commentary'
+        '<|message|>"3"<|end|><|start|>assistant'
+    )
+    final = "<|channel|>final<|message|>Cold.<|return|>⟧"
+    (text,) = texts("gptoss", thought, T)
+    assert text.endswith(
+        GPT_OSS_TURNS.removeprefix("…<|end|>")
+        + called
+        + "⟦<|channel|>analysis<|message|>So.<|end|><|start|>assistant"
+        + final
+    )
+    first, last = texts("gptoss", (*thought[:3], answer("Cold."), user("Bye"), answer("Bye.")), T)
+    assert first.endswith(called + "⟦" + final) and last.count("⟦") == 1 and "analysis<|message|>" not in last
+
+
 def test_marks_are_not_believed_where_thinking_is_left_out():
     assert texts("lfm2_2_5_v2", TALK[:4]) == [
         "<s>" + chatml("", "Hi", "<think>Greet.</think>Hello."),

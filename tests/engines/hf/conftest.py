@@ -18,3 +18,16 @@ def gang() -> Iterator[object]:
     found = Gang(imports=ranks.IMPORTS)
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_gang() -> Iterator[object]:
+    """With DeepSpeed imported once, before ranks are forked."""
+    import deepspeed_ranks
+    from gang import Gang
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")  # found by itself, it says so on the forking process's standard output
+        found = Gang(imports=deepspeed_ranks.IMPORTS)
+    yield found
+    found.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import json
 import time
@@ -82,16 +83,13 @@ def _built(made: Any, alone: bool) -> dict[str, Any]:
     return found
 
 
-def start(worker: Any, model: str, settings: dict[str, Any], alone: bool) -> dict[str, float]:
+def start(worker: Any, model: str, tiny: str, settings: dict[str, Any], alone: bool) -> dict[str, float]:
     """Peak of the resident size above what it was, and seconds, until an engine can take its first step."""
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is given back, as large tensors always are
     wanted = first_rank.reads_alone
     first_rank.reads_alone = wanted if alone else lambda *_, **__: False
     try:
-        tiny = job(model=str(Path(model) / "tiny"), settings=settings)
-        engine(_again(worker, 0), tiny).close()  # what is imported and compiled once
+        engine(_again(worker, 0), job(tiny, settings)).close()  # what is imported once
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
         before, began = _status("VmRSS"), time.monotonic()

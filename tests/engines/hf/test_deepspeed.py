@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,8 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Gang]:
-    """With DeepSpeed imported once, before ranks are forked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "DS_ACCELERATOR", "cpu"
-        )  # found by itself, it says so on the standard output of the forking process
-        found = Gang(imports=deepspeed_ranks.IMPORTS)
-    yield found
-    found.close()
+def ranks(deepspeed_gang: Gang) -> Gang:
+    return deepspeed_gang
 
 
 @cache

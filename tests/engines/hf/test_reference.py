@@ -22,7 +22,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"deepspeed": "zero2"},
     "zero3": {"deepspeed": "zero3"},
 }
-SHARDED = ["fsdp2", "zero3"]
 PRECOMPUTE = {"precompute_reference": True}
 
 
@@ -76,8 +75,15 @@ def expected(runs: Runs, other: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["adapter", "full"])
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        ("fsdp2", "full"),
+        ("zero3", "adapter"),
+        pytest.param("fsdp2", "adapter", marks=pytest.mark.table),
+        pytest.param("zero3", "full", marks=pytest.mark.table),
+    ],
+)
 def test_two_ranks_learn_preferences_as_one_process(
     runs: Runs, other: str, expected: dict[str, Any], strategy: str, kind: str
 ) -> None:
@@ -93,7 +99,7 @@ def test_two_ranks_learn_preferences_as_one_process(
         assert got == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=pytest.mark.table)])
 def test_a_reference_has_no_dropout_and_no_adapter(runs: Runs, strategy: str) -> None:
     """Within a step of a model that has learnt, whose activations are computed again in the backward pass."""
     model = str(chat_model.save_chat_model(runs.folder / f"dropout-{strategy}", attention_dropout=0.4))
@@ -108,10 +114,10 @@ def test_a_reference_has_no_dropout_and_no_adapter(runs: Runs, strategy: str) ->
 @pytest.mark.parametrize(
     ("strategy", "world", "kind", "changes"),
     [
-        ("ddp", 1, "full", {}),
-        ("ddp", 2, "adapter", {"data": {"padding_free": False}}),
-        ("fsdp2", 2, "full", {"train": {"micro_batch_size": 1}}),
         ("zero3", 2, "full", {}),
+        pytest.param("ddp", 2, "adapter", {"data": {"padding_free": False}}, marks=pytest.mark.table),
+        pytest.param("ddp", 1, "full", {}, marks=pytest.mark.table),
+        pytest.param("fsdp2", 2, "full", {"train": {"micro_batch_size": 1}}, marks=pytest.mark.table),
         pytest.param("fsdp2", 2, "adapter", {}, marks=pytest.mark.table),
         pytest.param("zero2", 2, "full", {}, marks=pytest.mark.table),
         pytest.param("zero2", 2, "adapter", {"train": {"micro_batch_size": 1}}, marks=pytest.mark.table),
@@ -133,10 +139,12 @@ def test_log_probabilities_computed_before_train_alike(
     assert len(numbers) == 2 * 24 * 8 and np.isfinite(np.frombuffer(numbers)).all()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", ["kto", pytest.param("dpo", marks=pytest.mark.table)])
 def test_with_an_evaluation_too(runs: Runs, objective: str) -> None:
     changes: dict[str, Any] = {"train": {"steps": 3, "eval_interval": 2}, "data": {"split_ratio": 0.25}}
     if objective == "kto":
+        changes["tuner"] = LORA
+        changes["data"]["padding_free"] = False
         rows = [
             {"messages": row["messages"], "label": index % 2 == 0}
             for index, row in enumerate(chat_model.preferences(30))
@@ -155,26 +163,25 @@ def test_with_an_evaluation_too(runs: Runs, objective: str) -> None:
             assert got[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-6), name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_no_second_model_is_held(runs: Runs, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 1), pytest.param("fsdp2", 2, marks=pytest.mark.table)])
+def test_no_second_model_is_held(runs: Runs, strategy: str, world: int) -> None:
     train = {"steps": 2}
     held = {}
     for name, objective in {"live": {}, "before": PRECOMPUTE, "none": {"name": "cpo"}}.items():
         made = job(runs, strategy, objective=objective, train=train)
-        held[name] = [rank["bytes"] for rank in watched(runs, made, 2)[1]]
+        held[name] = [rank["bytes"] for rank in watched(runs, made, world)[1]]
     for live, before, none in zip(held["live"], held["before"], held["none"], strict=True):
-        weights = sum(file.stat().st_size for file in Path(runs.model).glob("*.safetensors")) / (
-            2 if strategy == "fsdp2" else 1
-        )
-        assert live - before == pytest.approx(weights, rel=0.1)
+        size = sum(file.stat().st_size for file in Path(runs.model).glob("*.safetensors"))
+        assert live - before == pytest.approx(size / world, rel=0.1)
         assert before == pytest.approx(none, rel=0.02)
 
 
-def test_a_killed_pass_goes_on_and_more_steps_compute_only_what_they_need(runs: Runs) -> None:
+def test_a_killed_pass_goes_on_and_more_steps_compute_only_what_they_need(
+    runs: Runs, other: str, expected: dict[str, Any]
+) -> None:
     """Killed before its 4th micro-batch; asked to stop; trained for two steps; then for five, under two ranks."""
-    made = job(runs, objective=PRECOMPUTE, train={"steps": 2})
-    shown = [row["prepared"] for row in sft_ranks.rows(watched(runs, made, 1)[0]) if "prepared" in row]
-    assert shown == [place / 8 for place in range(1, 9)]
+    objective = {**PRECOMPUTE, "reference": other}
+    made = job(runs, objective=objective, train={"steps": 2})
     folder, ranks = watched(runs, made, 1, kill_at=3)
     assert ranks == [None]
     begun = reference_ranks.numbers(folder)
@@ -185,13 +192,14 @@ def test_a_killed_pass_goes_on_and_more_steps_compute_only_what_they_need(runs: 
     assert curve(folder) == []
     _, (rank,) = watched(runs, made, 1, folder)
     assert rank["step"] == 2 and rank["passes"] == 16 / 2 - 3 - 1
-    more = job(runs, "fsdp2", objective=PRECOMPUTE)
+    shown = [row["prepared"] for row in sft_ranks.rows(folder) if "prepared" in row]
+    assert shown == pytest.approx([1 / 8, 2 / 8, 3 / 8, 1 / 5, 1 / 4, 2 / 4, 3 / 4, 1], abs=1e-4)
+    more = job(runs, "fsdp2", objective=objective)
     _, ranks = watched(runs, more, 2, folder)
     assert sum(rank["passes"] for rank in ranks) == (24 - 16) / 2
     assert all(rank["step"] == 5 for rank in ranks)
     assert reference_ranks.numbers(folder).keys() == begun.keys()
-    straight = curve(runs.run(job(runs), 1)[0])
-    for got, wanted in zip(curve(folder), straight, strict=True):
+    for got, wanted in zip(curve(folder), expected["full"], strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
 
 
@@ -212,13 +220,19 @@ def test_numbers_of_another_model_or_other_rows_are_not_taken(runs: Runs, other:
     assert rank["passes"] == 8 / 2 and len(second) == 1 and second.keys() != first.keys()
     shutil.rmtree(folder / "checkpoints")
     rows = str(chat_model.save_rows(runs.folder / "others.jsonl", chat_model.preferences(24, seed=1)))
-    _, (rank,) = watched(runs, job(runs, objective=objective, train=train, data={"train": [rows]}), 1, folder)
-    assert rank["passes"] == 8 / 2 and reference_ranks.numbers(folder).keys() != second.keys()
-    path = next((folder / "reference").iterdir())
+    both = {"train": [rows], "validation": [rows]}  # the same rows to train and to evaluate on
+    last = job(runs, objective=objective, train={**train, "eval_interval": 1}, data=both)
+    _, (rank,) = watched(runs, last, 1, folder)
+    assert rank["passes"] == (8 + 24) / 2
+    training, evaluated = (np.frombuffer(found) for found in reference_ranks.numbers(folder).values())
+    assert np.isfinite(training).sum() == 2 * 8 and np.isfinite(evaluated).all()
+    assert np.allclose(training[np.isfinite(training)], evaluated[np.isfinite(training)], rtol=1e-6)
+    assert not second.keys() & reference_ranks.numbers(folder).keys()
+    path = sorted((folder / "reference").iterdir())[0]
     path.write_bytes(path.read_bytes()[:-8])  # torn
     shutil.rmtree(folder / "checkpoints")
-    _, (rank,) = watched(runs, job(runs, objective=objective, train=train, data={"train": [rows]}), 1, folder)
-    assert rank["passes"] == 8 / 2 and len(next(iter(reference_ranks.numbers(folder).values()))) == 2 * 24 * 8
+    _, (rank,) = watched(runs, last, 1, folder)
+    assert rank["passes"] == 8 / 2 and [len(found) for found in reference_ranks.numbers(folder).values()] == [384, 384]
 
 
 def test_a_reference_that_gives_no_numbers_is_told(runs: Runs) -> None:
@@ -240,4 +254,10 @@ def test_an_objective_without_a_reference_refuses_the_pass(runs: Runs, task: str
     objective = {**PRECOMPUTE, **({"name": "orpo"} if task == "rlhf" else {})}
     with pytest.raises(JobError, match="needs no reference model") as raised:
         runs.resolved(runs.job(task, objective=objective), 1, runs.folder / "none")
+    assert raised.value.key == "objective.precompute_reference"
+
+
+def test_streaming_refuses_the_pass(runs: Runs) -> None:
+    with pytest.raises(JobError, match="begins with the first of them") as raised:
+        runs.resolved(job(runs, objective=PRECOMPUTE, data={"streaming": True}), 1, runs.folder / "none")
     assert raised.value.key == "objective.precompute_reference"

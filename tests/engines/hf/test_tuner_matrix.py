@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lisa": {"active_layers": 1, "interval": 1},
     "llama_pro": {"blocks": 1},
     "adalora": {"initial_rank": 6, "target_rank": 3},
-    "qlora": {"compute_dtype": "fp32"},
+    "qlora": {"compute_dtype": "fp32", "lora_plus_ratio": 4.0},  # rates of their own reach every optimizer
     "neftune": {"alpha": 1e-6},  # noise differs from rank to rank: with more of it, so do losses
 }
 TUNERS = names("swift_dist.tuners")
