@@ -50,11 +50,17 @@ def cli_parts() -> dict[str, str]:
     for verb in VERBS:
         if verb.name == "pretrain":
             continue
-        section = getattr(importlib.import_module(verb.module), verb.options)
+        module = importlib.import_module(verb.module)
+        section = getattr(module, verb.options)
         if not section.model_fields:
             continue
         bare = " ".join(name.upper() for name in verb.positional)
-        options += [f"### swift-dist {verb.name} {bare}".rstrip(), "", table(section), ""]
+        options += [
+            f"### swift-dist {verb.name} {bare}".rstrip(),
+            "",
+            table(section, getattr(module, "ALIASES", None)),
+            "",
+        ]
     return {"verbs": "\n".join(verbs), "job": table(JobConfig, JOB_ALIASES), "options": "\n".join(options).rstrip()}
 
 

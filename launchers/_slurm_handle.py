@@ -196,7 +196,7 @@ class SlurmHandle(Handle):
             ) from None
 
     def _pending(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("export", "step", "loss", "checkpoint"))
+        nothing = dict.fromkeys(("export", "export_step", "message", "step", "loss", "checkpoint"))
         return {
             "state": self.status(),
             "output": str(self._run),

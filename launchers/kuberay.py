@@ -104,9 +104,8 @@ class KubeRayHandle:
                 f"kubectl -n {self._namespace} describe rayjob {self._name}",
             )
         noted = read_submission(self._run) or {}
-        unknown = dict.fromkeys(
-            ("export", "step", "loss", "checkpoint", "restarts")
-        )  # where the folder cannot be seen from here
+        keys = ("export", "export_step", "message", "step", "loss", "checkpoint", "restarts")
+        unknown = dict.fromkeys(keys)  # where the folder cannot be seen from here
         outcome = read_outcome(self._run, after=noted.get("attempts", 0)) or {"output": str(self._run), **unknown}
         return {**outcome, "state": state, "seconds": round(time.monotonic() - began, 3)}
 

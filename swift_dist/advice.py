@@ -13,6 +13,7 @@ from swift_dist.data.manifest import read_manifest
 from swift_dist.data.tokenizer_files import check_local_tokenizer
 from swift_dist.optim.schedule import build_schedule
 from swift_dist.resolve import ResolvedJob
+from swift_dist.runs.evaluations import Evaluations
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import exported
 from swift_dist.runs.progress import human_count
@@ -27,31 +28,34 @@ def steps_done(folder: RunFolder) -> int:
 
 
 def already_done(folder: RunFolder, resolved: ResolvedJob) -> dict[str, Any] | None:
-    """The result of a run that has all its steps behind it; None if there is something to do."""
-    done, steps = steps_done(folder), resolved.job.train.steps
-    if not done or steps is None or done < steps:
+    """The result of a run that has all its steps behind it, or has stopped early; None if there is something to do."""
+    newest = newest_whole(folder.checkpoints) if folder.exists() else None
+    done, steps = newest.step if newest else 0, resolved.job.train.steps
+    if not newest or not done or steps is None:
         return None
-    export = exported(folder)
-    if resolved.job.engine == "hf" and (export is None or not _last_ended_well(folder)):
+    evaluations = Evaluations.from_dict(newest.metadata.get("evaluations"))
+    if done < steps and not evaluations.exhausted(resolved.job.train.early_stopping_patience):
+        return None
+    export, last = exported(folder), (folder.manifest().get("attempts") or [{}])[-1]
+    if last.get("state") != "done" and (resolved.job.engine == "hf" or done < steps):
         return None  # it ended before its weights were written; those that are there are of fewer steps
-    log.info("%s is at step %d of %d: raise train.steps to go on", folder.path, done, steps)
+    if resolved.job.engine == "hf" and export is None:
+        return None
+    more = "train.steps" if done >= steps else "train.early_stopping_patience"
+    log.info("%s is at step %d of %d: raise %s to go on", folder.path, done, steps, more)
     status = folder.status()
     loss = status.loss if status else None
     return {
         "state": "done",
         "output": str(folder.path),
         "export": export,
+        "export_step": last.get("export_step"),
+        "message": last.get("message", "") if last.get("state") == "done" else "",
         "step": done,
         "loss": loss,
         "checkpoint": done,
         "restarts": 0,
     }
-
-
-def _last_ended_well(folder: RunFolder) -> bool:
-    """Whether the newest attempt came to its end, where it writes its weights."""
-    attempts = folder.manifest().get("attempts") or [{}]
-    return attempts[-1].get("state") == "done"
 
 
 def announce(folder: RunFolder, resolved: ResolvedJob, num_cpus: int | None) -> None:

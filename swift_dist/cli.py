@@ -73,7 +73,8 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
 
     module = importlib.import_module(verb.module)
     section = getattr(module, verb.options)
-    options = build(section, [parse_words(rest, section, positional=verb.positional)])
+    words_given = parse_words(rest, section, aliases=_aliases(verb), positional=verb.positional)
+    options = build(section, [words_given])
     result = getattr(module, verb.function)(options)
     if verb.render and not as_json:
         _print(getattr(module, verb.render)(result))
@@ -197,15 +198,20 @@ def _overview(family: str | None = None) -> str:
     )
 
 
-def _help(verb: Verb) -> str:
+def _aliases(verb: Verb) -> dict[str, str]:
     from swift_dist.config.aliases import JOB_ALIASES
+
+    return JOB_ALIASES if verb.name in JOB_VERBS else getattr(importlib.import_module(verb.module), "ALIASES", {})
+
+
+def _help(verb: Verb) -> str:
     from swift_dist.config.keys import walk
 
     section = getattr(importlib.import_module(verb.module), verb.options)
     is_job = verb.name in JOB_VERBS
     bare = "[job.yaml | recipe]" if is_job else " ".join(p.upper() for p in verb.positional)
     aliases: dict[str, list[str]] = {}
-    for alias, name in JOB_ALIASES.items() if is_job else ():
+    for alias, name in _aliases(verb).items():
         aliases.setdefault(name, []).append(alias)
     lines = [f"usage: swift-dist {verb.name} {bare} [--key value ...]".replace("  ", " "), "", verb.help, ""]
     if is_job:

@@ -157,6 +157,10 @@ def with_rows(job: JobConfig, hf_config: Mapping[str, Any], output: str, encode:
         job = updated(job, train=updated(job.train, epochs=1.0))
     job = _with_date(job, output)
     if not encode:
+        from swift_dist.data.samples.encode import check_first_rows
+
+        for key in ("data.train", "data.validation"):
+            check_first_rows(job, sample_kind(job), key)
         return job, Rows()
     return _with_stream(job, hf_config, output) if job.data.streaming else _with_whole_rows(job, hf_config, output)
 

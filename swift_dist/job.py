@@ -43,8 +43,9 @@ def run(job: JobConfig) -> dict[str, Any]:
     """Run a job to its end.
 
     Returns:
-        ``state`` ("done" or "interrupted"), ``output``, ``step``, ``loss``, ``checkpoint`` (step of the newest),
-        ``restarts`` (failures survived) and ``seconds``.
+        ``state`` ("done" or "interrupted"), ``output``, ``export`` (folder of the final weights), ``export_step`` (the
+        step that they are of), ``message`` (why it stopped early; "" as a rule), ``step``, ``loss``, ``checkpoint``
+        (step of the newest), ``restarts`` (failures survived) and ``seconds``.
 
     Raises:
         JobError: the job is wrong; nothing was written unless a rank found it out.
@@ -147,11 +148,14 @@ def _train(
             folder.end(state, message=str(error))  # type: ignore[arg-type]
             raise
         last = outcome.results.get(0, {})
-        folder.end(outcome.state, step=last.get("step"))
+        message, export_step = last.get("message", ""), last.get("export_step")
+        folder.end(outcome.state, step=last.get("step"), message=message, export_step=export_step)
     return {
         "state": outcome.state,
         "output": str(folder.path),
         "export": last.get("export"),
+        "export_step": export_step,
+        "message": message,
         "step": last.get("step"),
         "loss": last.get("loss"),
         "checkpoint": last.get("checkpoint", newest_step(folder)),
@@ -179,6 +183,7 @@ def describe(job: JobConfig, where: Where = "ray") -> dict[str, Any]:
     demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
     places = rank_places(resolved.layout, demand)
     tokens = resolved.job.train.global_batch_size * resolved.job.data.sequence_length
+    steps = resolved.job.train.steps  # None: epochs of rows that are not encoded
     num_cpus = os.cpu_count() if machine and not devices.use_gpu else None
     warning = crossing_warning(resolved.layout, places)
     return {
@@ -188,7 +193,7 @@ def describe(job: JobConfig, where: Where = "ray") -> dict[str, Any]:
         "cluster": runs_on,
         "needs": str(demand),
         "ranks": [{"rank": rank, **asdict(place)} for rank, place in enumerate(places)],
-        "tokens": {"step": tokens, "all": tokens * (resolved.job.train.steps or 0)},
+        "tokens": {"step": tokens, "all": None if steps is None else tokens * steps},
         "warnings": [*([warning] if warning else []), *advice(resolved, folder, num_cpus)],
     }
 
@@ -214,7 +219,8 @@ def render_plan(plan: dict[str, Any]) -> Iterator[str]:
     yield f"# layout: {layout}"
     if plan["parameters"]:
         yield f"# parameters: {plan['parameters']:,}"
-    yield f"# tokens: {plan['tokens']['step']:,} in a step, {plan['tokens']['all']:,} in all"
+    in_all = "" if plan["tokens"]["all"] is None else f", {plan['tokens']['all']:,} in all"
+    yield f"# tokens: {plan['tokens']['step']:,} in a step{in_all}"
     yield f"# runs on {plan['cluster']}; needs {plan['needs']}"
     yield from (f"# warning: {warning}" for warning in plan["warnings"])
     first, *more = plan["artefact"].rstrip("\n").splitlines()
@@ -230,7 +236,8 @@ def render_result(result: dict[str, Any]) -> str:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     step = "" if result["step"] is None else f" at step {result['step']}"
     survived = f", {result['restarts']} failures survived" if result["restarts"] else ""
-    text = f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}\noutput: {result['output']}"
+    message = f"\n{result['message']}" if result.get("message") else ""
+    text = f"{result['state']}{step}{loss} in {result['seconds']:.1f} s{survived}{message}\noutput: {result['output']}"
     if result.get("export"):
         text += f"\nweights: {result['export']}"
     if result["state"] == "interrupted":

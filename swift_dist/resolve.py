@@ -5,6 +5,7 @@ Everything that can be wrong with a job is found here, before anything is starte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, 
         raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
     job = absolute_paths(job)
     if job.engine == "megatron":
-        resolved = _resolve_megatron(job, nproc_per_node, on_cuda)
+        resolved = _resolve_megatron(job, nproc_per_node, on_cuda, output)
     else:
         resolved = _resolve_hf(job, nproc_per_node, output, encode)
     job = updated(
@@ -91,7 +92,7 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, 
     return replace(resolved, job=job)
 
 
-def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> ResolvedJob:
+def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool, output: str) -> ResolvedJob:
     from swift_dist.engines.megatron import requirements
     from swift_dist.models import find_family, read_hf_config
     from swift_dist.optim.schedule import build_schedule
@@ -120,6 +121,7 @@ def _resolve_megatron(job: JobConfig, nproc_per_node: int, on_cuda: bool) -> Res
     job, fingerprint = _with_data(job, shape.vocab_size)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
+    job = _with_warmup(job, output)
     assert job.train.steps is not None
     build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
     return ResolvedJob(job, hf_config, shape, layout, fingerprint)
@@ -137,10 +139,11 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     layout = _shared_layout(job, hf_config, nproc_per_node)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
+        size, default = job.train.global_batch_size, type(job.train).model_fields["global_batch_size"].default
         raise JobError(
             "train.global_batch_size",
-            f"{job.train.global_batch_size} is not a multiple of micro_batch_size {job.train.micro_batch_size} x "
-            f"{layout.dp} data-parallel ranks",
+            f"{size}{' (the default)' if size == default else ''} is not a multiple of micro_batch_size "
+            f"{job.train.micro_batch_size} x {layout.dp} data-parallel ranks",
             f"use a multiple of {per_round}",
         )
     shards = job.strategy.hybrid_shard_size
@@ -157,6 +160,7 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
         job, rows = with_rows(job, hf_config, output, encode)
     _check_tokenizer(job)
     _check_weights(job, hf_config)
+    job = _with_warmup(job, output)
     if job.train.steps is not None:
         build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
         check_plugins(job)  # tuners may need some number of steps
@@ -228,7 +232,17 @@ def check_resume(resolved: ResolvedJob, run_dir: Path, old_job: Mapping[str, Any
         changed = _geometry_difference(origin["hf_config"], resolved.hf_config)
         old["model"] = new["model"] = ""
     differences = [*changed, *resume_difference(old_job, resolved.job, old, new)]
+    differences = [_with_files(d, old_job, resolved.job) if d.key == "data.train" else d for d in differences]
     require_same_training(differences, run_dir, origin.get("engine", "megatron"))
+
+
+def _with_files(difference: Difference, old_job: Mapping[str, Any], job: JobConfig) -> Difference:
+    """A difference of data, whose fingerprints say nothing to people, with the paths that each job gives."""
+    paths = [entry["path"] for entry in old_job["data"]["train"]], [entry.path for entry in job.data.train]
+    if not isinstance(difference.old, str):
+        return difference  # the entries themselves
+    old, new = (", ".join(given) for given in paths)
+    return replace(difference, old=f"{old} (content {difference.old})", new=f"{new} (content {difference.new})")
 
 
 def _geometry_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
@@ -288,6 +302,33 @@ def _with_data(job: JobConfig, vocab_size: int | None) -> tuple[JobConfig, str]:
         return updated(job, train=updated(job.train, steps=steps)), data.fingerprint()
     finally:
         data.close()
+
+
+def _with_warmup(job: JobConfig, output: str) -> JobConfig:
+    """schedule.warmup_steps as schedule.warmup_ratio says (rounded up, as transformers does).
+
+    A resume keeps the number of its run: of more steps the same share would be another warm-up. Where rows are not
+    encoded here and steps are unknown, it is left to who runs the job.
+    """
+    from swift_dist.checkpoint.folder import step_folders
+    from swift_dist.config.load import read_yaml
+
+    ratio, given = job.schedule.warmup_ratio, job.schedule.warmup_steps
+    if not ratio:
+        return job
+    began = Path(output) / "job.yaml"
+    goes_on = began.exists() and step_folders(Path(output) / "checkpoints")
+    old = (read_yaml(began).get("schedule") if goes_on else None) or {}
+    if old.get("warmup_ratio") == ratio:
+        number = old["warmup_steps"]
+    elif job.train.steps is not None:
+        number = math.ceil(job.train.steps * ratio)
+    else:
+        return job
+    if given not in (0, number):
+        message = f"{given}, but schedule.warmup_ratio {ratio:g} is {number} steps"
+        raise JobError("schedule.warmup_steps", message, "give one of them")
+    return updated(job, schedule=updated(job.schedule, warmup_steps=number))
 
 
 def _check_tokenizer(job: JobConfig) -> None:

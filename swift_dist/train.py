@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from swift_dist.checkpoint import CheckpointWriter, agree_on_checkpoint, load
+from swift_dist.checkpoint import CheckpointWriter, agree_on_checkpoint, agree_on_step, load
 from swift_dist.config import JobConfig
 from swift_dist.data import open_data
 from swift_dist.engines import Engine, build_engine
@@ -43,8 +43,9 @@ def main(payload: dict[str, Any], worker: Worker) -> dict[str, Any]:
         worker: this rank.
 
     Returns:
-        ``{"step", "loss", "stopped", "checkpoint", "export"}``, the same on every rank but for ``export`` (a folder on
-        rank 0, where weights were written; else None).
+        ``{"step", "loss", "stopped", "checkpoint", "export", "export_step", "message"}``, the same on every rank but
+        for ``export`` (a folder on rank 0, where weights were written; else None). ``export_step``: the step that they
+        are of (None: there are none). ``message``: what else is to be said of the end, "" as a rule.
     """
     job = JobConfig.model_validate(payload["job"])
     worker.beat("build", 0)
@@ -69,7 +70,7 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
     worker.beat("load", 0)
     step, evaluations = _start(job, engine, worker)
     recorder = Recorder(job, worker, engine.flops_per_token, first_step=step)
-    loss, saved, exported = None, step, None
+    loss, saved, exported, export_step = None, step, None, None
     try:
         stop = engine.prepare(data, lambda share: recorder.preparation(step, share))
         while step < steps and not stop and not evaluations.exhausted(patience):
@@ -93,7 +94,8 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
                 saved = step
         worker.beat("final", step)
         writer.wait()
-        if not stop or step == steps:
+        if engine.exports and (not stop or step == steps):
+            export_step = _take_best(job, engine, worker, step, evaluations)
             exported = engine.export(worker.run_dir)
     except GuardError:
         worker.beat("final", step)
@@ -114,6 +116,8 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
         "stopped": stopped,
         "checkpoint": checkpoint,
         "export": exported and str(exported),
+        "export_step": export_step,
+        "message": "" if stopped else _message(job, step, evaluations, export_step),
     }
 
 
@@ -131,6 +135,35 @@ def _start(job: JobConfig, engine: Engine, worker: Worker) -> tuple[int, Evaluat
         assert job.model.path
         engine.load_pretrained(model_folder(job.model.path, weights=True))
     return 0, Evaluations()
+
+
+def _take_best(job: JobConfig, engine: Engine, worker: Worker, step: int, evaluations: Evaluations) -> int:
+    """With `checkpoint.keep_best`, the best evaluated weights in place of the last step's (`step`).
+
+    Returns:
+        the step that the engine's weights are of now.
+    """
+    best = evaluations.best_step if job.checkpoint.keep_best else None
+    if best is None or best == step:
+        return step
+    checkpoint = agree_on_step(worker.run_dir / "checkpoints", best, rank=worker.rank, store=worker.store())
+    if checkpoint is None:  # of a time when checkpoint.keep_best was not set, or somebody removed it
+        log.warning("the best evaluated weights, of step %d, are gone: those of step %d are exported", best, step)
+        return step
+    engine.load_state_dict(load(checkpoint, engine.sharded_state_dict(is_loading=True)))
+    log.info("exports step %d, the best evaluated", best)
+    return best
+
+
+def _message(job: JobConfig, step: int, evaluations: Evaluations, export_step: int | None) -> str:
+    """How a run that came to its end did so, where that is not plain."""
+    assert job.train.steps is not None, "resolve() fills it"
+    words = []
+    if step < job.train.steps:
+        words.append(f"stopped early: {evaluations.why_exhausted()}")
+    if export_step not in (None, step):
+        words.append(f"the exported weights are of step {export_step}, the best evaluated")
+    return "; ".join(words)
 
 
 def _metadata(

@@ -128,6 +128,23 @@ def test_generated_tables_are_fresh():
     assert done.returncode == 0, f"run: .venv/bin/python docs/generate.py\n{done.stderr}"
 
 
+def test_python_of_the_fine_tuning_page_is_the_job_that_it_says(monkeypatch, capsys):
+    """All but the run, which tests of the command line make: the same function."""
+    from swift_dist import job
+    from swift_dist.config.applies import require_read
+    from swift_dist.config.load import load_job
+
+    (block,) = blocks(ROOT / "docs" / "finetune.md", "python")
+    jobs, returned = [], dict.fromkeys(re.findall(r"``(\w+)``", job.run.__doc__ or ""), "a value")
+    monkeypatch.setattr(job, "run", lambda wanted: jobs.append(wanted) or returned)
+    exec(block, {})
+    words = "--model my-model --tuner_type lora --lora_rank 16 --num_train_epochs 2 --dataset rows.jsonl"
+    words += " --learning_rate 1e-4 --save_steps 100 --output runs/x"
+    assert jobs == [load_job(None, words.split(), task="sft")]
+    require_read(jobs[0])
+    assert capsys.readouterr().out.count("a value") == 4
+
+
 def test_links_and_named_files_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

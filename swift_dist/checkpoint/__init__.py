@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.checkpoint.agree import agree_on_checkpoint
+from swift_dist.checkpoint.agree import agree_on_checkpoint, agree_on_step
 from swift_dist.checkpoint.folder import Checkpoint, newest_whole, open_checkpoint
 from swift_dist.checkpoint.resume import Difference, require_same_training, resume_difference
 
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointWriter",
     "Difference",
     "agree_on_checkpoint",
+    "agree_on_step",
     "load",
     "newest_whole",
     "open_checkpoint",

@@ -98,6 +98,7 @@ RULES: dict[str, Rule] = {
     "optimizer.clip_grad": Rule.FIXED,
     "schedule.name": Rule.FIXED,
     "schedule.warmup_steps": Rule.FIXED,
+    "schedule.warmup_ratio": Rule.FREE,  # a number of steps by then, which a resume keeps
     "schedule.decay_steps": Rule.FREE,  # goes with train.steps; wsd: when to begin the decay is decided late
     "schedule.min_lr_ratio": Rule.FIXED,
     "parallel.tensor_model_parallel_size": Rule.FREE,

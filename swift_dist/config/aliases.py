@@ -18,6 +18,7 @@ JOB_ALIASES: dict[str, str] = {
     "logging_steps": "train.log_interval",
     "output_dir": "output",
     "warmup_steps": "schedule.warmup_steps",
+    "warmup_ratio": "schedule.warmup_ratio",
     "max_grad_norm": "optimizer.clip_grad",
     "adam_epsilon": "optimizer.eps",
     "ckpt_dir": "checkpoint.load",
@@ -90,9 +91,9 @@ JOB_ALIASES: dict[str, str] = {
 }
 
 JOB_ELSEWHERE: dict[str, str] = {
+    "eval_dataset": "val_dataset",
     "gradient_accumulation_steps": "it follows from train.global_batch_size, the batch of a step over all ranks",
     "gradient_checkpointing": "train.recompute full",
-    "warmup_ratio": "schedule.warmup_steps, a number of steps",
     "torch_dtype": "train.precision",
     "bf16": "train.precision bf16",
     "fp16": "train.precision fp16",

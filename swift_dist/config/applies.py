@@ -63,6 +63,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
     ("checkpoint.keep_best", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("train.early_stopping_patience", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("data.validation", lambda job: job.train.eval_interval > 0 or job.task == "pretrain", "train.eval_interval"),
+    ("data.split_ratio", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("train.spike_policy", lambda job: job.train.spike_factor is not None, "train.spike_factor"),
     ("train.initial_loss_scale", lambda job: job.train.precision == "fp16", "train.precision: fp16"),
     ("optimizer.betas", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),

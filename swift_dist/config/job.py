@@ -144,6 +144,7 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     name: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear rise from 0 to optimizer.lr")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of train.steps, rounded up, as warmup_steps")
     decay_steps: int | None = Field(
         None,
         gt=0,
@@ -183,7 +184,9 @@ class CheckpointSection(Section):
     interval: int = Field(0, ge=0, description="steps between checkpoints (0: only the final one)")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="checkpoints whose step is a multiple of this stay for ever (0: none)")
-    keep_best: bool = Field(False, description="also keep the checkpoint with the lowest eval_loss")
+    keep_best: bool = Field(
+        False, description="also keep the checkpoint with the lowest eval_loss; what is exported at the end is of it"
+    )
     async_save: bool = Field(True, description="write in the background while training goes on")
     export_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="hf engine: of an exported model's weights (default: fp32, as they were trained)"

@@ -117,11 +117,14 @@ def walk(section: type[Section], prefix: str = "") -> list[Key]:
     return keys
 
 
-def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+def did_you_mean(
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, words: Iterable[str] = ()
+) -> str:
     """A hint such as ``did you mean train.steps?``: the closest known names by spelling, or those that end alike.
 
     Args:
         aliases: further names, each of a known one; a key is named once, by its name that comes closest.
+        words: of the command line: keys of a section that one of them names (``--rlhf_type dpo``) come first.
     """
     aliases = aliases or {}
     known = [*known, *aliases]
@@ -131,6 +134,8 @@ def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | N
     close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close]
     if not close:
         close = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=2, cutoff=0.72)]
+    given = {part for word in words for part in word.split("=")}
+    close.sort(key=lambda k: given.isdisjoint(aliases.get(k, k).split(".")[:-1]))
     once: dict[str, str] = {}
     for found in close:
         once.setdefault(aliases.get(found, found), found)

@@ -145,6 +145,10 @@ def _as_job_error(error: ValidationError, keys: Mapping[str, Key]) -> JobError:
         key = next(
             (keys[name.rsplit(".", i)[0]] for i in range(name.count(".") + 1) if name.rsplit(".", i)[0] in keys), None
         )
+        if item["type"] == "missing" and name in keys:
+            remedy = f"--{name} <{keys[name].type_text}>: {keys[name].description}"
+            problems.append((name, "is not given", remedy))
+            continue
         message = re.sub(r"^Value error, ", "", item["msg"])
         value = "" if item["type"] in ("missing", "value_error") else f", got {item['input']!r}"
         problems.append(
@@ -189,7 +193,7 @@ def parse_words(
         # model.config.hidden_size 128 is a key inside a free-form mapping
         if name not in keys and not any(name.startswith(k + ".") for k, held in keys.items() if held.is_mapping):
             instead = (elsewhere or {}).get(name)
-            hint = f"instead: {instead}" if instead else did_you_mean(name, keys, aliases)
+            hint = f"instead: {instead}" if instead else did_you_mean(name, keys, aliases, words)
             raise JobError(f"--{text}", f"unknown option. {hint}".strip(), "see --help for every key")
         found: list[str] = [inline] if has_value else []
         key = keys.get(name)

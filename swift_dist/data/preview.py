@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 8  # tokens that may together make one character
 _REASONS = 10
+ALIASES = {"max_length": "sequence_length"}  # as of a job
 
 
 class PreviewOptions(Section):

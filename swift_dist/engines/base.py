@@ -74,6 +74,8 @@ class Engine(Protocol):
     flops_per_token: float
     content_metadata: dict[str, Any]
     """How the checkpoint's keys are to be read; saved with it."""
+    exports: bool
+    """Whether `export` writes anything."""
 
     def prepare(self, data: Any, show: Callable[[float], None]) -> bool:
         """What is left to be done before the first step, once the data are open and a checkpoint is loaded; `show` is

@@ -71,6 +71,9 @@ def _config_file(path: str) -> Path:
     folder = _local(path)
     if folder is not None:
         file = folder / "config.json"
+        if not file.is_file() and (folder / "adapter_config.json").is_file():
+            remedy = f"swift-dist merge {path} DIR makes a model of it and its base; --model DIR"
+            raise JobError("model.path", f"{path} is an adapter, not a model", remedy)
         if not file.is_file():
             raise JobError("model.path", f"{path} holds no config.json", "give a Hugging Face model folder")
         return file

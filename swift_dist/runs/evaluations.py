@@ -30,6 +30,13 @@ class Evaluations:
         """Whether `patience` (train.early_stopping_patience) is used up."""
         return patience is not None and self.without_better >= patience
 
+    def why_exhausted(self) -> str:
+        """For people."""
+        missing = "an eval_loss that is a number"
+        if self.best_loss is not None:
+            missing = f"an eval_loss below {self.best_loss:.4f}, that of step {self.best_step}"
+        return f"{self.without_better} evaluation{'s' * (self.without_better > 1)} without {missing}"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

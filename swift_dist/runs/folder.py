@@ -275,9 +275,17 @@ class RunFolder:
         restarts = self.manifest().get("attempts", [{}])[-1].get("restarts", [])
         self._change_attempt(restarts=[*restarts, {"time": now(), "reason": reason, "from_step": from_step}])
 
-    def end(self, state: State, *, message: str = "", step: int | None = None) -> None:
-        """Say how it ended and let the folder go."""
-        self._change_attempt(state=state, ended=now(), **({"message": message} if message else {}))
+    def end(self, state: State, *, message: str = "", step: int | None = None, export_step: int | None = None) -> None:
+        """Say how it ended and let the folder go.
+
+        Args:
+            state: how.
+            message: why, or what else is to be said.
+            step: steps done.
+            export_step: the step that the exported weights are of.
+        """
+        noted = {"message": message or None, "export_step": export_step}
+        self._change_attempt(state=state, ended=now(), **{k: v for k, v in noted.items() if v is not None})
         self.update(state=state, message=message, **({} if step is None else {"step": step}))
         (self.path / "stop").unlink(missing_ok=True)
 

@@ -42,6 +42,8 @@ def read_outcome(run: Path, after: int = 0) -> dict[str, Any] | None:
         "state": newest["state"],
         "output": str(run),
         "export": exported(folder) if newest["state"] == "done" else None,
+        "export_step": newest.get("export_step"),
+        "message": newest.get("message", "") if newest["state"] == "done" else "",
         "step": status.step,
         "loss": status.loss,
         "checkpoint": newest_step(folder),

@@ -68,6 +68,8 @@ def run(job: JobConfig) -> dict[str, Any]:
         "state": result["state"],
         "output": str(folder.path),
         "export": exported(folder) if result["state"] == "done" else None,
+        "export_step": result["export_step"],
+        "message": result["message"],
         "step": result["step"],
         "loss": result["loss"],
         "checkpoint": result["checkpoint"] if result["checkpoint"] is not None else newest_step(folder),
@@ -98,7 +100,8 @@ def _lead(folder: RunFolder, resolved: ResolvedJob, use_gpu: bool, interrupts: I
             except BaseException as error:
                 folder.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", message=str(error))
                 raise
-            folder.end(result["state"], step=result["step"])
+            said = {key: result[key] for key in ("step", "message", "export_step")}
+            folder.end(result["state"], **said)
     return result
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,11 +67,27 @@ def merge(
     }
     assert stored in (torch.float32, torch.bfloat16, torch.float16)
     with written_whole(folder_out) as new:
-        write_model(merged, weights, new, max_shard_size)
+        with _without_deepspeeds_log():
+            write_model(merged, weights, new, max_shard_size)
         for pattern in _BESIDE:
             for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
                 shutil.copyfile(file, new / file.name)
     return folder_out
+
+
+@contextmanager
+def _without_deepspeeds_log() -> Iterator[None]:
+    """accelerate imports DeepSpeed to save any model, where it is installed, which on a CPU warns of that on stdout."""
+    log = logging.getLogger("DeepSpeed")
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _base_model(base: Path, adapter: Path, trust_remote_code: bool) -> Any:

@@ -11,6 +11,8 @@ from pydantic import Field
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
 
+_CONFIG = "adapter_config.json"
+
 
 class MergeOptions(Section):
     adapter: str = Field(description="folder of an adapter, such as runs/x/adapter, or any that PEFT wrote")
@@ -37,6 +39,8 @@ def run(options: MergeOptions) -> dict[str, Any]:
     adapter, target = Path(options.adapter), Path(options.target)
     if target.exists():
         raise JobError("target", f"{target} exists", "name a new folder")
+    if not (adapter / _CONFIG).is_file() and (adapter / "adapter" / _CONFIG).is_file():
+        raise JobError("adapter", f"{adapter} is a run folder", f"its adapter is {adapter / 'adapter'}")
     base = options.base or _named_base(adapter)
     merge(
         model_folder(base, weights=True),
@@ -50,13 +54,13 @@ def run(options: MergeOptions) -> dict[str, Any]:
 
 def _named_base(adapter: Path) -> str:
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads((adapter / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError):
         raise JobError(
-            "adapter", f"{adapter} has no adapter_config.json that can be read", "name a folder that holds one"
+            "adapter", f"{adapter} has no {_CONFIG} that can be read", "name a folder that holds one"
         ) from None
     if not base:
-        raise JobError("base", f"{adapter / 'adapter_config.json'} names none", "give --base, the adapter's model")
+        raise JobError("base", f"{adapter / _CONFIG} names none", "give --base, the adapter's model")
     return str(base)
 
 

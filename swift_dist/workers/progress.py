@@ -7,6 +7,7 @@ import time
 from typing import Any, TextIO
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_OF_NOTHING = 30.0  # before a line says that nothing is finished: workers take seconds to start
 
 
 class Progress:
@@ -36,7 +37,9 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, text=self._rates(now))
-        elif now - self._shown >= _SECONDS_BETWEEN_LINES:
+        elif self._done < self._total and now - self._shown >= (
+            _SECONDS_BETWEEN_LINES if self._done > self._first else _SECONDS_OF_NOTHING
+        ):
             self._shown = now
             share = min(1.0, self._done / self._total)
             print(f"{self._name}: {share:4.0%}  {self._rates(now)}", file=self._stream, flush=True)

@@ -18,7 +18,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 64}
 
 def job(tmp_path: Path, task: str = "sft", **sections: Any) -> JobConfig:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("{}\n")
+    rows.write_text('{"prompt": "red", "chosen": "blue", "rejected": "green"}\n')
     base = {"task": task, "model": {"config": CONFIG}, "data": {"train": [str(rows)]}, **sections}
     return JobConfig.model_validate(base)
 
@@ -41,11 +41,17 @@ def test_rows_that_are_not_encoded_here_are_not_taken_for_others(tmp_path: Path)
     new = resolved(job(tmp_path), tmp_path)
     old = new.job.model_dump(mode="json")
     check_resume(new, folder, old)
-    with pytest.raises(JobError, match=r"^data\.train"):
+    with pytest.raises(JobError, match=r"^data\.train.*\n.*old.jsonl.*rows of the run.* in .*rows.jsonl.*other rows"):
+        old["data"]["train"][0]["path"] = "old.jsonl"
         check_resume(replace(new, data_fingerprint="other rows"), folder, old)
     changed = resolved(job(tmp_path, optimizer={"lr": 1.0}), tmp_path)
     with pytest.raises(JobError, match=r"^optimizer\.lr"):
         check_resume(changed, folder, old)
+
+
+def test_a_batch_that_nobody_gave_is_called_the_default(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"8 \(the default\) is not a multiple"):
+        resolve(job(tmp_path), nproc_per_node=3, on_cuda=False, output=str(tmp_path / "run"), encode=False)
 
 
 def test_steps_count_on_from_another_run(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from swift_dist.checkpoint.resume import RULES, Difference, Rule, job_keys, require_same_training, resume_difference
 from swift_dist.config import JobConfig
+from swift_dist.config.load import dump_job
 from swift_dist.errors import JobError
+from swift_dist.resolve import check_resume, resolve
 
 
 def job(**sections):
@@ -72,6 +74,35 @@ def test_job_yaml_of_an_older_version():
     assert resume_difference(old, job()) == []
     old["optimizer"]["eps"] = 1e-5
     assert [d.key for d in resume_difference(old, job())] == ["optimizer.eps"]
+
+
+def test_a_warm_up_by_ratio_is_a_number_of_steps_that_a_resume_keeps(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "a", "response": "b"}\n')
+
+    def resolved(**sections):
+        settings = {"task": "sft", "model": {"config": {"model_type": "llama"}}, "data": {"train": [str(rows)]}}
+        wanted = JobConfig.model_validate({**settings, **sections})
+        return resolve(wanted, nproc_per_node=1, on_cuda=False, output=str(tmp_path), encode=False)
+
+    def warmup(**sections):
+        return resolved(**sections).job.schedule.warmup_steps
+
+    tenth, more = {"warmup_ratio": 0.1}, {"steps": 50}
+    first = resolved(train={"steps": 25}, schedule=tenth).job
+    assert first.schedule.warmup_steps == 3  # transformers' get_warmup_steps: ceil(25 * 0.1)
+    assert warmup(train={"steps": 25}, schedule=first.schedule) == 3  # as ranks and other nodes read it
+    assert warmup(train={"epochs": 1}, schedule=tenth) == 0  # known where rows are encoded
+    with pytest.raises(JobError, match=r"schedule\.warmup_steps: 4, but schedule.warmup_ratio 0.1 is 3 steps"):
+        warmup(train={"steps": 25}, schedule={**tenth, "warmup_steps": 4})
+
+    (tmp_path / "job.yaml").write_text(dump_job(first))
+    assert warmup(train=more, schedule=tenth) == 5  # it ended before its first checkpoint
+    (tmp_path / "checkpoints" / "step_10").mkdir(parents=True)
+    assert warmup(train=more, schedule=tenth) == warmup(train={"epochs": 1}, schedule=tenth) == 3
+    check_resume(resolved(train=more, schedule=tenth), tmp_path, first.model_dump(mode="json"))
+    with pytest.raises(JobError, match=r"schedule\.warmup_steps: 3 in .*, 10 in this job"):
+        check_resume(resolved(train=more, schedule={"warmup_ratio": 0.2}), tmp_path, first.model_dump(mode="json"))
 
 
 def test_rules_are_used():

@@ -10,6 +10,7 @@ from swift_dist.config import JobConfig, Section
 from swift_dist.config.aliases import JOB_ALIASES, JOB_ELSEWHERE
 from swift_dist.config.keys import did_you_mean, walk
 from swift_dist.config.load import build, dump_job, load_job, parse_words
+from swift_dist.data.preview import PreviewOptions
 from swift_dist.errors import JobError
 
 KEYS = {key.name: key for key in walk(JobConfig)}
@@ -93,6 +94,9 @@ def test_ranks_take_the_task_from_the_file(tmp_path, task):
         (["--data.train", "[{path: a, weight: -1}]"], "data.train.0.weight", "greater than 0"),
         (["--optimizer.lr", ".nan"], "optimizer.lr", "finite"),
         (["--merge_lora", "true"], "--merge_lora", "instead: swift-dist merge"),
+        (["--eval_dataset", "x"], "--eval_dataset", "instead: val_dataset"),
+        (["--rlhf_type", "kto", "--beta", "1"], "--beta", "did you mean objective.kto.beta or objective.cpo.beta"),
+        (["--rlhf_type=dpo", "--beta", "1"], "--beta", "did you mean objective.dpo.beta or objective.cpo.beta"),
         (["--warmup-ratio", "10"], "schedule.warmup_ratio", "less than 1"),
         (["stray", "--train.steps", "3"], "stray", "unexpected argument"),
     ],
@@ -183,6 +187,11 @@ def test_schema_accepts_every_spelling_of_a_dataset(train):
         jsonschema.validate({"data": {"train": [3]}}, JobConfig.model_json_schema())
 
 
+def test_what_is_not_given_is_named_as_an_option():
+    with pytest.raises(JobError, match="is not given\n  remedy: --tokenizer <text>: the model's folder"):
+        build(PreviewOptions, [{"input": ["rows.jsonl"]}])
+
+
 def test_schema_accepts_what_we_dump():
     schema = JobConfig.model_json_schema()
     assert schema["additionalProperties"] is False
@@ -195,6 +204,21 @@ def test_python_builds_the_same_job():
     assert swift_dist.job_config({"train": {"steps": 10}}, tp=2, optimizer__lr=1e-4) == load_job(
         None, ["--train.steps", "10", "--tp", "2", "--optimizer.lr", "1e-4"]
     )
+
+
+def test_python_says_what_takes_the_place_of_options_that_are_no_keys():
+    import swift_dist
+
+    for name, value, says in (
+        (
+            "launcher",
+            "torchrun",
+            r"launcher: 'torchrun': .* Ray (.|\n)*swift-dist sft job.yaml --launcher torchrun",
+        ),
+        ("gradient_checkpointing", True, "gradient_checkpointing: unknown key. instead: train.recompute full"),
+    ):
+        with pytest.raises(JobError, match=says):
+            swift_dist.sft(model="x", **{name: value})
 
 
 def test_python_refuses_a_job_of_another_task(tmp_path):

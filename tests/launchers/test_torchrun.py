@@ -219,7 +219,7 @@ def test_a_first_node_that_is_not_fit_says_so_in_the_folder(tmp_path: Path, monk
     monkeypatch.setattr(driver, "preflight_here", unfit)
     here = job(tmp_path / "run", endpoint="127.0.0.1")
     folder = RunFolder.for_job(here)
-    resolved = type("Resolved", (), {"job": here, "layout": Layout()})
+    resolved = type("Resolved", (), {"job": here, "layout": Layout(), "encoding": None})
     with pytest.raises(RunError, match="its disk is full"):
         driver._lead(folder, resolved, False, INTERRUPTS)  # type: ignore[arg-type]
     status = folder.status()

@@ -28,6 +28,8 @@ def test_config_refusals(tmp_path: Path) -> None:
     assert "neither" in str(refusal(read_hf_config, ModelSection()))
     assert "no folder" in str(refusal(read_hf_config, ModelSection(path=str(tmp_path / "absent"))))
     assert "no config.json" in str(refusal(read_hf_config, ModelSection(path=str(tmp_path))))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "swift-dist merge" in str(refusal(read_hf_config, ModelSection(path=str(tmp_path))))
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read" in str(refusal(read_hf_config, ModelSection(path=str(tmp_path))))
     assert "is a file" in str(refusal(read_hf_config, ModelSection(path=str(tmp_path / "config.json"))))

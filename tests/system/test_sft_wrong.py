@@ -143,6 +143,7 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
         ["rows.jsonl", "no effect"],
         "train.eval_interval",
     ),
+    "split": ("sft", "--dataset rows.jsonl --split_dataset_ratio 0.5", "data.split_ratio", ["0.5"], "eval_interval"),
     "recompute": ("sft", "--dataset rows.jsonl --train.recompute selective", "train.recompute", ["megatron"], "full"),
     "8 bits": (
         "sft",
@@ -214,6 +215,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "columns": ("sft", "--dataset columns.jsonl", "data.train", ["columns.jsonl:1: ", "foo"], "data.columns"),
     "encoding": ("sft", "--dataset latin.jsonl", "data.train", ["latin.jsonl:1: not UTF-8"], "data.format"),
     "format": ("sft", "--dataset rows.jsonl --data.format alpaca", "data.train", ["rows.jsonl:1: "], "data.format"),
+    "unknown format": (
+        "sft",
+        "--dataset rows.jsonl --data.format mesages",
+        "data.format",
+        ["did you mean messages"],
+        "auto",
+    ),
     "bad rows": (
         "sft",
         "--dataset mixed.jsonl --data.bad_rows stop",
@@ -238,7 +246,7 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     "stream of epochs": ("sft", "--dataset rows.jsonl --streaming true --train.epochs 2", "train.epochs", [], "steps"),
     "split stream": (
         "sft",
-        "--dataset rows.jsonl --streaming true --max_steps 5 --split_dataset_ratio 0.1",
+        "--dataset rows.jsonl --streaming true --max_steps 5 --eval_steps 2 --split_dataset_ratio 0.1",
         "data.split_ratio",
         ["all rows"],
         "data.validation",
@@ -285,6 +293,13 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
 }
 
 
+SEEN_BEFORE_ENCODING = (
+    *("packed pairs", "no data", "missing", "empty", "columns", "encoding", "format", "unknown format", "no pairs"),
+    *("kto", "unlabelled"),
+)
+"""Of those about rows, what a dry run refuses, too."""
+
+
 class Inline:
     """A worker that encodes in this process: another one takes seconds to import what it needs."""
 
@@ -308,6 +323,8 @@ def test_refused(
         monkeypatch.setattr(pool, "LocalWorker", Inline)
     verb, words, key, says, remedy = WRONG[name]
     assert_refused(capsys, folder, command(place, verb, words), Wrong(name, key, says, remedy))
+    if name in SEEN_BEFORE_ENCODING:
+        assert_refused(capsys, folder, [*command(place, verb, words), "--dry-run"], Wrong(name, key, says, remedy))
 
 
 class StartedError(Exception):

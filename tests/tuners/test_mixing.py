@@ -152,6 +152,7 @@ def test_the_verb_merges_into_the_base_that_the_adapter_names(bases, tmp_path, c
     for words, says in (
         ([str(adapter), str(target)], "merged exists"),
         ([str(target), "x"], "no adapter_config.json"),
+        ([str(tmp_path), "x"], f"its adapter is {adapter}"),
         ([str(adapter), str(tmp_path / "x"), "--base", str(tmp_path / "nowhere")], "nowhere"),
         ([str(adapter)], "target"),
     ):

@@ -25,10 +25,12 @@ def test_bytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         "verb:  60%  10.0 MB/s  0:00:40 left",
         "verb:  60%  5.0 MB/s  0:01:20 left",
     ]
-    assert lines(monkeypatch, 40 * 10**9, 0, {}, {"done_bytes": 25 * 10**9}) == [
-        "verb:   0%  0.0 MB/s",
-        "verb:  62%  1.25 GB/s  0:00:12 left",
-    ]
+    assert lines(monkeypatch, 40 * 10**9, 0, {}, {"done_bytes": 25 * 10**9}) == ["verb:  62%  1.25 GB/s  0:00:12 left"]
+
+
+def test_no_line_of_workers_that_start_or_of_what_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines(monkeypatch, 400, 0, {}, {}, {"done_bytes": 400}) == []
+    assert lines(monkeypatch, 400, 0, {}, {}, {}, {}) == ["verb:   0%  0.0 MB/s"]
 
 
 def test_text_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

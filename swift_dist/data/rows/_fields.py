@@ -86,13 +86,16 @@ def from_json(text: str, what: str) -> Any:
         raise BadRowError(f"{what} is text that is not JSON: {error}") from None
 
 
-def as_number(value: Any, what: str) -> Any:
+_NUMBERED = "; number the classes from 0, in the order of config.json's id2label if the model has one"
+
+
+def as_number(value: Any, what: str, hint: str = _NUMBERED) -> Any:
     """A finite number, true, false or a list: as it is, or written as text (as CSV files hold it)."""
     if isinstance(value, str):
         try:
             value = json.loads(value.strip().lower())
         except ValueError:
-            raise BadRowError(f"{what} is the text {value[:40]!r}, not a number") from None
+            raise BadRowError(f"{what} is the text {value[:40]!r}, not a number{hint}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRowError(f"{what} is {value}, not a finite number")
     return value

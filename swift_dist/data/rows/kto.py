@@ -28,7 +28,7 @@ def _detect(row: Mapping[str, Any]) -> bool:
 
 def _read(row: Mapping[str, Any]) -> Row:
     column = first(row, LABEL_COLUMNS) or "label"
-    label = as_number(required(row, column), column)
+    label = as_number(required(row, column), column, "; give true or false")
     if not isinstance(label, (bool, int, float)):
         raise BadRowError(f"{column} holds {kind_of(label)}, not true or false (1 or 0)")
     if label not in (0, 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,11 @@ def read_rows(source: RowSource, unit: RowUnit) -> Iterator[tuple[str, Row | Bad
         yield where, row
 
 
+def first_rows(source: RowSource) -> Iterator[tuple[str, Row | BadRow]]:
+    """The rows among which a good one is looked for, whichever rows #N takes; as `read_rows`."""
+    return islice((found for unit in cut(source.files, None) for found in read_rows(source, unit)), _LOOK_AT)
+
+
 def _mixed(row: Mapping[str, Any], source: RowSource) -> str:
     """For people, where a row is of another format than its source; "" where it is not."""
     found = detect(row)
@@ -173,7 +179,7 @@ def open_sources(entries: tuple[DatasetEntry, ...], section: DataSection, key: s
     Raises:
         JobError: a source does not exist, cannot be had, or its first rows are of no known format.
     """
-    _check_columns(section)
+    check_columns(section)
     sources, columns_seen = [], set()
     for entry in entries:
         address = parse_address(entry.path, key)
@@ -199,7 +205,8 @@ def open_sources(entries: tuple[DatasetEntry, ...], section: DataSection, key: s
     return sources
 
 
-def _check_columns(section: DataSection) -> None:
+def check_columns(section: DataSection) -> None:
+    """Raise JobError where data.format, or a name that data.columns gives to a column, is none."""
     if section.format != "auto":
         find_format(section.format)
     unknown = [] if ":" in section.format else [ours for ours in section.columns if ours not in KNOWN_COLUMNS]

@@ -20,7 +20,8 @@ class ChunkFacts:
     """What the driver hears of a chunk that is there.
 
     Args:
-        rows, samples, tokens: in it; unusable: rows that cannot be used; left_out: rows without a sample, by reason.
+        rows, samples, tokens: in it; pairs: rows of which the chosen answer alone is learnt.
+        unusable: rows that cannot be used; left_out: rows without a sample, by reason.
         first_unusable: the first of them, a line each.
     """
 
@@ -28,6 +29,7 @@ class ChunkFacts:
     rows: int
     samples: int
     tokens: int
+    pairs: int
     unusable: int
     left_out: dict[str, int]
     first_unusable: str
@@ -58,7 +60,14 @@ class ChunkTask:
         facts = store.facts
         first = listed_unusable(store, paths) if facts["unusable"] else ""
         return ChunkFacts(
-            unit, facts["rows"], store.num_samples, store.num_tokens, facts["unusable"], facts["bad"], first
+            id=unit,
+            rows=facts["rows"],
+            samples=store.num_samples,
+            tokens=store.num_tokens,
+            pairs=facts["pairs"],
+            unusable=facts["unusable"],
+            left_out=facts["bad"],
+            first_unusable=first,
         )
 
     def _make(self, encoder: UnitEncoder, unit: UnitId, target: Path, paths: list[str]) -> None:

@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -23,6 +23,8 @@ from typing import Any
 from swift_dist.config.finetune import TemplateSection
 from swift_dist.config.job import JobConfig
 from swift_dist.config.section import updated
+from swift_dist.data.readers import BadRow
+from swift_dist.data.rows.base import BadRowError, Row
 from swift_dist.data.samples.dataset import require_sound
 from swift_dist.data.samples.identity import content_key, tokenizer_hash
 from swift_dist.data.samples.merge import merge
@@ -35,7 +37,7 @@ from swift_dist.data.samples.store import (
     refuse_bad_rows,
 )
 from swift_dist.data.samples.store_lock import StoreLock
-from swift_dist.data.samples.unit_encoder import Recipe, UnitFacts, UnitId, part_name, read_part
+from swift_dist.data.samples.unit_encoder import Recipe, UnitFacts, UnitId, part_name, read_part, require_fitting
 from swift_dist.errors import JobError, RunError, listed
 from swift_dist.workers.pool import from_queue, run_all, start_local
 from swift_dist.workers.progress import Progress
@@ -85,6 +87,50 @@ def named_sources(job: JobConfig, kind: SampleKind, key: str) -> Named:
         for source in open_sources(entries, job.data, key)
     ]
     return Named(wanted, str(path), template)
+
+
+def check_first_rows(job: JobConfig, kind: SampleKind, key: str) -> None:
+    """What can be said of data.train or data.validation without encoding it: files that are here are looked into.
+
+    Raises:
+        JobError: as `encode_samples` does: data.format is none, or the first rows of a file are nothing for the job.
+    """
+    from swift_dist.data.rows.paths import is_here
+    from swift_dist.data.rows.source import check_columns, first_rows, open_sources
+
+    require_sound(job, kind)
+    entries = {"data.train": job.data.train, "data.validation": job.data.validation}[key]
+    here = tuple(entry for entry in entries if is_here(entry.path, key))
+    check_columns(job.data)
+    if job.data.columns and len(here) < len(entries):
+        return  # whether one of the datasets has these columns only all of them can tell
+    for source in open_sources(here, job.data, key):
+        reasons = []
+        for where, row in first_rows(source):
+            reason = _unfit(row, kind)
+            if reason is None:
+                break
+            reasons.append(f"{where}: {reason}")
+        else:
+            raise _no_sample(key, f"{source.name} gives no sample: of its first rows none can be used", reasons)
+
+
+def _unfit(row: Row | BadRow, kind: SampleKind) -> str | None:
+    if isinstance(row, BadRow):
+        return row.reason
+    try:
+        require_fitting(row, kind)
+    except BadRowError as error:
+        return str(error)
+    return None
+
+
+def _no_sample(key: str, what: str, reasons: Iterable[str]) -> JobError:
+    return JobError(
+        key,
+        f"{what}\n  {listed(reasons)}",
+        "correct the rows, or look at data.format, data.columns, template.truncation and data.sequence_length",
+    )
 
 
 def encode_samples(
@@ -214,12 +260,8 @@ def _publish(item: Wanted, lock: StoreLock, num_units: int, recipe: Recipe) -> N
         merge(parts, folder, **facts, name=name, paths=source_paths(item.source))
         store = SampleStore(folder, name)
         if store.num_samples == 0:
-            first = listed(f"{row['row']}: {row['reason']}" for row in store.bad_rows())
-            raise JobError(
-                item.key,
-                f"{name} gives no sample: {store.facts['rows']} rows, none that can be used\n  {first}",
-                "correct the rows, or look at data.format, data.columns, template.truncation and data.sequence_length",
-            )
+            what = f"{name} gives no sample: {store.facts['rows']} rows, none that can be used"
+            raise _no_sample(item.key, what, [f"{row['row']}: {row['reason']}" for row in store.bad_rows()])
     except JobError:
         lock.discard()  # nothing of it would be of use to another job
         raise

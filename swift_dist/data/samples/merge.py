@@ -97,6 +97,7 @@ def merge(
         "labels_are_float": any(header["labels_are_float"] for header in headers),
         "bad": dict(sum((Counter(header["reasons"]) for header in headers), Counter())),
         "unusable": sum(header["unusable"] for header in headers),
+        "pairs": sum(header["pairs"] for header in headers),
         "apart": dict(sum((Counter(header["apart"]) for header in headers), Counter())),
         "lengths": _quantiles(np.concatenate(lengths) if lengths else np.empty(0, np.int64)),
         "files": {**known, BAD_ROWS: _write_bad_rows(folder, headers)},

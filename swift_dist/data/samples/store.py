@@ -200,7 +200,7 @@ class SampleStore:
         left_out = f" ({sum(bad.values())} left out: {reasons})" if bad else ""
         return (
             f"{self.name}: {facts['rows']} rows{left_out}, {self.num_samples} samples, {self.num_tokens} tokens; "
-            f"{self._taken_apart()}"
+            f"{self._taken_apart()}{chosen_alone(facts['pairs'])}"
             f"length {lengths['median']} median, {lengths['p95']} p95, {lengths['max']} max; "
             f"{facts['learning_tokens'] / max(1, self.num_tokens):.1%} of the tokens learn"
         )
@@ -212,6 +212,11 @@ class SampleStore:
             return ""
         left_out = f" ({apart['left_out']} left out)" if apart.get("left_out") else ""
         return f"{apart['rows']} rows were taken apart into {apart['sequences']} sequences{left_out}; "
+
+
+def chosen_alone(pairs: int) -> str:
+    """For people, of so many pairs that samples of one answer are made of; "" of none."""
+    return f"{pairs} rows are pairs, of which the chosen answers are learnt (rlhf compares both); " if pairs else ""
 
 
 def listed_unusable(store: SampleStore, paths: Sequence[str] = ()) -> str:

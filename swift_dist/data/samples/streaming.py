@@ -25,7 +25,7 @@ from swift_dist.data.mixture import SMALLEST_SHARE
 from swift_dist.data.samples.chunk_encoder import ChunkFacts, ChunkTask, open_whole
 from swift_dist.data.samples.dataset import require_sound
 from swift_dist.data.samples.encode import named_sources
-from swift_dist.data.samples.store import SampleKind, SampleStore
+from swift_dist.data.samples.store import SampleKind, SampleStore, chosen_alone
 from swift_dist.data.samples.store_lock import FileLock
 from swift_dist.data.samples.stream import StreamPlan, check_chunk
 from swift_dist.data.samples.stream_order import encoding_order
@@ -245,7 +245,7 @@ class Encoding:
         left_out = sum((Counter(facts.left_out) for facts in self._seen), Counter[str]())
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         numbers = {what: sum(getattr(facts, what) for facts in self._seen) for what in ("rows", "samples", "tokens")}
-        return (
+        return chosen_alone(sum(facts.pairs for facts in self._seen)) + (
             f"{len(self._seen)} of {sum(self._plan.counts)} chunks, {numbers['rows']} rows"
             + (f" ({sum(left_out.values())} left out: {reasons})" if reasons else "")
             + f", {numbers['samples']} samples, {numbers['tokens']} tokens"

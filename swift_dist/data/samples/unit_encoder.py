@@ -86,6 +86,7 @@ class _Arrays:
     reasons: dict[str, int] = field(default_factory=dict)
     unusable: int = 0
     rows: int = 0
+    pairs: int = 0  # rows of which the chosen answer is learnt, and the rejected one is not read
     apart: dict[str, int] = field(default_factory=lambda: {"rows": 0, "sequences": 0, "left_out": 0})
 
     def add(self, sample: Sample, content: int) -> None:
@@ -165,11 +166,10 @@ class UnitEncoder:
         """A row's samples and the hash of its content."""
         limit, how, template = self.recipe.sequence_length, self.recipe.template.truncation, self._template
         kind = self.recipe.kind
+        require_fitting(row, kind)
         if kind == "pair":
             chosen, rejected = template.encode_pair(row)
             return [truncation.pair(chosen, rejected, limit, how)], content_hash(chosen.ids, rejected.ids)
-        if kind in ("classification", "token_classification") and row.label is None:
-            raise BadRowError("it has no label")
         if kind == "token_classification":
             whole = template.encode_words(row)
             return [truncation.classified_words(whole, row.label, limit, how)], content_hash(whole.ids)
@@ -178,7 +178,6 @@ class UnitEncoder:
             whole = template.encode_text(row.text) if row.text is not None else template.encode(row)
             whole = Encoded(whole.ids, np.zeros_like(whole.weights))
             return [truncation.classified(whole, row.label, limit, how)], content_hash(whole.ids)
-        _require_wanted(row)
         sequences = template.encode_all(row)
         samples: list[Sample] = []
         left_out: list[tuple[int, LeftOutError]] = []
@@ -189,6 +188,7 @@ class UnitEncoder:
                 left_out.append((number, error))
         if not samples:
             raise left_out[-1][1]
+        arrays.pairs += bool(row.rejected)
         if len(sequences) > 1:
             arrays.take_apart(where, len(sequences), left_out)
         return samples, content_hash(*(whole.ids for whole in sequences))
@@ -230,8 +230,7 @@ class UnitEncoder:
         limit, how = self.recipe.sequence_length, self.recipe.template.truncation
         for where, row in self._rows(unit, arrays):
             try:
-                if not isinstance(row.label, (bool, int)):
-                    raise BadRowError("it has no label that says whether its answer is wanted")
+                require_fitting(row, "kto")
                 own = self._template.encode(row)
                 truncation.judged_answer(own, limit, how)
             except BadRowError as error:
@@ -250,6 +249,20 @@ class UnitEncoder:
             arrays.leave_out(where, error)
             return
         arrays.add(sample, content_hash(own.ids))
+
+
+def require_fitting(row: Row, kind: SampleKind) -> None:
+    """Raise BadRowError for a row that, however it is encoded, gives no sample of `kind`."""
+    if kind == "pair":
+        if not row.num_answer or not row.rejected:
+            raise BadRowError("the row is no preference pair")
+    elif kind == "kto":
+        if not isinstance(row.label, (bool, int)):
+            raise BadRowError("it has no label that says whether its answer is wanted")
+    elif kind == "single":
+        _require_wanted(row)
+    elif row.label is None:
+        raise BadRowError("it has no label")
 
 
 def _require_wanted(row: Row) -> None:
@@ -287,6 +300,7 @@ def write_part(path: Path, arrays: _Arrays) -> None:
         "bad": arrays.bad,
         "reasons": arrays.reasons,
         "unusable": arrays.unusable,
+        "pairs": arrays.pairs,
         "apart": arrays.apart,
         "label_kinds": sorted(arrays.label_kinds),
         "labels_are_float": arrays.labels_are_float,

@@ -12,6 +12,7 @@ On CUDA in half precision one kernel does all sequences (torch.nn.attention.varl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,15 @@ def refusal(model: Any) -> str | None:
         return f"its {', '.join(recurrent)} layers carry state from one sequence into the next"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no position_ids"
+    if any(
+        name.endswith("position_embeddings") and module.padding_idx is not None for name, module in _embeddings(model)
+    ):
+        return "its positions do not begin at 0 (RoBERTa's begin behind the padding token)"
     return None
+
+
+def _embeddings(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Embedding]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding))
 
 
 def _has(model: torch.nn.Module, part: str) -> bool:

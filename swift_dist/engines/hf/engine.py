@@ -49,6 +49,8 @@ class HFEngine:
         worker: this rank.
     """
 
+    exports = True
+
     def __init__(self, job: JobConfig, hf_config: dict[str, Any], worker: Worker) -> None:
         self.job, self.worker = job, worker
         self.device = torch.device(worker.device)

@@ -39,12 +39,13 @@ def choose_pad(model: Any, job: JobConfig, needs: Needs) -> int:
     (Qwen's is not the end of a turn); without one, the end of a text.
     """
     config = model.config.get_text_config()
+    stated = getattr(config, "pad_token_id", None)  # CodeGen's has none
 
     def is_token(number: Any) -> bool:
         return number is not None and 0 <= number < config.vocab_size
 
-    if is_token(config.pad_token_id) or needs == "tokens":
-        return config.pad_token_id if is_token(config.pad_token_id) else 0
+    if is_token(stated) or needs == "tokens":
+        return int(stated) if stated is not None and is_token(stated) else 0
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     candidates = [getattr(tokenizer_of(job), "pad_token_id", None), *ends, 0]
     config.pad_token_id = next(number for number in candidates if is_token(number))

@@ -37,6 +37,8 @@ class MegatronEngine:
         worker: this rank.
     """
 
+    exports = False
+
     def __init__(
         self, job: JobConfig, layout: ParallelLayout, family: Family, hf_config: dict[str, Any], worker: Worker
     ) -> None:

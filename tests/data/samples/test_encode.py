@@ -174,6 +174,11 @@ def test_pairs(tmp_path: Path, tokenizer: Path) -> None:
     rows = [{"prompt": f"q{k}", "chosen": f"yes{k}", "rejected": f"no{k}"} for k in range(3)]
     store = encode(make_job(tokenizer, write_rows(tmp_path / "r.jsonl", rows)), "pair", tmp_path / "cache")
     assert texts(store) == [[f"q{k}|YES{k}", f"q{k}|NO{k}"] for k in range(3)]
+    assert "chosen answers" not in store.summary()
+    write_rows(tmp_path / "m.jsonl", [*rows, ROWS[0]])
+    store = encode(make_job(tokenizer, tmp_path / "m.jsonl"), "single", tmp_path / "cache")
+    assert texts(store)[:3] == [[f"q{k}|YES{k}"] for k in range(3)]
+    assert "3 rows are pairs, of which the chosen answers are learnt" in store.summary()
     with pytest.raises(JobError, match=r"template\.truncation.*split"):
         encode(make_job(tokenizer, tmp_path / "r.jsonl", truncation="split"), "pair", tmp_path / "cache")
     with pytest.raises(JobError, match=r"data\.packing.*pair"):

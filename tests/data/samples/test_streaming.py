@@ -296,6 +296,11 @@ def test_bad_rows_are_reported_as_they_come(
     everything(config, *plan_of(config, tmp_path / "cache"), range(20))
     assert all(f"{path}:{line}: the template refuses it" in caplog.text for line in range(4, 101, 10))
     assert "101 rows (11 left out: 10 unusable, 1 too long), 90 samples" in caplog.text
+    assert "chosen answers" not in caplog.text
+    pairs = [{"prompt": f"q{k}", "chosen": f"a{k}", "rejected": f"b{k}"} for k in range(30)]
+    config = make_job(tokenizer, write_rows(tmp_path / "p.jsonl", pairs))
+    everything(config, *plan_of(config, tmp_path / "cache"), range(20))
+    assert "30 rows are pairs, of which the chosen answers are learnt" in caplog.text
 
 
 def test_rows_of_which_none_can_be_used_are_refused_before_anything_starts(tmp_path: Path, tokenizer: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from swift_dist import cli
 from swift_dist.config.load import build, parse_words
 from swift_dist.data.preview import PreviewOptions, preview, render
 from swift_dist.errors import JobError
@@ -93,3 +94,9 @@ def test_chat_template_without_exact_masks_is_refused(folder: Path):
     (folder / "model" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(JobError, match="leaves the answer out"):
         preview(options(folder))
+
+
+def test_a_length_has_the_name_that_it_has_in_a_job(folder: Path, capsys: pytest.CaptureFixture[str]):
+    words = [str(folder / "rows.jsonl"), "--tokenizer", str(folder / "model"), "--max_length", "6", "--json"]
+    assert cli.main(["data", "preview", *words]) == 0
+    assert "too long" in capsys.readouterr().out

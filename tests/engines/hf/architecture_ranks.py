@@ -27,6 +27,34 @@ SMALL = {
 }  # fmt: skip
 
 
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8},
+}
+"""What must fit together in one architecture."""
+
+
+def _can_be_set(config: Any, name: str) -> bool:
+    name = type(config).attribute_map.get(name, name)
+    of_class = getattr(type(config), name, None)
+    return not isinstance(of_class, property) or of_class.fset is not None
+
+
+def _settable(config: Any) -> dict[str, Any]:
+    """What SMALL says of this config."""
+    found = {}
+    for name, value in SMALL.items():
+        try:
+            there = hasattr(config, name)
+        except Exception:  # a number that differs by layer
+            there = True
+        if there and _can_be_set(config, name):
+            found[name] = value
+    if "qk_rope_head_dim" in found and "head_dim" in found:
+        found["head_dim"] = found["qk_rope_head_dim"]  # DeepSeek's means the rotated part
+    return found
+
+
 def save_tiny(worker: Any, model_type: str, folder: str) -> dict[str, Any]:
     """A tiny model of `model_type` in `folder`; {"class", "parameters", "packs"} or {"error"}."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,8 +63,8 @@ def save_tiny(worker: Any, model_type: str, folder: str) -> dict[str, Any]:
 
     try:
         default = AutoConfig.for_model(model_type)
-        values = {name: value for name, value in SMALL.items() if hasattr(default, name)}
-        is_own = not isinstance(getattr(type(default), "layer_types", None), property)
+        values = {**_settable(default), **OF_TYPE.get(model_type, {})}
+        is_own = _can_be_set(default, "layer_types")
         if is_own and isinstance(getattr(default, "layer_types", None), list) and "num_hidden_layers" in values:
             kinds = list(dict.fromkeys(default.layer_types))
             values["num_hidden_layers"] = max(2, len(kinds))
@@ -46,7 +74,8 @@ def save_tiny(worker: Any, model_type: str, folder: str) -> dict[str, Any]:
             values = {
                 "text_config": {
                     "model_type": text.model_type,
-                    **{name: value for name, value in SMALL.items() if hasattr(text, name)},
+                    **_settable(text),
+                    **OF_TYPE.get(text.model_type, {}),
                 }
             }
         torch.manual_seed(0)

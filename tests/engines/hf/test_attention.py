@@ -92,9 +92,10 @@ def test_a_model_that_hands_nothing_on_is_an_error() -> None:
         ("mamba", {"state_size": 4}, "attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "state"),
         ("bloom", {}, "attention"),
+        ("roberta", {"is_decoder": True, "pad_token_id": 1}, "do not begin at 0"),
     ],
 )
-def test_models_that_carry_state_are_refused(name: str, values: dict[str, Any], reason: str) -> None:
+def test_models_that_cannot_are_refused(name: str, values: dict[str, Any], reason: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(name, **{**COMMON, **values})

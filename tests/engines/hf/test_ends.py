@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from sft_runs import LORA, Runs
 from sft_runs import RANKS as SFT_RANKS
 from test_runs import STRATEGIES, batches
 
+from swift_dist.advice import already_done
+from swift_dist.config import JobConfig
 from swift_dist.errors import JobError
+from swift_dist.job import render_result
+from swift_dist.resolve import resolve
+from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import read_outcome
+from swift_dist.runs.verbs import ShowOptions, render_show, show_run
 
 RANKS = Path(__file__).with_name("end_ranks.py")
 
@@ -59,6 +67,19 @@ def test_an_evaluation_is_the_mean_over_all_tokens(runs: Runs) -> None:
     assert evaluations(folder) == {1: pytest.approx(expected, rel=1e-5)}
 
 
+def require_known_end(folder: Path, job: JobConfig, result: dict[str, Any]) -> None:
+    """Whoever drives or looks at a run that stopped early hears why; the same command does not start it again."""
+    run = RunFolder(folder)
+    run.begin(job)
+    run.end("done", **{key: result[key] for key in ("step", "message", "export_step")})
+    again = already_done(run, resolve(job, nproc_per_node=1, on_cuda=False, output=str(folder)))
+    assert again and again["step"] == 3 and read_outcome(folder)["export_step"] == again["export_step"] == 1
+    assert f"\n{result['message']}\noutput: " in render_result({**again, "seconds": 1.0})
+    assert f"state        done: {result['message']}\n" in render_show(show_run(ShowOptions(run=str(folder))))
+    patient = job.model_copy(update={"train": job.train.model_copy(update={"early_stopping_patience": 3})})
+    assert already_done(run, resolve(patient, nproc_per_node=1, on_cuda=False, output=str(folder))) is None
+
+
 def test_patience_and_the_best_checkpoint_count_over_a_resume(runs: Runs) -> None:
     """What is learnt makes the validation's answers, in letters of their own, less likely with every step."""
     strange = [{"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "QZ XJ VK %&"}]}]
@@ -72,6 +93,21 @@ def test_patience_and_the_best_checkpoint_count_over_a_resume(runs: Runs) -> Non
     assert list(losses) == [1, 2, 3] and losses[1] < losses[2] < losses[3]
     assert result["step"] == 3 and not result["stopped"] and Path(result["export"]).name == "model"
     assert {path.name for path in (folder / "checkpoints").glob("step_*")} == {"step_1", "step_3"}
+
+    best = runs.new_folder()
+    shutil.copytree(folder / "checkpoints" / "step_1", best / "checkpoints" / "step_1")
+    _, (kept,) = runs.run(runs.job(train={"steps": 1}), 1, best)
+    kept = load_file(Path(kept["export"]) / "model.safetensors")
+    exported = load_file(Path(result["export"]) / "model.safetensors")
+    shutil.rmtree(result["export"])
+    _, (again,) = runs.run(job, 1, folder)  # nothing is left to train
+    for found, weights in ((result, exported), (again, load_file(Path(again["export"]) / "model.safetensors"))):
+        assert found["export_step"] == 1 and all(torch.equal(kept[name], weights[name]) for name in kept)
+        assert found["message"] == (
+            f"stopped early: 2 evaluations without an eval_loss below {losses[1]:.4f}, that of step 1; "
+            "the exported weights are of step 1, the best evaluated"
+        )
+    require_known_end(folder, job, result)
 
     more = {**train, "steps": 4}
     job = runs.job(data={"validation": validation}, train=more, checkpoint={"load": str(folder)})
