@@ -68,12 +68,13 @@ _rc_node() {
         case $name in SLURM_* | SLURMD_* | SRUN_* | SBATCH_* | PMI_* | PMI2_* | PMIX_* | OMPI_* | MPI_*) unset "$name" ;; esac
     done
     echo "ray_cluster: $(date +%FT%T) $me: ray start ${words[*]}"
+    local mark=$me-$$-$RANDOM # in the environment of all that Ray starts
     # Asked to end, Ray would drain for up to 30 s for work that nobody waits for. Killed, its reaper ends the rest.
     trap 'stopping=yes; kill -KILL "$child" 2>/dev/null' TERM
     local code from try log=$RAY_CLUSTER_LOGS/ray_$me.log
     for try in 1 2 3; do
         from=$(wc -c <"$log")
-        ray start "${words[@]}" </dev/null &
+        RAY_CLUSTER_NODE=$mark ray start "${words[@]}" </dev/null &
         child=$!
         wait "$child"
         code=$?
@@ -87,6 +88,10 @@ _rc_node() {
                 break
             fi
             sleep 0.1
+        done
+        # An agent whose raylet goes while it starts waits for it for a minute, in a session and under a name of its own.
+        grep -lsF "RAY_CLUSTER_NODE=$mark" /proc/[0-9]*/environ | while IFS=/ read -r _ _ name _; do
+            kill -KILL "$name" 2>/dev/null
         done
         echo "ray_cluster: $(date +%FT%T) $me: ${stopping:+told to end; }ray ended with $code"
         [ -z "$stopping" ] || return 0

@@ -25,10 +25,15 @@ def quantised(base: Path, stack: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "options", [{"quant_type": "nf4"}, {"quant_type": "fp4", "double_quant": False}, {"bits": 8}]
+    "options",
+    [
+        {"compute_dtype": "fp32", "quant_type": "nf4"},
+        {"compute_dtype": "fp32", "quant_type": "fp4", "double_quant": False},
+        {"bits": 8},
+    ],
 )  # fmt: skip
 def test_an_adapter_of_a_quantised_base_reloads_on_one(options, base, tmp_path):
-    stack = stack_of("qlora", qlora={"compute_dtype": "fp32", **options})
+    stack = stack_of("qlora", qlora=options)
     model = stack.apply(quantised(base, stack), seed=0)
     stored = {p.dtype for n, p in model.named_parameters() if "q_proj.base_layer" in n}
     assert stored == {torch.int8 if options.get("bits") == 8 else torch.uint8}

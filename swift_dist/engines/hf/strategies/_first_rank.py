@@ -75,7 +75,7 @@ def _as_values(error: BaseException | None) -> dict[str, str] | None:
 def _raise_first(found: list[dict[str, str] | None]) -> None:
     for rank, values in enumerate(found):
         if values is not None and "key" in values:
-            raise JobError(**values)
+            raise JobError(values["key"], values["message"], values["remedy"])
         if values is not None:
             raise RunError(f"rank {rank}: {values['message']}", values["remedy"])
 
