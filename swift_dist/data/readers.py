@@ -131,7 +131,7 @@ def _json_documents(text: _Text, key: str) -> Iterator[Document | BadRow]:
             offset = end + 1
             continue
         if isinstance(value, str):
-            if b"\\u" in line and not _is_unicode(value):
+            if b"\\u" in line and not is_unicode(value):
                 yield text.bad(offset, "half a surrogate pair (\\ud800 to \\udfff), which no text can hold")
             else:
                 yield Document(text.file, text.start + offset, value)
@@ -153,7 +153,8 @@ def _why(line: bytes, key: str, error: Exception) -> str:
     return f"not JSON: {error}"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8: JSON's escapes can spell half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

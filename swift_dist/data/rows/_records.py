@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.data.bad_rows import newlines_before
-from swift_dist.data.readers import kind_of, read_segment
+from swift_dist.data.readers import is_unicode, kind_of, read_segment
 from swift_dist.data.rows.base import BadRowError
 from swift_dist.data.sources import SourceFile
 from swift_dist.data.units import Segment, Unit, next_boundary, table_units
@@ -128,7 +128,7 @@ def _csv_records(data: bytes, first_line: int, file: SourceFile) -> Iterator[tup
                 if len(set(header)) < len(header):
                     yield line, Damage(f"the first line names a column twice: {', '.join(header)}"[:200])
                     return
-            elif not _is_unicode("".join(cells)):
+            elif not is_unicode("".join(cells)):
                 yield line, BadRowError("not UTF-8")
             elif len(cells) != len(header):
                 yield line, BadRowError(f"{len(cells)} cells, but {len(header)} columns are named in the first line")
@@ -216,17 +216,9 @@ def parse(record: Record, file: SourceFile) -> Mapping[str, Any]:
 def _row(value: Any, escaped: bool = True) -> Mapping[str, Any] | BadRowError:
     if not isinstance(value, dict):
         return BadRowError(f"not a JSON object but {kind_of(value)}")
-    if escaped and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+    if escaped and not is_unicode(json.dumps(value, ensure_ascii=False)):
         return BadRowError("not UTF-8, or half a surrogate pair (\\ud800 to \\udfff), which no text can hold")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def unit_records(unit: RowUnit) -> Iterator[tuple[SourceFile, int, Record]]:

@@ -26,21 +26,9 @@ def dpo(
     AdamW of torch. Each step is a list of answers {ids, weights}: chosen, rejected, chosen, ..."""
     from transformers import AutoModelForCausalLM
 
-    load = {"dtype": torch.float32, "attn_implementation": "eager"}
-    learner, fixed = (AutoModelForCausalLM.from_pretrained(path, **load) for path in (model, reference))
-    if adapter is not None:
-        from swift_dist.config import TunerSection
-        from swift_dist.tuners import find_tuners
-
-        learner = find_tuners(TunerSection(**adapter)).apply(learner, seed=seed)
-    learner.train()
-    fixed.eval()
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    learner = sft_ranks.learner_of(model, adapter, seed)
+    fixed = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32, attn_implementation="eager").eval()
+    optimizer = sft_ranks.AdamW(learner, lr)
     rows = []
     for answers in steps:
         loss = torch.zeros(())
@@ -49,11 +37,7 @@ def dpo(
                 before = _log_probability(fixed, chosen) - _log_probability(fixed, rejected)
             margin = _log_probability(learner, chosen) - _log_probability(learner, rejected) - before
             loss = loss + (1 + (-beta * margin).exp()).log() / (len(answers) / 2)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rows.append([float(loss.detach()), float(norm)])
+        rows.append(optimizer.step(loss))
     return rows
 
 

@@ -46,11 +46,8 @@ class _Again:
         return self._store
 
 
-def reference(
-    worker: Any, model: str, batches: list[list[dict[str, list]]], lr: float, adapter: dict[str, Any] | None, seed: int
-) -> list[list[float]]:
-    """(loss, gradient norm) of each step by a plain loop: whole samples one by one, transformers' own attention,
-    `log_softmax` over all of the vocabulary, AdamW of torch. Each batch is a list of {ids, weights}."""
+def learner_of(model: str, adapter: dict[str, Any] | None, seed: int) -> Any:
+    """What a plain loop trains: transformers' own attention, in fp32, with the tuner's adapter where there is one."""
     from transformers import AutoModelForCausalLM
 
     learner = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
@@ -59,13 +56,36 @@ def reference(
         from swift_dist.tuners import find_tuners
 
         learner = find_tuners(TunerSection(**adapter)).apply(learner, seed=seed)
-    learner.train()
-    parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    return learner.train()
+
+
+class AdamW:
+    """torch's, with the job's defaults: decay of matrices alone, clipping to 1."""
+
+    def __init__(self, learner: Any, lr: float) -> None:
+        self.parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8)
+
+    def step(self, loss: torch.Tensor) -> list[float]:
+        """[loss, gradient norm before clipping]."""
+        self._adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._adamw.step()
+        return [float(loss.detach()), float(norm)]
+
+
+def reference(
+    worker: Any, model: str, batches: list[list[dict[str, list]]], lr: float, adapter: dict[str, Any] | None, seed: int
+) -> list[list[float]]:
+    """(loss, gradient norm) of each step by a plain loop: whole samples one by one, transformers' own attention,
+    `log_softmax` over all of the vocabulary, AdamW of torch. Each batch is a list of {ids, weights}."""
+    learner = learner_of(model, adapter, seed)
+    optimizer = AdamW(learner, lr)
     rows = []
     for batch in batches:
         total = sum(sum(sample["weights"]) for sample in batch)
@@ -74,11 +94,7 @@ def reference(
             ids, weights = torch.tensor([sample["ids"]]), torch.tensor(sample["weights"])
             logps = learner(input_ids=ids).logits[0, :-1].log_softmax(-1)
             loss = loss - (logps.gather(1, ids[0, 1:, None])[:, 0] * weights[1:]).sum() / total
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rows.append([float(loss.detach()), float(norm)])
+        rows.append(optimizer.step(loss))
     return rows
 
 

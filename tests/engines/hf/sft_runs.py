@@ -41,6 +41,23 @@ class Runs:
     def resolved(self, job: JobConfig, world: int, folder: Path) -> dict[str, Any]:
         return resolve(job, nproc_per_node=world, on_cuda=False, output=str(folder)).payload()
 
+    def sequences(self, job: JobConfig) -> list[list[dict[str, list]]]:
+        """The sequences of each of five steps, one by one, {ids, weights}, as the data room orders them."""
+        from swift_dist.data.samples.opening import open_samples
+
+        payload = self.resolved(job, 1, self.folder / "none")
+        data = open_samples(payload["samples"], job, dp_rank=0, dp_size=1, layout="padded", pad_id=1)
+        steps = []
+        for step in range(5):
+            found = []
+            for batch in data.micro_batches(step):
+                for row, length in enumerate(batch["lengths"].tolist()):
+                    weights = batch["weights"][row, :length].tolist()
+                    found.append({"ids": batch["tokens"][row, :length].tolist(), "weights": [0.0, *weights[:-1]]})
+            steps.append(found)
+        data.close()
+        return steps
+
     def new_folder(self) -> Path:
         folder = self.folder / f"run-{next(self._numbers)}"
         folder.mkdir()

@@ -12,7 +12,7 @@ from typing import Any
 
 import chat_model
 import pytest
-from test_runs import Runs
+from sft_runs import Runs
 
 FILE = Path(__file__).with_name("architecture_ranks.py")
 PAGE = Path(__file__).parents[3] / "docs" / "tables" / "architectures.md"

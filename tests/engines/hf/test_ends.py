@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from sft_runs import LORA, Runs
 from sft_runs import RANKS as SFT_RANKS
-from test_runs import STRATEGIES, batches
+from test_runs import STRATEGIES
 
 from swift_dist.advice import already_done
 from swift_dist.config import JobConfig
@@ -60,7 +60,7 @@ def test_an_evaluation_is_the_mean_over_all_tokens(runs: Runs) -> None:
     data = {"train": [str(chat_model.save_rows(runs.folder / "short.jsonl", rows))]}
     train = {"steps": 1, "eval_interval": 1, "eval_steps": 3}
     folder, _ = runs.run(runs.job(data={**data, "validation": data["train"]}, train=train, optimizer={"lr": 1e-12}), 2)
-    whole = batches(runs, runs.job(data=data, train={"global_batch_size": 21, "micro_batch_size": 21}))[:1]
+    whole = runs.sequences(runs.job(data=data, train={"global_batch_size": 21, "micro_batch_size": 21}))[:1]
     assert len(whole[0]) == 21
     common = {"model": runs.model, "batches": whole, "lr": 1.0, "seed": 3, "adapter": None}
     ((expected, _),) = runs.gang.run(SFT_RANKS, "reference", 1, **common)[0]

@@ -41,24 +41,6 @@ def job(runs: Runs, strategy: str = "ddp", tuner: dict[str, Any] | None = None, 
     return runs.job("rlhf", **{key: value for key, value in given.items() if value})
 
 
-def answers(runs: Runs, of: JobConfig) -> list[list[dict[str, list]]]:
-    """The answers of each step, one by one: chosen, rejected, chosen, ..."""
-    from swift_dist.data.samples.opening import open_samples
-
-    payload = runs.resolved(of, 1, runs.folder / "none")
-    data = open_samples(payload["samples"], of, dp_rank=0, dp_size=1, layout="padded", pad_id=1)
-    steps = []
-    for step in range(5):
-        found = []
-        for batch in data.micro_batches(step):
-            for row, length in enumerate(batch["lengths"].tolist()):
-                weights = batch["weights"][row, :length].tolist()
-                found.append({"ids": batch["tokens"][row, :length].tolist(), "weights": [0.0, *weights[:-1]]})
-        steps.append(found)
-    data.close()
-    return steps
-
-
 def watched(runs: Runs, of: JobConfig, world: int, folder: Path | None = None, **more: Any) -> tuple[Path, list[Any]]:
     if folder is None:
         folder = runs.new_folder()
@@ -68,7 +50,7 @@ def watched(runs: Runs, of: JobConfig, world: int, folder: Path | None = None, *
 
 @pytest.fixture(scope="module")
 def expected(runs: Runs, other: str) -> dict[str, Any]:
-    common = {"model": runs.model, "steps": answers(runs, runs.job("rlhf")), "lr": 5e-3, "seed": 3, "beta": 0.1}
+    common = {"model": runs.model, "steps": runs.sequences(runs.job("rlhf")), "lr": 5e-3, "seed": 3, "beta": 0.1}
     return {
         "adapter": runs.gang.run(RANKS, "dpo", 1, reference=runs.model, adapter=LORA, **common)[0],
         "full": runs.gang.run(RANKS, "dpo", 1, reference=other, adapter=None, **common)[0],

@@ -10,8 +10,6 @@ import chat_model
 import pytest
 from sft_runs import LORA, RANKS, Runs, curve
 
-from swift_dist.config import JobConfig
-
 STRATEGIES = {
     "ddp": {},
     "fsdp2": {"strategy": {"fsdp": "fsdp2"}},
@@ -26,27 +24,9 @@ def runs(gang: Any, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(gang, tmp_path_factory.mktemp("runs"))
 
 
-def batches(runs: Runs, job: JobConfig) -> list[list[dict[str, list]]]:
-    """The samples of each step, one by one, as the data room orders them."""
-    from swift_dist.data.samples.opening import open_samples
-
-    payload = runs.resolved(job, 1, runs.folder / "none")
-    data = open_samples(payload["samples"], job, dp_rank=0, dp_size=1, layout="padded", pad_id=1)
-    steps = []
-    for step in range(5):
-        samples = []
-        for batch in data.micro_batches(step):
-            for row, length in enumerate(batch["lengths"].tolist()):
-                ids, weights = batch["tokens"][row, :length].tolist(), batch["weights"][row, :length].tolist()
-                samples.append({"ids": ids, "weights": [0.0, *weights[:-1]]})
-        steps.append(samples)
-    data.close()
-    return steps
-
-
 @pytest.fixture(scope="module")
 def expected(runs: Runs) -> dict[str, Any]:
-    steps = batches(runs, runs.job())
+    steps = runs.sequences(runs.job())
     common = {"model": runs.model, "batches": steps, "lr": 5e-3, "seed": 3}
     return {
         name: runs.gang.run(RANKS, "reference", 1, adapter=adapter, **common)[0]

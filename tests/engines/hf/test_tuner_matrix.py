@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runs import STRATEGIES, Runs, curve
+from sft_runs import Runs, curve
+from test_runs import STRATEGIES
 
 from swift_dist.errors import JobError
 from swift_dist.plugins import names
