@@ -136,7 +136,7 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     check_plugins(job)
     if job.objective.reference:
         _check_reference(job.objective.reference, job.model.trust_remote_code)
-    layout = ParallelLayout(world_size=job.cluster.nnodes * nproc_per_node)
+    layout = _shared_layout(job, hf_config, nproc_per_node)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
         size, default = job.train.global_batch_size, type(job.train).model_fields["global_batch_size"].default
@@ -147,10 +147,10 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
             f"use a multiple of {per_round}",
         )
     shards = job.strategy.hybrid_shard_size
-    if shards and layout.dp % shards:
+    if shards and layout.world_size % shards:
         raise JobError(
             "strategy.hybrid_shard_size",
-            f"{shards} does not divide the {layout.dp} ranks",
+            f"{shards} does not divide the {layout.world_size} ranks",
             "choose a divisor of the number of ranks (the GPUs of a node), or leave it out",
         )
     if job.task == "pretrain":
@@ -166,6 +166,31 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
         check_plugins(job)  # tuners may need some number of steps
     shape = known_shape(hf_config)
     return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
+
+
+def _shared_layout(job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node: int) -> ParallelLayout:
+    """Groups of parallel.context_parallel_size ranks share their rows; the groups are the data-parallel replicas."""
+    from swift_dist.sequence_parallel.degrees import SIZE, degrees_of
+
+    ranks, size = job.cluster.nnodes * nproc_per_node, job.parallel.context_parallel_size
+    if ranks % size:
+        near = [number for number in range(1, ranks + 1) if ranks % number == 0]
+        near.sort(key=lambda number: abs(number - size))
+        raise JobError(
+            SIZE, f"{size} does not divide the {ranks} ranks", f"one of {', '.join(map(str, sorted(near[:3])))}"
+        )
+    if size > 1:
+        degrees_of(job, hf_config, nproc_per_node)
+        refused = {
+            "train.compile": job.train.compile,
+            "model.attention": bool(job.model.attention),
+            "data.padding_free": job.data.padding_free is False,
+            "tuner.name": "neftune" in job.tuner.name,
+        }
+        for key, is_set in refused.items():
+            if is_set:
+                raise JobError(key, f"cannot be combined with {SIZE} {size}", "leave one of them out")
+    return ParallelLayout(world_size=ranks, cp=size)
 
 
 def _check_reference(path: str, trust_remote_code: bool) -> None:

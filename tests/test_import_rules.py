@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "resolve": {
         *("config", "parallel", "models", "data", "optim", "checkpoint", "finetune"),
         "engines.megatron.requirements",
+        "sequence_parallel.degrees",
     },
     "finetune": {
         *("config", "parallel", "models", "data", "tuners", "objectives"),

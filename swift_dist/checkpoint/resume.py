@@ -105,6 +105,8 @@ RULES: dict[str, Rule] = {
     "parallel.pipeline_model_parallel_size": Rule.FREE,
     "parallel.virtual_pipeline_model_parallel_size": Rule.FREE,
     "parallel.context_parallel_size": Rule.FREE,
+    "parallel.ulysses_size": Rule.FREE,
+    "train.tiled_loss": Rule.FREE,
     "parallel.expert_model_parallel_size": Rule.FREE,
     "parallel.expert_tensor_parallel_size": Rule.FREE,
     "parallel.sequence_parallel": Rule.FREE,

@@ -60,6 +60,7 @@ JOB_ALIASES: dict[str, str] = {
     "deepspeed": "strategy.deepspeed",
     "fsdp": "strategy.fsdp",
     "early_stop_interval": "train.early_stopping_patience",
+    "sequence_parallel_size": "parallel.context_parallel_size",
     "nnodes": "cluster.nnodes",
     "nproc_per_node": "cluster.nproc_per_node",
     "exclude_bad_nodes": "cluster.exclude_bad_nodes",

@@ -12,8 +12,19 @@ from swift_dist.errors import JobError
 _OF_ROWS = "format columns split_ratio bad_rows packing padding_free group_by_length streaming workers cache"
 _ROWS = tuple(f"data.{name}" for name in _OF_ROWS.split())
 _FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
-_MEGATRON = ("parallel.", "train.fp8")
-_HF = ("strategy.", "train.compile", "model.attention", "model.liger", "checkpoint.export_dtype")
+_MEGATRON = (
+    *(f"parallel.{name}" for name in ("tensor_", "pipeline_", "virtual_", "expert_", "sequence_", "use_", "overlap_")),
+    "train.fp8",
+)
+_HF = (
+    "parallel.ulysses_size",
+    "train.tiled_loss",
+    "strategy.",
+    "train.compile",
+    "model.attention",
+    "model.liger",
+    "checkpoint.export_dtype",
+)
 
 NOT_READ: dict[tuple[str, str], tuple[str, ...]] = {
     ("pretrain", "megatron"): (*_FINE_TUNING, *_HF),
@@ -58,6 +69,11 @@ _CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
     ("optimizer.betas", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
     ("optimizer.eps", lambda job: job.optimizer.name != "sgd", "optimizer.name: adamw or muon"),
     ("optimizer.momentum", lambda job: job.optimizer.name != "adamw", "optimizer.name: sgd or muon"),
+    (
+        "parallel.ulysses_size",
+        lambda job: job.parallel.context_parallel_size > 1,
+        "parallel.context_parallel_size above 1",
+    ),
     ("schedule.min_lr_ratio", lambda job: job.schedule.name != "constant", "a schedule.name that decays"),
 )
 """(key, what of the job makes something read it, what the job lacks otherwise). (A pretraining's validation data may
@@ -84,7 +100,9 @@ def reason_for_padding(job: JobConfig, needs: str) -> str | None:
         return "a classification head reads one sequence from each row"
     if job.model.attention:
         return f"model.attention {job.model.attention} does not keep packed sequences apart"
-    return "pretraining's samples are as long as the row" if job.task == "pretrain" else None
+    if job.task == "pretrain" and job.parallel.context_parallel_size == 1:
+        return "pretraining's samples are as long as the row"
+    return None
 
 
 def _require_strategy(job: JobConfig) -> None:

@@ -114,6 +114,10 @@ class TrainSection(Section):
         None, gt=0, description="evaluations without a better eval_loss after which the run ends"
     )
     compile: bool = Field(False, description="hf engine: torch.compile each layer")
+    tiled_loss: bool | None = Field(
+        None,
+        description="hf engine: log-probabilities without logits, by rows (default: where ranks share sequences)",
+    )
     max_skipped: int = Field(10, ge=0, description="skipped steps after which the run stops")
     initial_loss_scale: float = Field(65536.0, gt=0, description="fp16: first dynamic loss scale")
 
@@ -155,7 +159,17 @@ class ParallelSection(Section):
     virtual_pipeline_model_parallel_size: int | None = Field(
         None, gt=1, description="model chunks per stage: the interleaved schedule (VPP)"
     )
-    context_parallel_size: int = Field(1, gt=0, description="ranks that split the sequence in attention too (CP)")
+    context_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="ranks that share each sequence, attention included (CP; fine-tuning: sequence parallelism)",
+    )
+    ulysses_size: int | None = Field(
+        None,
+        gt=0,
+        description="fine-tuning: how many of those exchange heads; the rest pass keys round a ring (default: as many "
+        "as the heads allow inside a node)",
+    )
     expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share out the experts (EP)")
     expert_tensor_parallel_size: int | None = Field(None, gt=0, description="TP inside the experts (default: TP) (ETP)")
     sequence_parallel: bool | None = Field(

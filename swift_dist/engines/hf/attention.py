@@ -44,6 +44,18 @@ def register(*, is_compiled: bool = False) -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention) if is_compiled else packed_attention)
 
 
+def attend_whole_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    **named: Any,
+) -> tuple[torch.Tensor, None]:
+    """`packed_attention` of a row that ranks share, with all tokens of some of the heads here."""
+    return packed_attention(module, query, key, value, None, **named, **boundaries(list(lengths), query.device))
+
+
 def boundaries(lengths: list[int], device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a model's forward that say where the sequences of a row lie.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,14 @@ from swift_dist.data.samples.collate import MISMATCHED
 from swift_dist.engines.base import MicroBatch
 from swift_dist.engines.hf.attention import boundaries
 from swift_dist.engines.hf.logps import token_logps
+from swift_dist.engines.hf.output_layer import install
+from swift_dist.errors import JobError
 from swift_dist.objectives.base import Batch, Needs
+from swift_dist.sequence_parallel.group import SharedRow, SharingRanks, gather_tokens
+from swift_dist.sequence_parallel.row import Row, without_empty_ranks
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,23 @@ class Prepared:
     chosen: torch.Tensor
     num_tokens: int
     numbers: torch.Tensor | None = None
+    gathering: Gathering | None = None
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """How the log-probabilities of ranks that share a row come together. `Prepared.batch` is of the whole row then, and
+    `labels`, `columns` and `chosen` are of this rank's tokens.
+
+    Args:
+        counts: of each rank's tokens, how many count in the loss.
+        order: int64 [sum of counts], the place in the row's order of what the ranks hold, rank after rank.
+        group: the ranks.
+    """
+
+    counts: list[int]
+    order: torch.Tensor
+    group: dist.ProcessGroup
 
 
 def parted(micro_batch: MicroBatch) -> tuple[MicroBatch, MicroBatch | None]:
@@ -45,22 +69,27 @@ def parted(micro_batch: MicroBatch) -> tuple[MicroBatch, MicroBatch | None]:
     return {n: t for n, t in micro_batch.items() if not n.startswith(MISMATCHED)}, mismatched or None
 
 
-def prepare(micro_batch: MicroBatch, device: torch.device, needs: Needs) -> Prepared:
+def prepare(
+    micro_batch: MicroBatch, device: torch.device, needs: Needs, sharing: SharingRanks | None = None
+) -> Prepared:
     """Move a micro-batch to `device` and take it apart.
 
     Args:
         micro_batch: as `data.samples.loader.SampleData` lays it out (one part of it: see `parted`), or as
             `data.loader.TrainingData` does (whole sequences of packed text, which count as one sample each).
+        sharing: the ranks that share the row; this one's tokens are moved.
     """
     if "loss_mask" in micro_batch:
         micro_batch = _of_text(micro_batch)
+    if sharing is not None:
+        return _prepare_shared(micro_batch, device, sharing)
     held = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     weights, segments = held["weights"], held["segments"]
     arguments: dict[str, Any] = {"input_ids": held["tokens"], "use_cache": False}
     if "attention_mask" in held:
         arguments["attention_mask"] = held["attention_mask"]
     elif len(held["tokens"]) == 1:
-        arguments |= {"position_ids": held["position_ids"], **_boundaries(micro_batch, device)}
+        arguments |= {"position_ids": held["position_ids"], **boundaries(_lengths(micro_batch), device)}
     mask = weights != 0
     columns = mask.any(dim=0).nonzero().squeeze(1)
     batch = Batch(
@@ -77,11 +106,54 @@ def prepare(micro_batch: MicroBatch, device: torch.device, needs: Needs) -> Prep
     return Prepared(arguments, batch, held["labels"][mask], columns, mask[:, columns], num_tokens, numbers)
 
 
-def _boundaries(micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
-    """Where the sequences of a packed row lie; what fills the row up is a sequence of its own."""
+def _lengths(micro_batch: MicroBatch) -> list[int]:
+    """Of the sequences of a packed row; what fills the row up is a sequence of its own."""
     lengths = [int(length) for length in micro_batch["lengths"]]
-    rest = micro_batch["tokens"].shape[1] - sum(lengths)
-    return boundaries([*lengths, rest] if rest else lengths, device)
+    rest = micro_batch["tokens"].numel() - sum(lengths)
+    return [*lengths, rest] if rest else lengths
+
+
+def _prepare_shared(micro_batch: MicroBatch, device: torch.device, sharing: SharingRanks) -> Prepared:
+    """Every rank of a group reads the same micro-batch; only its own tokens go to the device and through the model."""
+    if "attention_mask" in micro_batch:  # text: rows of whole sequences, here one after the other
+        tokens = micro_batch["tokens"]
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        micro_batch = {**micro_batch, "position_ids": micro_batch.get("position_ids", positions)}
+    lengths = tuple(_lengths(micro_batch))
+    filling = without_empty_ranks(lengths, sharing.degrees)
+    tokens, labels, weights, segments, positions = (
+        torch.nn.functional.pad(micro_batch[name].flatten(), (0, filling), value=value)
+        for name, value in (("tokens", 0), ("labels", -100), ("weights", 0), ("segments", -1), ("position_ids", 0))
+    )
+    row = Row((*lengths, filling) if filling else lengths, sharing.degrees)
+    mine, mask = row.of(sharing.rank), weights != 0
+    # among the tokens that count, which each is; then the same, rank after rank
+    order = (mask.cumsum(0) - 1)[row.order[mask[row.order]]]
+    counts = [int(part.sum()) for part in mask[row.order].split(row.sizes)]
+    chosen = mask[mine]
+    batch = Batch(
+        weights=weights[mask].to(device),
+        segments=segments[mask].to(device),
+        lengths=micro_batch["lengths"].to(device),
+        sample_weights=micro_batch["sample_weights"].to(device),
+    )
+    arguments = {
+        "input_ids": tokens[mine][None].to(device, non_blocking=True),
+        "position_ids": positions[mine][None].to(device, non_blocking=True),
+        "use_cache": False,
+        "shared_row": SharedRow(sharing, row),
+    }
+    columns = chosen.nonzero().squeeze(1).to(device)
+    return Prepared(
+        arguments,
+        batch,
+        labels[mine][chosen].to(device),
+        columns,
+        torch.ones(1, len(columns), dtype=torch.bool, device=device),
+        int((segments >= 0).sum()),
+        micro_batch.get("numbers"),
+        Gathering(counts, order.to(device), sharing.group),
+    )
 
 
 def _of_text(micro_batch: MicroBatch) -> MicroBatch:
@@ -107,11 +179,22 @@ class Forward:
     Args:
         model: the model as transformers made it, before tuners and strategies wrapped it.
         needs: what the objective needs.
+        tiled: of tokens, make log-probabilities without logits (`output_layer.py`).
+
+    Raises:
+        JobError: `tiled`, and the model's output layer cannot be.
     """
 
-    def __init__(self, model: torch.nn.Module, needs: Needs) -> None:
+    def __init__(self, model: torch.nn.Module, needs: Needs, *, tiled: bool = False) -> None:
         self._needs = needs
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._output = install(model) if tiled and needs == "tokens" and self._keeps_logits else None
+        if tiled and needs == "tokens" and self._output is None:
+            raise JobError(
+                "train.tiled_loss",
+                f"{type(model).__name__} has no plain output layer whose logits are the model's",
+                "--train.tiled_loss false",
+            )
 
     def __call__(self, module: torch.nn.Module, prepared: Prepared) -> Batch:
         """`prepared.batch` with log-probabilities or scores, with gradient."""
@@ -120,20 +203,38 @@ class Forward:
         if self._needs == "token_scores":
             logits = module(**prepared.arguments).logits[:, prepared.columns]
             return replace(prepared.batch, scores=logits[prepared.chosen].float())
+        logps = self._logps(module, prepared)
+        if prepared.gathering is not None:
+            shared = prepared.gathering
+            logps = gather_tokens(logps, shared.counts, shared.order, shared.group)
+        return replace(prepared.batch, logps=logps)
+
+    def _logps(self, module: torch.nn.Module, prepared: Prepared) -> torch.Tensor:
+        """[N]."""
+        if self._output is not None:
+            columns, chosen = _some_position(prepared)
+            with self._output.of(chosen, prepared.labels):
+                return self._output.checked(module(**prepared.arguments, logits_to_keep=columns).logits)
         logits, chosen = self._logits(module, prepared)
         if logits.shape[0] > 1:
             logits = logits[chosen]
         else:  # a packed row: every column is chosen, and a view costs no copy in either direction (a slice costs one)
             logits = logits.view(-1, logits.shape[-1])
             logits = logits if len(logits) == len(prepared.labels) else logits[: len(prepared.labels)]
-        return replace(prepared.batch, logps=token_logps(logits, prepared.labels, reuse_logits=True))
+        return token_logps(logits, prepared.labels, reuse_logits=True)
 
     def _logits(self, module: torch.nn.Module, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [b, K, V] of the wanted positions, and which of them count [b, K]."""
-        columns, chosen = prepared.columns, prepared.chosen
         if not self._keeps_logits:
-            return module(**prepared.arguments).logits[:, columns], chosen
-        if not len(columns):  # nothing counts: one position, so that every rank's forward and backward take part
-            columns = columns.new_zeros(1)
-            chosen = torch.zeros(len(chosen), 1, dtype=torch.bool, device=columns.device)
+            return module(**prepared.arguments).logits[:, prepared.columns], prepared.chosen
+        columns, chosen = _some_position(prepared)
         return module(**prepared.arguments, logits_to_keep=columns).logits, chosen
+
+
+def _some_position(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, chosen) of a micro-batch; where nothing counts one position that is not chosen, so that every rank's
+    forward and backward take part."""
+    columns, chosen = prepared.columns, prepared.chosen
+    if len(columns):
+        return columns, chosen
+    return columns.new_zeros(1), torch.zeros(len(chosen), 1, dtype=torch.bool, device=columns.device)

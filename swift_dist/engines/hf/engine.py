@@ -32,6 +32,8 @@ from swift_dist.parallel import ParallelLayout
 from swift_dist.plugins import find
 from swift_dist.runs.guard import Continue, Decision, GuardError, GuardHistory, GuardPolicy, Skip, Stop, decide
 from swift_dist.runs.worker import Worker
+from swift_dist.sequence_parallel.degrees import degrees_of
+from swift_dist.sequence_parallel.group import SharingRanks, make_groups
 from swift_dist.tuners import find_tuners
 
 
@@ -52,8 +54,11 @@ class HFEngine:
     def __init__(self, job: JobConfig, hf_config: dict[str, Any], worker: Worker) -> None:
         self.job, self.worker = job, worker
         self.device = torch.device(worker.device)
-        self.layout = ParallelLayout(world_size=worker.world_size)
-        self.data = DataCoordinates(worker.rank, worker.world_size, 0, 1, True)
+        size = job.parallel.context_parallel_size
+        self.layout = ParallelLayout(world_size=worker.world_size, cp=size)
+        # every rank of a group reads the whole row and takes its own tokens (`batches.prepare`)
+        self.data = DataCoordinates(worker.rank // size, worker.world_size // size, worker.rank % size, size, True)
+        self.sharing: SharingRanks | None = None
         self.content_metadata: dict[str, Any] = {}
         self.objective: Objective = find("swift_dist.objectives", job.objective.resolved_name(job.task), "OBJECTIVE")
         self.objective_options = getattr(job.objective, self.objective.name, None)
@@ -65,6 +70,9 @@ class HFEngine:
         self._closed = False
         try:
             join_world(worker, job.cluster.rendezvous_timeout)
+            if size > 1:
+                degrees = degrees_of(job, hf_config, worker.local_world_size)
+                self.sharing = make_groups(degrees, worker.rank, worker.world_size)
             wait_longer(BUILD_TIMEOUT)
             self._build(hf_config)
             wait_longer()
@@ -106,7 +114,7 @@ class HFEngine:
         self.pad_id = choose_pad(base, job, needs)
         if job.train.recompute == "full":
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.forward = Forward(base, needs)
+        self.forward = Forward(base, needs, tiled=model.tiles_loss(job))
         model.use_liger(base, job, self.device)
         self.model = model.apply_tuners(base, self.tuners, job.train.seed, on_meta=on_meta)
         if job.train.compile:
@@ -171,6 +179,8 @@ class HFEngine:
         norm = grad_norm if self.worker.rank == 0 else 0.0  # all ranks have it; take one's
         head = torch.tensor([float(loss), norm, tokens, float(stop)], dtype=torch.float64, device=self.device)
         numbers = torch.cat([head, *(sums[name] for name in sorted(sums))])
+        if self.sharing is not None and self.sharing.rank > 0:
+            numbers[:3], numbers[4:] = 0, 0  # as in `sum_over_replicas`; any rank may be asked to stop
         dist.all_reduce(numbers)
         value, norm, all_tokens, stops, *rest = numbers.tolist()
         decision = self._decide(step, value, norm)
@@ -226,16 +236,24 @@ class HFEngine:
     def prepared(self, micro_batches: Iterable[MicroBatch]) -> tuple[list[Prepared], list[Prepared]]:
         """What the loss is computed of, and KTO's mismatched answers (none of other objectives)."""
         parts = [parted(batch) for batch in micro_batches]
-        mine = [prepare(batch, self.device, self.objective.needs) for batch, _ in parts]
-        return mine, [prepare(other, self.device, self.objective.needs) for _, other in parts if other is not None]
+        needs, sharing = self.objective.needs, self.sharing
+        mine = [prepare(batch, self.device, needs, sharing) for batch, _ in parts]
+        return mine, [prepare(other, self.device, needs, sharing) for _, other in parts if other is not None]
+
+    def sum_over_replicas(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Add up, in place, what each data-parallel replica counted: of ranks that share a row, which all count the
+        same, the first one's."""
+        if self.sharing is not None and self.sharing.rank > 0:
+            numbers.zero_()
+        dist.all_reduce(numbers)
+        return numbers
 
     def _total(self, prepared: list[Prepared]) -> torch.Tensor:
         """What the loss is normalised by, over the global batch."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for item in prepared:
             total += self.objective.count(item.batch)
-        dist.all_reduce(total)
-        return total.clamp(min=1e-12).float()
+        return self.sum_over_replicas(total).clamp(min=1e-12).float()
 
     def _statistics(self, prepared: list[Prepared]) -> dict[str, float]:
         """What an objective wants to know of the whole global batch before any loss: a forward pass of its own."""
@@ -247,8 +265,7 @@ class HFEngine:
                 batch = self._forward(item, self._with_reference(item))
                 for name, value in self.objective.statistics(batch, self.objective_options).items():
                     sums[name] += value
-        numbers = torch.stack([sums[name] for name in sorted(sums)])
-        dist.all_reduce(numbers)
+        numbers = self.sum_over_replicas(torch.stack([sums[name] for name in sorted(sums)]))
         return dict(zip(sorted(sums), numbers.tolist(), strict=True))
 
     def inference(self) -> AbstractContextManager[None]:
@@ -273,8 +290,7 @@ class HFEngine:
         if not sums:
             return Evaluation(math.nan)
         names = sorted(sums)
-        numbers = torch.cat([sums[name] for name in names])
-        dist.all_reduce(numbers)
+        numbers = self.sum_over_replicas(torch.cat([sums[name] for name in names]))
         means = _means(names, numbers.tolist())
         return Evaluation(means.pop("", math.nan), means)
 

@@ -15,6 +15,8 @@ from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
 from swift_dist.objectives.base import Needs
+from swift_dist.sequence_parallel import attention as shared_attention
+from swift_dist.sequence_parallel.degrees import SIZE
 from swift_dist.tuners import TunerStack
 
 log = logging.getLogger(__name__)
@@ -131,10 +133,10 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     Raises:
         JobError: packing, or a layout without padding, is asked for and the model cannot do it.
     """
-    wanted = job.data.padding_free
+    wanted, shares = job.data.padding_free, job.parallel.context_parallel_size > 1
     reason = reason_for_padding(job, needs) or attention.refusal(model)
-    if reason and (job.data.packing or wanted):
-        key = "data.packing" if job.data.packing else "data.padding_free"
+    if reason and (job.data.packing or wanted or shares):
+        key = "data.packing" if job.data.packing else "data.padding_free" if wanted else SIZE
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
     if reason or (wanted is False and not job.data.packing):
         if reason and job.task != "pretrain":
@@ -142,7 +144,16 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
         return "padded"
     attention.register(is_compiled=job.train.compile)
     model.set_attn_implementation(attention.NAME)
+    if shares:
+        shared_attention.register(attention.attend_whole_rows)
+        model.set_attn_implementation(shared_attention.NAME)
     return "packed"
+
+
+def tiles_loss(job: JobConfig) -> bool:
+    """Whether log-probabilities are made without logits: by default where sequences are long enough to be shared."""
+    shares = job.parallel.context_parallel_size > 1
+    return shares if job.train.tiled_loss is None else job.train.tiled_loss
 
 
 def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:

@@ -144,6 +144,8 @@ class Precomputed:
             found[torch.from_numpy(places)] = of_batch[real]
         found[-1] = float(engine.worker.stop_requested())
         on_device = found.to(engine.device)
+        if engine.sharing is not None and engine.sharing.rank > 0:
+            on_device[:-1] = 0
         dist.all_reduce(on_device)
         sums, stops = on_device.cpu().split([len(numbers) * width, 1])
         if not sums.isfinite().all():

@@ -46,7 +46,7 @@ class Reference:
             reference: Any = model.load_base(job, hf_config, needs, None, path=source(job), on_meta=on_meta)
             if engine.batch_layout == "packed":
                 model.choose_layout(job, reference, needs)
-        self._forward = Forward(reference, needs)
+        self._forward = Forward(reference, needs, tiled=model.tiles_loss(job))
         reference.requires_grad_(False).eval()
         if first_rank.shards_weights(job):
             self._module = shard_frozen(reference, job, engine.device, from_first_rank=from_first_rank)

@@ -1,0 +1,78 @@
+"""How many of a group's ranks exchange heads (Ulysses) and how many pass keys round (ring)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swift_dist.config.job import JobConfig
+from swift_dist.errors import JobError
+
+SIZE, ULYSSES = "parallel.context_parallel_size", "parallel.ulysses_size"
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """A group of `ulysses` x `ring` consecutive ranks; rank i of it is Ulysses rank ``i % ulysses`` of ring rank
+    ``i // ulysses``, so that Ulysses' groups are neighbours."""
+
+    ulysses: int
+    ring: int
+
+    @property
+    def size(self) -> int:
+        return self.ulysses * self.ring
+
+
+def fits_heads(ulysses: int, heads: int, kv_heads: int) -> bool:
+    """Whether `ulysses` ranks can share the heads out: as many query heads each, and either as many key-value heads
+    each or each of them on as many ranks."""
+    return heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
+
+
+def degrees_of(job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int) -> Degrees:
+    """What a job means by `parallel.context_parallel_size`, of the model of this config.json.
+
+    Raises:
+        JobError: see `choose`; or the model does not say how many heads it has.
+    """
+    size = job.parallel.context_parallel_size
+    if size == 1:
+        return Degrees(1, 1)
+    text = hf_config.get("text_config") or hf_config
+    heads = text.get("num_attention_heads") or text.get("n_head")
+    if not isinstance(heads, int):
+        raise JobError(SIZE, f"{size}, and the model's config.json states no num_attention_heads", "leave it out")
+    kv_heads = text.get("num_key_value_heads") or heads
+    return choose(size, [(heads, kv_heads)], ranks_per_node, job.parallel.ulysses_size)
+
+
+def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, ulysses: int | None = None) -> Degrees:
+    """The largest Ulysses degree that the heads allow and that stays inside a node; the rest is a ring.
+
+    Ulysses moves each token's heads twice a layer, whatever N is, and its kernels see whole sequences; a ring passes
+    all keys and values N - 1 times, but hides it behind computing and needs no bandwidth beyond a neighbour's. So
+    Ulysses goes where links are fast, the ring where they are not (USP, arXiv 2405.07719).
+
+    Args:
+        size: ranks of the group, N.
+        heads: (query heads, key-value heads) of each kind of attention layer of the model.
+        ranks_per_node: consecutive ranks that share a machine.
+        ulysses: the degree, where the job names it.
+
+    Raises:
+        JobError: a degree that the job names does not divide the group, or cannot share out the heads.
+    """
+    within = [u for u in range(1, size + 1) if size % u == 0 and all(fits_heads(u, *pair) for pair in heads)]
+    if ulysses is not None:
+        if ulysses not in within:
+            words = ", ".join(f"{query} query and {kv} key-value heads" for query, kv in sorted(set(heads)))
+            raise JobError(
+                ULYSSES,
+                f"{ulysses} does not divide a group of {size} ranks whose attention has {words}",
+                f"one of {', '.join(map(str, within))}",
+            )
+        return Degrees(ulysses, size // ulysses)
+    inside = [u for u in within if ranks_per_node % u == 0]
+    return Degrees(max(inside), size // max(inside))
