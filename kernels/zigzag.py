@@ -8,12 +8,16 @@ is
     [floor((k L + phase) / 2R), floor(((k + 1) L + phase) / 2R)),  phase = start mod 2R
 
 so chunks differ by one token at most, and the odd tokens of many short sequences go round the ranks.
+
+The megatron engine's ranks must hold as many tokens each, to the token: there a whole sample is cut, whatever sequences
+it is made of (`pieces_of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -43,15 +47,44 @@ def chunks_of(lengths: Sequence[int], ring: int, rank: int) -> list[Chunk]:
         ring: ranks, R.
         rank: 0 <= rank < R.
     """
-    parts = 2 * ring
     found, start = [], 0
     for sequence, length in enumerate(lengths):
-        phase = start % parts
-        for number in (rank, parts - 1 - rank):
-            begin, end = ((k * length + phase) // parts for k in (number, number + 1))
-            if end > begin:
-                found.append(Chunk(sequence, number, begin, end))
+        found += [Chunk(sequence, *part) for part in parts_of(length, ring, rank, start)]
         start += length
+    return found
+
+
+def parts_of(length: int, ring: int, rank: int, start: int = 0) -> list[tuple[int, int, int]]:
+    """(number, begin, end) of a rank's two chunks of one sequence, the early one first; empty ones are left out. Where
+    2 R divides both arguments, chunks are as long as each other.
+
+    Args:
+        length: of the sequence; start: number of its first token in the row.
+    """
+    parts = 2 * ring
+    phase = start % parts
+    ends = [
+        (number, *((k * length + phase) // parts for k in (number, number + 1))) for number in (rank, parts - 1 - rank)
+    ]
+    return [(number, begin, end) for number, begin, end in ends if end > begin]
+
+
+def pieces_of(samples: Sequence[Sequence[int]], ring: int, rank: int) -> list[Chunk]:
+    """What a rank holds of samples that are each cut as a whole, in the order in which it holds it: its two parts of
+    a sample, which end wherever a sequence ends. Sequences are numbered through, over all samples.
+
+    Args:
+        samples: tokens of each sequence of each sample.
+    """
+    found, first = [], 0
+    for lengths in samples:
+        starts = [0, *accumulate(lengths)]
+        for number, begin, end in parts_of(starts[-1], ring, rank):
+            for sequence, (start, stop) in enumerate(pairwise(starts)):
+                low, high = max(begin, start), min(end, stop)
+                if low < high:
+                    found.append(Chunk(first + sequence, number, low - start, high - start))
+        first += len(lengths)
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_dist.kernels.zigzag import chunks_of, order, positions, shard, unshard
+from swift_dist.kernels.zigzag import chunks_of, order, parts_of, pieces_of, positions, shard, unshard
 from tests.kernels.compare import agree, random
 
 LENGTHS = [[16], [1], [7, 1, 1, 30, 2], [1] * 11, [3, 0, 5], [64, 64]]
@@ -46,6 +48,27 @@ def test_order_within_a_rank():
         (1, 3, 3, 4),
     ]
     assert positions([8, 4], 2, 1).tolist() == [2, 3, 4, 5, 9, 10]
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3), st.integers(1, 4))
+def test_whole_samples_are_cut_as_one_sequence_each(samples, ring):
+    """As megatron's own split of a sample, to the token; what is different is where attention ends."""
+    places = [(i, token) for i, lengths in enumerate(samples) for token in range(sum(lengths))]
+    starts = list(accumulate((length for lengths in samples for length in lengths), initial=0))
+    for rank in range(ring):
+        found = [
+            places[starts[piece.sequence] + token]
+            for piece in pieces_of(samples, ring, rank)
+            for token in range(piece.begin, piece.end)
+        ]
+        assert found == [
+            (i, token)
+            for i, lengths in enumerate(samples)
+            for _, begin, end in parts_of(sum(lengths), ring, rank)
+            for token in range(begin, end)
+        ]
+    assert {len(parts_of(4 * ring, ring, rank)) for rank in range(ring)} == {2}
+    assert {end - begin for rank in range(ring) for _, begin, end in parts_of(4 * ring, ring, rank)} == {2}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
