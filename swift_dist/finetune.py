@@ -59,6 +59,8 @@ def check_plugins(job: JobConfig) -> None:
         raise JobError("objective.reference", f"{objective.name} needs no reference model", "leave it out")
     if job.objective.precompute_reference and not objective.needs_reference(options):
         raise JobError("objective.precompute_reference", f"{objective.name} needs no reference model", "leave it out")
+    if job.train.eval_answers and objective.needs != "tokens":
+        raise JobError("train.eval_answers", f"a model of {objective.name} gives scores, not text", "leave it out")
     if job.objective.precompute_reference and job.data.streaming:
         raise JobError(
             "objective.precompute_reference",

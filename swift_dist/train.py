@@ -84,7 +84,7 @@ def _train(job: JobConfig, engine: Engine, worker: Worker, payload: dict[str, An
             if job.train.eval_interval and (step % job.train.eval_interval == 0 or step == steps):
                 worker.beat("eval", step)
                 evaluation = engine.evaluate(data.validation_batches(job.train.eval_steps))
-                recorder.evaluation(step, evaluation.loss, evaluation.metrics)
+                recorder.evaluation(step, evaluation.loss, evaluation.metrics, evaluation.answers)
                 evaluations = evaluations.after(step, evaluation.loss)
             due = job.checkpoint.interval and step % job.checkpoint.interval == 0
             best = job.checkpoint.keep_best and evaluations.best_step == step

@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "data.validation": Rule.FREE,  # never reaches the weights
     "data.sequence_length": Rule.FIXED,
     "data.mask_eod_loss": Rule.FIXED,  # the objective
+    "data.separate_documents": Rule.FIXED,  # what is computed
     "data.prefetch": Rule.FREE,
     "data.format": Rule.FREE,  # in the fingerprint of the rows
     "data.columns": Rule.FREE,  # likewise
@@ -82,6 +83,8 @@ RULES: dict[str, Rule] = {
     "train.recompute": Rule.FREE,
     "train.eval_interval": Rule.FREE,
     "train.eval_steps": Rule.FREE,
+    "train.eval_answers": Rule.FREE,
+    "train.eval_answer_tokens": Rule.FREE,
     "train.log_interval": Rule.FREE,
     "train.nan_policy": Rule.FREE,  # what a stop advises to change
     "train.spike_factor": Rule.FREE,

@@ -11,7 +11,9 @@ from swift_dist.errors import JobError
 
 _OF_ROWS = "format columns split_ratio bad_rows packing padding_free group_by_length streaming workers cache"
 _ROWS = tuple(f"data.{name}" for name in _OF_ROWS.split())
-_FINE_TUNING = ("template.", "tuner.", "objective.", "train.epochs", "model.num_labels", "model.problem_type", *_ROWS)
+_OF_FINE_TUNING = "template. tuner. objective. train.epochs train.eval_answer model.num_labels model.problem_type"
+_FINE_TUNING = (*_OF_FINE_TUNING.split(), *_ROWS)
+_TEXT = ("data.mask_eod_loss", "data.separate_documents")
 _MEGATRON = (
     *(f"parallel.{name}" for name in ("tensor_", "pipeline_", "virtual_", "expert_", "sequence_", "use_", "overlap_")),
     "train.fp8",
@@ -29,8 +31,8 @@ _HF = (
 NOT_READ: dict[tuple[str, str], tuple[str, ...]] = {
     ("pretrain", "megatron"): (*_FINE_TUNING, *_HF),
     ("pretrain", "hf"): (*_FINE_TUNING, *_MEGATRON),
-    ("sft", "hf"): (*_MEGATRON, "data.mask_eod_loss"),
-    ("rlhf", "hf"): (*_MEGATRON, "data.mask_eod_loss"),
+    ("sft", "hf"): (*_MEGATRON, *_TEXT),
+    ("rlhf", "hf"): (*_MEGATRON, *_TEXT),
 }
 """(task, engine) -> keys, or sections with their point, that it does not read."""
 
@@ -63,6 +65,8 @@ _CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
     ("checkpoint.keep_best", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("train.early_stopping_patience", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("data.validation", lambda job: job.train.eval_interval > 0 or job.task == "pretrain", "train.eval_interval"),
+    ("train.eval_answers", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
+    ("train.eval_answer_tokens", lambda job: job.train.eval_answers > 0, "train.eval_answers"),
     ("data.split_ratio", lambda job: job.train.eval_interval > 0, "train.eval_interval"),
     ("train.spike_policy", lambda job: job.train.spike_factor is not None, "train.spike_factor"),
     ("train.initial_loss_scale", lambda job: job.train.precision == "fp16", "train.precision: fp16"),
@@ -100,7 +104,7 @@ def reason_for_padding(job: JobConfig, needs: str) -> str | None:
         return "a classification head reads one sequence from each row"
     if job.model.attention:
         return f"model.attention {job.model.attention} does not keep packed sequences apart"
-    if job.task == "pretrain" and job.parallel.context_parallel_size == 1:
+    if job.task == "pretrain" and job.parallel.context_parallel_size == 1 and not job.data.separate_documents:
         return "pretraining's samples are as long as the row"
     return None
 

@@ -74,6 +74,10 @@ class DataSection(Section):
     validation: Entries = Field((), description="validation data, as data.train")
     sequence_length: int = Field(1024, gt=0, description="tokens in one sample")
     mask_eod_loss: bool = Field(False, description="no loss where the input is an end-of-document token")
+    separate_documents: bool = Field(
+        False,
+        description="pretraining: tokens do not see the documents before theirs, and positions begin at 0 in each",
+    )
     prefetch: int = Field(4, ge=0, description="global batches read ahead by a background thread (0: none)")
     format: str = Field(
         "auto", description="rows: their format, a file of swift_dist/data/rows (auto: by their columns)"
@@ -106,6 +110,10 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="activations recomputed in backward")
     eval_interval: int = Field(0, ge=0, description="steps between evaluations (0: none)")
     eval_steps: int = Field(10, gt=0, description="global batches in one evaluation")
+    eval_answers: int = Field(
+        0, ge=0, description="fine-tuning: samples of an evaluation that the model answers, into answers.jsonl"
+    )
+    eval_answer_tokens: int = Field(128, gt=0, description="tokens of such an answer, at most")
     log_interval: int = Field(1, gt=0, description="steps between progress lines; metrics.jsonl has every step")
     nan_policy: Literal["stop", "skip"] = Field("stop", description="a NaN or infinite loss or gradient: stop, or skip")
     spike_factor: float | None = Field(None, gt=1, description="a loss above this times its recent median is a spike")

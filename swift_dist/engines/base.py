@@ -60,10 +60,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss (nan: nothing was evaluated) and what else the objective reports, the same on every rank."""
+    """Mean loss (nan: nothing was evaluated), what else the objective reports, and how the model answers some of the
+    samples: number (of the sequence among all of the job's), prompt, expected, answer. The same on every rank."""
 
     loss: float
     metrics: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Engine(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from swift_dist.config import JobConfig
@@ -56,6 +56,8 @@ class Recorder:
             precision=job.train.precision if job.train.fp8 == "none" else "fp8",
         )
         self._log = MetricsLog(worker.run_dir / "metrics.jsonl", first_step)
+        answers = job.train.eval_interval and job.train.eval_answers
+        self._answers = MetricsLog(worker.run_dir / "answers.jsonl", first_step) if answers else None
         self._reporters = Reporters(job, worker.run_dir, first_step)
 
     def step(self, step: int, result: StepNumbers, *, seconds: float, data_wait: float) -> None:
@@ -94,9 +96,18 @@ class Recorder:
             self._told = time.monotonic()
             self._log.append({"step": step, "prepared": round(share, 4)})
 
-    def evaluation(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
-        """The validation loss after `step` steps, and the objective's other means."""
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        metrics: Mapping[str, float] | None = None,
+        answers: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        """The validation loss after `step` steps, the objective's other means, and answers of the model."""
         if self._writes:
+            for answer in answers:
+                assert self._answers is not None, "train.eval_answers is set"
+                self._answers.append({"step": step, **answer})
             others = {f"eval_{name}": value for name, value in (metrics or {}).items()}
             self._reporters.log(self._log.append({"step": step, "eval_loss": loss, **others}))
 
@@ -105,3 +116,5 @@ class Recorder:
         if self._writes:
             self._reporters.close()
             self._log.close()
+            if self._answers is not None:
+                self._answers.close()

@@ -16,7 +16,7 @@ from swift_dist.engines.hf.output_layer import install
 from swift_dist.errors import JobError
 from swift_dist.objectives.base import Batch, Needs
 from swift_dist.sequence_parallel.group import SharedRow, SharingRanks, gather_tokens
-from swift_dist.sequence_parallel.row import Row, without_empty_ranks
+from swift_dist.sequence_parallel.row import row_for_all
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -119,13 +119,12 @@ def _prepare_shared(micro_batch: MicroBatch, device: torch.device, sharing: Shar
         tokens = micro_batch["tokens"]
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         micro_batch = {**micro_batch, "position_ids": micro_batch.get("position_ids", positions)}
-    lengths = tuple(_lengths(micro_batch))
-    filling = without_empty_ranks(lengths, sharing.degrees)
+    row = row_for_all(tuple(_lengths(micro_batch)), sharing.degrees)
+    filling = sum(row.lengths) - micro_batch["tokens"].numel()
     tokens, labels, weights, segments, positions = (
         torch.nn.functional.pad(micro_batch[name].flatten(), (0, filling), value=value)
         for name, value in (("tokens", 0), ("labels", -100), ("weights", 0), ("segments", -1), ("position_ids", 0))
     )
-    row = Row((*lengths, filling) if filling else lengths, sharing.degrees)
     mine, mask = row.of(sharing.rank), weights != 0
     # among the tokens that count, which each is; then the same, rank after rank
     order = (mask.cumsum(0) - 1)[row.order[mask[row.order]]]
@@ -179,16 +178,17 @@ class Forward:
     Args:
         model: the model as transformers made it, before tuners and strategies wrapped it.
         needs: what the objective needs.
-        tiled: of tokens, make log-probabilities without logits (`output_layer.py`).
+        tiled: of tokens, make log-probabilities without logits (`output_layer.py`); None: where the output layer can.
 
     Raises:
         JobError: `tiled`, and the model's output layer cannot be.
     """
 
-    def __init__(self, model: torch.nn.Module, needs: Needs, *, tiled: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, needs: Needs, *, tiled: bool | None = False) -> None:
         self._needs = needs
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._output = install(model) if tiled and needs == "tokens" and self._keeps_logits else None
+        tiles = tiled is not False and needs == "tokens" and self._keeps_logits
+        self._output = install(model) if tiles else None
         if tiled and needs == "tokens" and self._output is None:
             raise JobError(
                 "train.tiled_loss",
@@ -208,6 +208,13 @@ class Forward:
             shared = prepared.gathering
             logps = gather_tokens(logps, shared.counts, shared.order, shared.group)
         return replace(prepared.batch, logps=logps)
+
+    def likeliest(self, module: torch.nn.Module, prepared: Prepared) -> torch.Tensor:
+        """int64 [N], the token of the largest logit at each position that counts (of all ranks that share the row)."""
+        logits, chosen = self._logits(module, prepared)
+        tokens = logits[chosen].argmax(-1)
+        shared = prepared.gathering
+        return tokens if shared is None else gather_tokens(tokens, shared.counts, shared.order, shared.group)
 
     def _logps(self, module: torch.nn.Module, prepared: Prepared) -> torch.Tensor:
         """[N]."""

@@ -20,6 +20,7 @@ from swift_dist.engines.base import DataCoordinates, Evaluation, MicroBatch, Ste
 from swift_dist.engines.groups import BUILD_TIMEOUT, join_world, leave_world, wait_longer
 from swift_dist.engines.hf import checkpoint, model
 from swift_dist.engines.hf.batches import Forward, Prepared, parted, prepare
+from swift_dist.engines.hf.generation import Answering
 from swift_dist.engines.hf.precomputed import Precomputed
 from swift_dist.engines.hf.reference import Reference
 from swift_dist.engines.hf.strategies import _first_rank as first_rank
@@ -67,6 +68,7 @@ class HFEngine:
         self.schedule = build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
         self.updates = self.steps = 0
         self.history = GuardHistory()
+        self._answering: Answering | None = None
         self._closed = False
         try:
             join_world(worker, job.cluster.rendezvous_timeout)
@@ -275,7 +277,12 @@ class HFEngine:
     def evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
         """Mean loss over some global batches, with dropout off; nan if there are none."""
         with torch.no_grad(), self.inference(), no_references_in_tracebacks():
-            return self._evaluate(batches)
+            batches = list(batches)
+            evaluation = self._evaluate(batches)
+            if self.job.train.eval_answers:
+                self._answering = self._answering or Answering(self)
+                evaluation = replace(evaluation, answers=self._answering(batches))
+            return evaluation
 
     def _evaluate(self, batches: Iterable[list[MicroBatch]]) -> Evaluation:
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=self.device))
@@ -317,7 +324,7 @@ class HFEngine:
         strategy = self.__dict__.pop("strategy", None)
         if strategy is not None:
             strategy.close()
-        for name in ("model", "forward", "reference"):
+        for name in ("model", "forward", "reference", "_answering"):
             self.__dict__.pop(name, None)
         leave_world()
         gc.collect()

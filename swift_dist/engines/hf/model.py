@@ -11,6 +11,7 @@ import torch
 
 from swift_dist.config import JobConfig
 from swift_dist.config.applies import reason_for_padding
+from swift_dist.data.samples.collate import Layout
 from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
@@ -127,7 +128,7 @@ def _config(job: JobConfig, hf_config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
+def choose_layout(job: JobConfig, model: Any, needs: Needs) -> Layout:
     """ "packed" or "padded": how a micro-batch is laid out for this model; sets the attention that goes with it.
 
     Raises:
@@ -150,10 +151,11 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> str:
     return "packed"
 
 
-def tiles_loss(job: JobConfig) -> bool:
-    """Whether log-probabilities are made without logits: by default where sequences are long enough to be shared."""
+def tiles_loss(job: JobConfig) -> bool | None:
+    """Whether log-probabilities are made without logits. By default where sequences are long enough to be shared, and
+    the model's output layer can (None)."""
     shares = job.parallel.context_parallel_size > 1
-    return shares if job.train.tiled_loss is None else job.train.tiled_loss
+    return job.train.tiled_loss if job.train.tiled_loss is not None or shares else False
 
 
 def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:
