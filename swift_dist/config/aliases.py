@@ -103,6 +103,8 @@ JOB_ELSEWHERE: dict[str, str] = {
     "model_type": "it is read from the model's config.json",
     "resume_from_checkpoint": "the same --output resumes; --checkpoint.load goes on from another run",
     "modules_to_save": "tuner.trainable",
+    "reset_attention_mask": "data.separate_documents true, which does both: attention and positions",
+    "reset_position_ids": "data.separate_documents true, which does both: attention and positions",
     "adapters": "--checkpoint.load goes on from a run; swift-dist merge makes a model of an adapter",
 }
 """Options of others that have no key of the same meaning: what to say to who gives one."""

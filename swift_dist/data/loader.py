@@ -79,8 +79,8 @@ class TrainingData:
                 self._validation = Mixture(
                     section.validation, section.sequence_length, _VALIDATION_SEED, "data.validation"
                 )
-            self._eod = self._eod_ids(self._train)
-            self._validation_eod = self._eod_ids(self._validation) if self._validation else None
+            self._eod = self._train.eod_ids(section)
+            self._validation_eod = self._validation.eod_ids(section) if self._validation else None
         except BaseException:
             self._train.close()
             raise
@@ -91,9 +91,6 @@ class TrainingData:
         self.num_steps = None if held is None else held // global_batch_size
         self.wait_seconds = 0.0
         self._prefetch = Prefetcher(self._read_train, section.prefetch, self.num_steps)
-
-    def _eod_ids(self, mixture: Mixture) -> np.ndarray | None:
-        return mixture.eod_ids() if self.section.mask_eod_loss else None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids >= vocab_size, now (manifest or samples) and in every batch read later.
@@ -112,6 +109,8 @@ class TrainingData:
             One dict per micro-batch: tokens, labels, position_ids int64 [MBS, L] and loss_mask float32 [MBS, L].
             `labels[:, t]` is the token after `tokens[:, t]`. The mask is 1, or with data.mask_eod_loss 0 where the
             input is the end-of-document token (the next document's first token cannot be foreseen), as in Megatron.
+            Positions count from 0 on, with data.separate_documents anew behind each such token: a position of 0 is
+            where a document begins, or what the sample holds of one.
 
         Raises:
             RunError: the files cannot be read any more, or the epochs are used up.
@@ -146,9 +145,12 @@ class TrainingData:
         rows, source = mixture.samples(step * self.global_batch_size, self._mine.reshape(-1), self.global_batch_size)
         tokens, labels = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
         mask = np.ones(tokens.shape, dtype=np.float32)
-        if eod is not None:
-            mask[tokens == eod[source][:, None]] = 0.0
+        ends = np.zeros(tokens.shape, dtype=bool) if eod is None else tokens == eod[source][:, None]
+        if self.section.mask_eod_loss:
+            mask[ends] = 0.0
         positions = np.tile(np.arange(self.section.sequence_length, dtype=np.int64), (len(tokens), 1))
+        if self.section.separate_documents:
+            positions -= _starts(ends)
         whole = {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
         return _split(whole, self.micro_batch_size)
 
@@ -162,6 +164,13 @@ class TrainingData:
         self._train.close()
         if self._validation:
             self._validation.close()
+
+
+def _starts(ends: np.ndarray) -> np.ndarray:
+    """int64 [rows, L]: where the document of each token begins, given the tokens that end one (bool [rows, L])."""
+    starts = np.zeros(ends.shape, dtype=np.int64)
+    starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, ends.shape[1]), 0)
+    return np.maximum.accumulate(starts, axis=1)
 
 
 def _split(whole: dict[str, Any], size: int) -> MicroBatches:

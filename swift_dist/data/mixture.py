@@ -100,14 +100,21 @@ class Mixture:
                 tokens[mine] = dataset.samples(ordinal[mine])
         return tokens, source
 
-    def eod_ids(self) -> np.ndarray:
-        """int64 [datasets]: the end-of-document token of each, needed for data.mask_eod_loss."""
+    def eod_ids(self, section: DataSection) -> np.ndarray | None:
+        """int64 [datasets]: the end-of-document token of each; None: nothing in the section asks for it.
+
+        Raises:
+            JobError: a dataset does not say which it is.
+        """
+        keys = [name for name in ("mask_eod_loss", "separate_documents") if getattr(section, name)]
+        if not keys:
+            return None
         for dataset in self.datasets:
             if dataset.eod_id is None:
                 raise JobError(
-                    "data.mask_eod_loss",
+                    f"data.{keys[0]}",
                     f"{dataset.store.prefix}.manifest.json names no end-of-document token",
-                    "prepare the data with --append_eod true, or leave mask_eod_loss out",
+                    f"prepare the data with --append_eod true, or leave {' and '.join(keys)} out",
                 )
         return np.array([dataset.eod_id for dataset in self.datasets], dtype=np.int64)
 
@@ -169,8 +176,7 @@ def check_data(
     """
     train = Mixture(section.train, section.sequence_length, 0)
     try:
-        if section.mask_eod_loss:
-            train.eod_ids()
+        train.eod_ids(section)
         if vocab_size is not None:
             train.check_vocabulary(vocab_size)
         steps = _steps(train.num_samples, global_batch_size, steps)
@@ -179,8 +185,7 @@ def check_data(
     if section.validation:
         validation = Mixture(section.validation, section.sequence_length, 0, "data.validation")
         try:
-            if section.mask_eod_loss:
-                validation.eod_ids()
+            validation.eod_ids(section)
             if vocab_size is not None:
                 validation.check_vocabulary(vocab_size)
             evaluation_steps(validation, global_batch_size, eval_steps)

@@ -147,6 +147,31 @@ def test_end_of_document_tokens_get_no_loss(tmp_path: Path) -> None:
     assert sum(int((micro["loss_mask"] == 0).sum()) for micro in loader.micro_batches(0)) == 2
 
 
+def test_positions_begin_anew_behind_end_of_document_tokens(tmp_path: Path) -> None:
+    """Against megatron's own of reset_position_ids; at the first and the last place too, and one token alone."""
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    stream = [0, 1, 2, 0, 3, 4, 5, 0] + [6, 0, 0, 7, 8, 9, 1, 2] + [3] * LENGTH + [4]
+    prefix = build(tmp_path / "d", [stream])
+    with pytest.raises(
+        JobError, match=r"(?s)^data.separate_documents.*names no end-of-document token.*append_eod true"
+    ):
+        data([prefix], gbs=3, separate_documents=True)
+    with pytest.raises(JobError, match=r"^data\.separate_documents"):
+        check_data(section([prefix], separate_documents=True), global_batch_size=3, steps=1)
+    manifest(prefix, eod_id=0)
+    loader = data([prefix], gbs=3, mbs=3, separate_documents=True)
+    (micro,) = loader.micro_batches(0)
+    loader.close()
+    for tokens, positions in zip(micro["tokens"], micro["position_ids"], strict=True):
+        mask, _, wanted = _get_ltor_masks_and_position_ids(tokens, 0, True, True, False, True)
+        assert torch.equal(positions, wanted)
+        documents = (positions == 0).cumsum(0)
+        seen = (documents[:, None] == documents) & torch.ones(LENGTH, LENGTH).tril().bool()
+        assert torch.equal(~mask[0], seen)
+    assert bool((micro["loss_mask"] == 1).all()), "the loss is data.mask_eod_loss's matter"
+
+
 def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
     prefix = build(tmp_path / "d", [list(range(200))])
     loader = data([prefix])
