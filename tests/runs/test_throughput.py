@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import psutil
 import pytest
 
-from swift_dist.runs.throughput import Throughput, memory_gib, peak_tflops
+from swift_dist.runs.throughput import Throughput, memory_gib, peak_tflops, resident_peak
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,15 @@ def test_memory_on_the_cpu_is_the_resident_peak():
     resident = psutil.Process().memory_info().rss / 2**30
     del block
     assert resident - 0.001 <= memory_gib("cpu") < psutil.virtual_memory().total / 2**30
+
+
+def test_memory_of_a_process_is_not_that_of_the_one_that_started_it():
+    """What getrusage says of a child began with its parent's size."""
+    block = b"x" * (300 * 2**20)
+    code = "from swift_dist.runs.throughput import memory_gib; print(memory_gib('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.005 < float(done.stdout) < 0.2 and len(block)
+    assert resident_peak(2**22 + 1) == 0  # no process has this number
 
 
 @pytest.mark.gpu
