@@ -63,9 +63,10 @@ class Row:
         return tuple(accumulate(self.lengths, initial=0))
 
 
-def without_empty_ranks(lengths: tuple[int, ...], degrees: Degrees) -> int:
-    """How many tokens of filling a row needs behind it, as a sequence of their own, so that every rank has a token."""
-    filling = 0
-    while min(Row((*lengths, filling) if filling else lengths, degrees).sizes) == 0:
-        filling += 1
-    return filling
+def row_for_all(lengths: tuple[int, ...], degrees: Degrees) -> Row:
+    """A row in which every rank has a token: with a sequence of filling behind the given ones where one has none."""
+    row, filling = Row(lengths, degrees), 0
+    while not min(row.sizes):
+        filling += degrees.size
+        row = Row((*lengths, filling), degrees)
+    return row
