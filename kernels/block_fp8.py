@@ -47,7 +47,8 @@ def quantise(
 
     Args:
         weight: floating [R, C], finite.
-        block: rows and columns of a block; powers of two for the kernel, others are done in plain torch.
+        block: rows and columns of a block; powers of two for the kernel, others are done in plain torch, as all are on
+            GPUs before compute capability 8.9.
 
     Returns:
         float8_e4m3fn [R, C], float32 [ceil(R / rows), ceil(C / columns)].
@@ -58,7 +59,7 @@ def quantise(
     _check(weight, block)
     if not bool(weight.isfinite().all()):
         raise ValueError("the weights hold nan or infinities")
-    if not _kernel_fits(block) or not on_triton(backend, weight):
+    if not _kernel_fits(block, weight) or not on_triton(backend, weight):
         return quantise_reference(weight, block)
     weight = weight.contiguous()
     rows, columns = weight.shape
@@ -81,10 +82,12 @@ def dequantise(
     """e4m3 and factors to weights of `dtype`, rounded once. Shapes as in `quantise`.
 
     Raises:
-        ValueError: factors of another number of blocks.
+        ValueError: factors of another number of blocks, or values that are not e4m3.
     """
+    if quantised.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"values of {quantised.dtype}: should be float8_e4m3fn")
     _check(quantised, block, factors)
-    if not _kernel_fits(block) or not on_triton(backend, quantised):
+    if not _kernel_fits(block, quantised) or not on_triton(backend, quantised):
         return dequantise_reference(quantised, factors, block, dtype)
     rows, columns = quantised.shape
     out = torch.empty(quantised.shape, dtype=dtype, device=quantised.device)
@@ -95,7 +98,9 @@ def dequantise(
     return out
 
 
-def _kernel_fits(block: tuple[int, int]) -> bool:
+def _kernel_fits(block: tuple[int, int], tensor: torch.Tensor) -> bool:
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 9):
+        return False  # Triton has no e4m3 for an A100
     return all(size == power_of_two(size) for size in block) and block[0] * block[1] <= 128 * 128
 
 

@@ -70,8 +70,14 @@ def linear_logps(
 
     Returns:
         (logp, lse), each float32 (float64 of float64) [N].
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit. RuntimeError: a label is none of the vocabulary (on CUDA when
+            the device comes to it).
     """
-    _check(hidden, weight, labels)
+    hidden, weight, bias = _as_products_take(hidden, weight, bias)
+    _check(hidden, weight, labels, bias, softcap)
+    _check_labels(labels, weight, group)
     result: Pair = _LinearLogps.apply(hidden, weight, bias, labels, softcap, group, rows, backend)
     return result
 
@@ -99,12 +105,19 @@ def linear_cross_entropy(
 
     Returns:
         float32 (float64 of float64) scalar.
+
+    Raises:
+        As `linear_logps`.
     """
-    _check(hidden, weight, labels)
+    hidden, weight, bias = _as_products_take(hidden, weight, bias)
+    _check(hidden, weight, labels, bias, softcap)
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights {tuple(token_weights.shape)}: should be {tuple(labels.shape)}, as the labels")
     kept = (labels != ignore_index).nonzero().squeeze(1)
     if len(kept) < len(labels):
         hidden, labels = hidden[kept], labels[kept]
         token_weights = None if token_weights is None else token_weights[kept]
+    _check_labels(labels, weight, group)
     dtype = compute_dtype(hidden)
     weights = hidden.new_ones(len(labels), dtype=dtype) if token_weights is None else token_weights.detach().to(dtype)
     result: torch.Tensor = _LinearCrossEntropy.apply(
@@ -113,10 +126,47 @@ def linear_cross_entropy(
     return result
 
 
-def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+def _as_products_take(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Under autocast, cast as it would cast them for a matrix product: the backward pass, which runs outside of it,
+    must compute the logits again as they were."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> None:
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:] or labels.shape != hidden.shape[:1]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"{shapes}: should be [N, H], [V, H] and [N]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}: should be {tuple(weight.shape[:1])}")
+    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"hidden, weight and bias are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap}: should be above 0")
+
+
+def _check_labels(labels: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """A label that no rank holds would have logit 0. Waits for nothing on CUDA."""
+    vocabulary = len(weight)
+    if group is not None:
+        import torch.distributed as dist
+
+        vocabulary *= dist.get_world_size(group)
+    if len(labels):
+        inside = ((labels >= 0) & (labels < vocabulary)).all()
+        torch._assert_async(inside, f"labels should be in [0, {vocabulary})")
 
 
 class _Tiles:
@@ -248,5 +298,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        scaled = [None if held is None else held * gradient.to(held.dtype) for held in ctx.saved_tensors]
+        scaled = [None if held is None else _scaled(held, gradient) for held in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None, None, None)
+
+
+def _scaled(held: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product, rounded once: a factor in half precision would put the same error into every number. Some rows at a
+    time, since the gradient of an output layer is large."""
+    result = torch.empty_like(held)
+    for target, part in zip(result.split(_LEAST_ROWS), held.split(_LEAST_ROWS), strict=True):
+        target.copy_(part.to(compute_dtype(part)) * factor)
+    return result

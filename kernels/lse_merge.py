@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from swift_dist.kernels._triton import Backend, compute_dtype, jit, on_triton, power_of_two, tl, tl_dtype
+from swift_dist.kernels._triton import Backend, jit, on_triton, power_of_two, tl, tl_dtype
 
 _ROWS = 16
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -49,6 +49,8 @@ def lse_merge(
     if out_a.shape != out_b.shape or out_a.shape[:-1] != lse_a.shape or lse_a.shape != lse_b.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (out_a, lse_a, out_b, lse_b))
         raise ValueError(f"{shapes} do not fit together")
+    if lse_a.dtype != lse_b.dtype or lse_a.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse of {lse_a.dtype} and {lse_b.dtype}: should both be float32, or float64")
     kernel = on_triton(backend, out_a)
     result: Pair = _Merge.apply(out_a, lse_a, out_b, lse_b, kernel)
     return result
@@ -59,14 +61,13 @@ class _Merge(torch.autograd.Function):
     def forward(
         ctx: Any, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor, kernel: bool
     ) -> Pair:
-        dtype = compute_dtype(lse_a)
         if kernel:
             out, lse = _merged_by_kernel(out_a.contiguous(), lse_a.contiguous(), out_b.contiguous(), lse_b.contiguous())
         else:
             lse = torch.logaddexp(lse_a, lse_b)
             a, b = _shares(lse_a, lse_b, lse)
             # a set of which nothing is seen may hold anything, nan too
-            out = torch.where(a > 0, a * out_a.to(dtype), 0.0) + torch.where(b > 0, b * out_b.to(dtype), 0.0)
+            out = torch.where(a > 0, a * out_a.to(lse.dtype), 0.0) + torch.where(b > 0, b * out_b.to(lse.dtype), 0.0)
         ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
         ctx.kernel = kernel
         ctx.set_materialize_grads(True)

@@ -4,7 +4,8 @@
     dx = r (h - x r mean(h x r)) with h = dy w',  dw = sum over rows of dy x r
 
 `offset` is 1 in Gemma, whose weights are stored less one. ``rounds_before_weight`` says where a half-precision model
-rounds: llama's rounds x r before it multiplies by the weight, Gemma's afterwards.
+rounds: llama's rounds x r before it multiplies by the weight, so that float32 weights give a float32 result; Gemma's
+rounds afterwards, to x's dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def reference(
     wide = x.to(compute_dtype(x))
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if rounds_before_weight:
-        return ((weight + offset) * normalized.to(x.dtype)).to(x.dtype)
+        return (weight + offset) * normalized.to(x.dtype)
     return (normalized * (weight.to(wide.dtype) + offset)).to(x.dtype)
 
 
@@ -52,7 +53,7 @@ def rms_norm(
         rounds_before_weight: see above; no difference in float32.
 
     Returns:
-        [..., H] of x's dtype.
+        [..., H] of x's dtype; with ``rounds_before_weight`` of the wider of x's and the weight's.
     """
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit together")
@@ -70,7 +71,8 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, rounds: bool
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = torch.empty_like(rows)
+        out = torch.empty_like(rows, dtype=torch.promote_types(x.dtype, weight.dtype) if rounds else x.dtype)
+        weight = weight.contiguous()
         scales = torch.empty(len(rows), dtype=compute_dtype(x), device=x.device)
         block = power_of_two(rows.shape[1])
         if len(rows):
@@ -118,7 +120,7 @@ def _forward_kernel(
     normalized = value * scale
     if ROUNDS:
         normalized = normalized.to(raw.dtype).to(WIDE)
-    tl.store(out + row * width + column, (normalized * factor).to(raw.dtype), mask=inside)
+    tl.store(out + row * width + column, (normalized * factor).to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 
 

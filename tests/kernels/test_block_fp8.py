@@ -58,3 +58,5 @@ def test_what_cannot_be_stored_is_refused(wrong, device):
         block_fp8.quantise(weight)
     with pytest.raises(ValueError, match="factors"):
         block_fp8.dequantise(torch.ones(4, 4).to(torch.float8_e4m3fn), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="e4m3fn"):
+        block_fp8.dequantise(torch.ones(4, 4).to(torch.float8_e5m2), torch.ones(1, 1))

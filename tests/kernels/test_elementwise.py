@@ -90,5 +90,57 @@ def test_what_does_not_fit_is_refused(device):
         rms_norm.rms_norm(torch.ones(2, 3, device=device), torch.ones(4, device=device), 1e-6)
     with pytest.raises(ValueError, match="one shape and dtype"):
         swiglu.swiglu(torch.ones(2, 3), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="do not fit together"):
-        rope.rope(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.ones(1, 3, 4), torch.ones(1, 3, 4))
+    query, angles = torch.ones(4, 1, 3, 4), torch.ones(1, 3, 4)
+    for shapes in [
+        (query, query, torch.ones(1, 2, 4), torch.ones(1, 2, 4)),
+        (query, torch.ones(4, 1, 5, 4), angles, angles),  # a kernel would read beyond the angles
+        (query, torch.ones(4, 1, 3, 8), angles, angles),
+        (query, query, torch.ones(2, 3, 4), torch.ones(2, 3, 4)),
+        (query, query, angles, torch.ones(1, 3, 2)),
+    ]:
+        with pytest.raises(ValueError, match="do not fit together"):
+            rope.rope(*shapes)
+
+
+def test_halves_of_one_tensor(backend, device):
+    """Gate and up of one product: read where they lie, with the other half between two rows."""
+    both = random(3, 4, 22, dtype=torch.float64, device=device)
+    agree(
+        lambda tensor: swiglu.swiglu(*tensor.chunk(2, -1), backend=backend),
+        lambda tensor: tensor[..., :11] * tensor[..., :11].sigmoid() * tensor[..., 11:],
+        [both],
+    )
+    assert swiglu.swiglu(both[..., :0], both[..., :0], backend=backend).shape == (3, 4, 0)
+
+
+def test_angles_whose_halves_differ(backend, device):
+    cos, sin = (random(2, 5, 8, dtype=torch.float64, device=device, seed=seed) for seed in (7, 8))
+    inputs = [random(2, heads, 5, 8, dtype=torch.float64, device=device, seed=heads) for heads in (3, 1)]
+
+    def formula(*tensors):
+        return tuple(x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin[:, None] for x in tensors)
+
+    agree(lambda query, key: rope.rope(query, key, cos, sin, backend=backend), formula, inputs)
+
+
+def test_dtypes_are_those_of_the_models(backend, device):
+    """Float32 weights and angles beside bf16 activations, which autocast brings about."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+    x = random(2, 3, 4, 16, dtype=torch.bfloat16, device=device)
+    for kind, options in ((LlamaRMSNorm, {}), (Gemma3RMSNorm, {"offset": 1.0, "rounds_before_weight": False})):
+        norm = kind(16, eps=1e-6).to(device)
+        torch.nn.init.normal_(norm.weight)
+        expected = norm(x)
+        found = rms_norm.rms_norm(x, norm.weight, 1e-6, **options, backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # compares dtypes too
+        found.float().square().sum().backward()
+        assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
+    angles = random(1, 4, 16, dtype=torch.float32, device=device)
+    expected, _ = apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())
+    leaf = x.clone().requires_grad_()
+    found, _ = rope.rope(leaf, x, angles.cos(), angles.sin(), backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    found.sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16

@@ -146,6 +146,48 @@ def test_a_vocabulary_over_several_ranks(world_size, tmp_path):
 def test_shapes_that_do_not_fit(device):
     with pytest.raises(ValueError, match="should be"):
         linear_logps(torch.ones(3, 4), torch.ones(5, 3), torch.zeros(3, dtype=torch.int64))
+    hidden, weight, labels = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
+    for wrong in ({"bias": torch.ones(4)}, {"bias": torch.ones(5, dtype=torch.float64)}, {"softcap": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            linear_logps(hidden, weight, labels, **wrong)
+    with pytest.raises(ValueError, match="token_weights"):
+        linear_cross_entropy(hidden, weight, labels, token_weights=torch.ones(1))
+
+
+@pytest.mark.parametrize("label", [-100, 5])
+def test_a_label_that_is_none_is_refused(label):
+    """Its logit would be 0. (On CUDA the device says so, and cannot be used afterwards.)"""
+    hidden, weight = torch.ones(3, 4), torch.ones(5, 4)
+    labels = torch.tensor([0, label, 4])
+    with pytest.raises(RuntimeError, match=r"\[0, 5\)"):
+        linear_logps(hidden, weight, labels)
+    with pytest.raises(RuntimeError, match=r"\[0, 5\)"):
+        linear_cross_entropy(hidden, weight, labels, ignore_index=-1)
+
+
+def test_under_autocast_both_passes_see_the_same_logits(backend, device):
+    """The backward pass runs outside of autocast, and computes logits again: a token's probabilities must still add up
+    to one, so that of the gradient of the bias nothing is left."""
+    (hidden, weight, bias), labels = _inputs(16, 32, 50, torch.float32, device, bias=True)
+    tensors = [tensor.requires_grad_() for tensor in (hidden, weight * 10, bias)]
+    with torch.autocast(device.type, torch.bfloat16):
+        logps, _ = linear_logps(hidden, tensors[1], labels, bias=bias, backend=backend)
+    assert logps.dtype == torch.float32
+    logps.sum().backward()
+    expected = torch.nn.functional.one_hot(labels, 50).sum(0)
+    probabilities = torch.softmax(F.linear(*(tensor.detach().bfloat16() for tensor in tensors)).float(), -1)
+    torch.testing.assert_close(bias.grad, expected - probabilities.sum(0), rtol=1e-2, atol=6e-3)
+
+
+def test_a_factor_does_not_bias_half_precision_gradients(backend, device):
+    """A loss divided by its tokens: 1/643 in bf16 is 0.2 % off, and so would be every gradient."""
+    inputs, labels = _inputs(40, 24, 50, torch.bfloat16, device)
+    whole, part = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
+    linear_cross_entropy(*whole, labels, backend=backend).backward()
+    (linear_cross_entropy(*part, labels, backend=backend) / 643).backward()
+    for one, other in zip(whole, part, strict=True):
+        ratio = (other.grad.double() * one.grad.double()).sum() / one.grad.double().square().sum()
+        assert abs(float(ratio) * 643 - 1) < 5e-4
 
 
 def test_tolerances_are_of_each_dtype():

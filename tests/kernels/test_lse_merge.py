@@ -64,3 +64,5 @@ def test_attention_in_three_parts(backend, device):
 def test_shapes_that_do_not_fit(device):
     with pytest.raises(ValueError, match="do not fit together"):
         lse_merge(torch.ones(2, 3), torch.ones(3), torch.ones(2, 3), torch.ones(2))
+    with pytest.raises(ValueError, match="float32"):
+        lse_merge(torch.ones(2, 3), torch.ones(2).bfloat16(), torch.ones(2, 3), torch.ones(2))
