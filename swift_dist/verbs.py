@@ -175,6 +175,15 @@ VERBS: tuple[Verb, ...] = (
         (),
         "render",
     ),
+    Verb(
+        "bench length",
+        "the longest trainable sequence of a model, by features and ranks that share it",
+        "swift_dist.bench.length",
+        "LengthOptions",
+        "find_lengths",
+        (),
+        "render",
+    ),
     Verb("recipes list", "shipped job files", "swift_dist.recipes", "ListOptions", "list_verb", (), "render_list"),
     Verb(
         "recipes show",

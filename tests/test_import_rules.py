@@ -68,7 +68,11 @@ ALLOWED: dict[str, set[str]] = {
         *("cluster.placement", "cluster.devices", "cluster.environment", "cluster.versions"),
     },
     "doctor": {"config", "parallel", "cluster", "models", "runs.manifest"},  # models: how large a checkpoint is
-    "bench": {"config", "parallel", "cluster"},
+    # it makes jobs as the driver does, and steps them with the engine
+    "bench": {
+        *("config", "parallel", "cluster", "models", "recipes", "resolve", "engines", "launchers._base"),
+        *("data.samples", "data.templates", "runs.files", "runs.manifest", "runs.throughput"),
+    },
     "verbs": set(),
     "api": EVERYTHING,
     "cli": EVERYTHING,
@@ -81,7 +85,7 @@ LIGHT_ROOMS = (
     *("errors", "lifetime", "plugins", "workers", "config", "parallel", "models", "recipes", "launchers", "cli", "api"),
     *("resolve", "verbs", ""),
 )
-LIGHT_MODULES = ("runs.worker", "converters.mapping", "doctor.verb")
+LIGHT_MODULES = ("runs.worker", "converters.mapping", "doctor.verb", "bench.length", "bench.plan", "bench.search")
 # A backend is imported by the room that is that backend.
 BACKENDS = {
     "ray": {"cluster", "workers", "serving", "cli", "doctor", "launchers"},
@@ -213,6 +217,7 @@ LIGHT_TO_START = [
     "resolve",
     "runs.worker",
     "doctor.verb",
+    "bench.length",
     "workers.pool",
 ]
 

@@ -1,0 +1,1 @@
+"""Benchmarks that users run: `swift-dist bench ...`, one file a verb."""
