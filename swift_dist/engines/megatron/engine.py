@@ -54,7 +54,9 @@ class MegatronEngine:
         self.device = torch.device(worker.device)
         self.rank = worker.rank
         place = layout.coordinates(worker.rank)
-        self.data = DataCoordinates(place.dp, layout.dp, place.cp, layout.cp, place.pp in (0, layout.pp - 1))
+        # where documents end decides what every layer's attention sees
+        needs_data = place.pp in (0, layout.pp - 1) or job.data.separate_documents
+        self.data = DataCoordinates(place.dp, layout.dp, place.cp, layout.cp, needs_data)
         self.flops_per_token = family.shape(hf_config).flops_per_token(job.data.sequence_length)
         assert job.train.steps is not None, "resolve() fills it"
         self.schedule = build_schedule(job.schedule, peak=job.optimizer.lr, train_steps=job.train.steps)
@@ -70,7 +72,9 @@ class MegatronEngine:
             rng.seed_generators(job.train.seed, layout, worker.rank)
             self.config = settings.transformer_config(job, layout, family, hf_config, worker.device)
             ddp = settings.ddp_config(job)
-            self.chunks = model.build_chunks(self.config, ddp, layout, family, hf_config)
+            self.chunks = model.build_chunks(
+                self.config, ddp, layout, family, hf_config, separate_documents=job.data.separate_documents
+            )
             for chunk in self.chunks:
                 weights.initialise(model.unwrap(chunk), self.config, self._metadata(), job.train.seed)
             self.optimizer = build_optimizer(job, self.chunks)
@@ -131,7 +135,8 @@ class MegatronEngine:
         count = train.global_batch_size // (train.micro_batch_size * self.layout.dp)
         assert len(micro_batches) == (count if self.data.needs_data else 0), "wrong number of micro-batches"
         shape = (train.micro_batch_size, self.job.data.sequence_length)
-        return Pass(self.chunks, self.layout, micro_batches, count, shape, self.device)
+        separates = self.job.data.separate_documents
+        return Pass(self.chunks, self.layout, micro_batches, count, shape, self.device, separate_documents=separates)
 
     def _agree(
         self, contribution: tuple[float, float], grad_norm: float, overflow: bool, stop: bool

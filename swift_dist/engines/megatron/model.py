@@ -25,16 +25,35 @@ class Model(GPTModel):
     Args:
         num_tokens: the real vocabulary size; `vocab_size` is the padded one.
         frequencies: rotary inverse frequencies, exactly as Hugging Face's model has them.
+        separate_documents: tokens are rotated by their `position_ids`, not by their place in the sample.
     """
 
-    def __init__(self, *args: Any, num_tokens: int, frequencies: tuple[float, ...], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        num_tokens: int,
+        frequencies: tuple[float, ...],
+        separate_documents: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.separate_documents = separate_documents
         device = torch.cuda.current_device()
         self.rotary_pos_emb.inv_freq = torch.tensor(frequencies, dtype=torch.float32, device=device)
         group = self.pg_collection.tp
         rows = self.vocab_size // group.size()
         self.real_rows = min(max(num_tokens - group.rank() * rows, 0), rows)
         self.has_padding = self.real_rows < rows
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **others: Any) -> tuple[Any, ...]:
+        found = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **others)
+        if not self.separate_documents:
+            return found
+        assert found[1] is not None, "only rotary positions are built here"
+        # [s, b, 1, d] in the place of [s, 1, 1, d]
+        length = position_ids.shape[1] * self.config.context_parallel_size
+        angles = self.rotary_pos_emb(length, packed_seq=True)  # of whole samples, on every rank
+        return found[0], angles[:, 0][position_ids.t()], *found[2:]
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [b, s], logits [s, b, v/tp] -> loss of each token [b, s]."""
@@ -64,10 +83,12 @@ def build_chunks(
     layout: ParallelLayout,
     family: Family,
     hf_config: dict[str, Any],
+    *,
+    separate_documents: bool = False,
 ) -> list[DistributedDataParallel]:
     """This pipeline stage's part of the model: one chunk, or `layout.vpp` of them, wrapped for precision and DDP."""
     wrapped = []
-    for index, chunk in enumerate(_models(config, layout, family, hf_config)):
+    for index, chunk in enumerate(_models(config, layout, family, hf_config, separate_documents)):
         _mark_experts(chunk, layout)
         module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
         # Buckets let the reduction start early; of an interleaved stage only the first chunk finishes late enough.
@@ -89,7 +110,11 @@ def _mark_experts(chunk: Model, layout: ParallelLayout) -> None:
 
 
 def _models(
-    config: TransformerConfig, layout: ParallelLayout, family: Family, hf_config: dict[str, Any]
+    config: TransformerConfig,
+    layout: ParallelLayout,
+    family: Family,
+    hf_config: dict[str, Any],
+    separate_documents: bool = False,
 ) -> list[Model]:
     arguments = family.gpt_model(hf_config)
     num_tokens = arguments.pop("vocab_size")
@@ -99,10 +124,11 @@ def _models(
     return [
         Model(
             config=config,
-            transformer_layer_spec=block_spec(config, index if layout.vpp else None),
+            transformer_layer_spec=block_spec(config, index if layout.vpp else None, separate_documents),
             vocab_size=family.shape(hf_config).padded_vocab_size(layout.tp),
             num_tokens=num_tokens,
             frequencies=family.rope(hf_config).inverse_frequencies,
+            separate_documents=separate_documents,
             pre_process=first and index == 0,
             post_process=last and index == num_chunks - 1,
             parallel_output=True,

@@ -59,7 +59,8 @@ def transformer_config(
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
         **_recompute(job.train.recompute),
-        **_fusions(on_cuda, te),
+        # transformer-engine's rotation knows one position for a place in all samples
+        **_fusions(on_cuda, te and not job.data.separate_documents),
     }
     if arguments.get("num_moe_experts"):
         arguments |= {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": on_cuda and te}

@@ -65,12 +65,19 @@ def backend() -> BackendSpecProvider:
     return TorchBackend()
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (of its chunk `vp_stage`) and the final norm."""
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, separate_documents: bool = False
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (of its chunk `vp_stage`) and the final norm.
+
+    Attention is our own wherever documents are kept apart: transformer-engine's wants each document's length to be a
+    multiple of 2 CP, and padded samples have more tokens on some ranks than on others.
+    """
     parts = backend()
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    kinds = [layer_spec(config, parts, is_moe) for is_moe in moe_layers(config)[offset : offset + count]]
+    attention = DotProductAttention if separate_documents else parts.core_attention()
+    kinds = [layer_spec(config, parts, attention, is_moe) for is_moe in moe_layers(config)[offset : offset + count]]
     return TransformerBlockSubmodules(layer_specs=kinds, layer_norm=parts.layer_norm())
 
 
@@ -84,7 +91,7 @@ def moe_layers(config: TransformerConfig) -> list[bool]:
     return [bool(entry) for entry in config.moe_layer_freq]
 
 
-def layer_spec(config: TransformerConfig, parts: BackendSpecProvider, is_moe: bool) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, parts: BackendSpecProvider, core_attention: type, is_moe: bool) -> ModuleSpec:
     """A decoder layer: attention and a dense or an expert MLP, each after a norm and added to the residual."""
     qk_norm = parts.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -92,7 +99,7 @@ def layer_spec(config: TransformerConfig, parts: BackendSpecProvider, is_moe: bo
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=parts.column_parallel_layer_norm_linear(),
-            core_attention=parts.core_attention(),
+            core_attention=core_attention,
             linear_proj=parts.row_parallel_linear(),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,

@@ -24,20 +24,22 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from swift_dist.engines.base import MicroBatch
+from swift_dist.engines.megatron.attention import documents_of
+from swift_dist.kernels.zigzag import parts_of
 from swift_dist.parallel import ParallelLayout
 
 
 def cut(batch: MicroBatch, cp_rank: int, cp_size: int, device: torch.device) -> MicroBatch:
-    """This context-parallel rank's part of a micro-batch, on its device: chunks r and 2C-1-r of 2C, as attention
-    expects. [b, S] -> [b, S/C] for each entry."""
+    """This context-parallel rank's part of a micro-batch, on its device: two chunks of each sample
+    (`kernels/zigzag.py`), as attention expects. [b, S] -> [b, S/C] for each entry."""
     if cp_size > 1:
         batch = {name: _zigzag(tensor, cp_rank, cp_size) for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _zigzag(tensor: torch.Tensor, cp_rank: int, cp_size: int) -> torch.Tensor:
-    chunks = tensor.chunk(2 * cp_size, dim=1)
-    return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
+    parts = parts_of(tensor.shape[1], cp_size, cp_rank)
+    return torch.cat([tensor[:, begin:end] for _, begin, end in parts], dim=1)
 
 
 def count_tokens(micro_batches: list[MicroBatch], device: torch.device) -> torch.Tensor:
@@ -60,6 +62,7 @@ class Pass:
         num_micro_batches: how many every rank runs.
         shape: (micro batch size, sequence length), the same everywhere.
         device: of this rank.
+        separate_documents: tokens see those of their own document, which begins where a position is 0.
     """
 
     def __init__(
@@ -70,11 +73,16 @@ class Pass:
         num_micro_batches: int,
         shape: tuple[int, int],
         device: torch.device,
+        *,
+        separate_documents: bool = False,
     ) -> None:
         self.chunks, self.layout, self.shape = chunks, layout, shape
         self.num_micro_batches, self.device = num_micro_batches, device
         cp_rank = parallel_state.get_context_parallel_rank()
         self.batches = [cut(batch, cp_rank, layout.cp, device) for batch in micro_batches]
+        if separate_documents:  # of whole samples, and where attention plans its work: on the CPU
+            for batch, whole in zip(self.batches, micro_batches, strict=True):
+                batch["documents"] = documents_of(whole["position_ids"])
         self.num_tokens = count_tokens(micro_batches, device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -93,7 +101,9 @@ class Pass:
 
     def _forward(self, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
         batch = next(batches, None) or {}
-        losses = model(batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels"))
+        losses = model(
+            batch.get("tokens"), batch.get("position_ids"), batch.get("documents"), labels=batch.get("labels")
+        )
         return losses, partial(self._loss, batch["loss_mask"] if batch else None)
 
     def _loss(self, mask: torch.Tensor | None, losses: torch.Tensor) -> tuple[torch.Tensor, None]:
