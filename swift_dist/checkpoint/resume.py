@@ -110,6 +110,8 @@ RULES: dict[str, Rule] = {
     "parallel.context_parallel_size": Rule.FREE,
     "parallel.ulysses_size": Rule.FREE,
     "train.tiled_loss": Rule.FREE,
+    "train.tiled_mlp": Rule.FREE,
+    "train.offload_activations": Rule.FREE,
     "parallel.expert_model_parallel_size": Rule.FREE,
     "parallel.expert_tensor_parallel_size": Rule.FREE,
     "parallel.sequence_parallel": Rule.FREE,

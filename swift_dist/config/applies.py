@@ -21,6 +21,8 @@ _MEGATRON = (
 _HF = (
     "parallel.ulysses_size",
     "train.tiled_loss",
+    "train.tiled_mlp",
+    "train.offload_activations",
     "strategy.",
     "train.compile",
     "model.attention",
@@ -78,6 +80,7 @@ _CONDITIONS: tuple[tuple[str, Callable[[JobConfig], bool], str], ...] = (
         lambda job: job.parallel.context_parallel_size > 1,
         "parallel.context_parallel_size above 1",
     ),
+    ("train.offload_activations", lambda job: job.train.recompute == "full", "train.recompute: full"),
     ("schedule.min_lr_ratio", lambda job: job.schedule.name != "constant", "a schedule.name that decays"),
 )
 """(key, what of the job makes something read it, what the job lacks otherwise). (A pretraining's validation data may
@@ -87,6 +90,8 @@ stand in a job file that does not evaluate yet: nothing is encoded for them.)"""
 def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
     if job.engine == "hf" and job.train.recompute == "selective":
         raise JobError("train.recompute", "'selective' is the megatron engine's alone", "--train.recompute full")
+    if job.train.tiled_mlp and job.train.compile:
+        raise JobError("train.tiled_mlp", "its tiles are not compiled", "leave out train.tiled_mlp or train.compile")
     for key, is_read, wanted in _CONDITIONS:
         value = _value(job, key)
         if value != _value(defaults, key) and not is_read(job):

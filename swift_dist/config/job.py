@@ -126,6 +126,14 @@ class TrainSection(Section):
         None,
         description="hf engine: log-probabilities without logits, by rows (default: where ranks share sequences)",
     )
+    tiled_mlp: bool | None = Field(
+        None,
+        description="hf engine: MLPs some tokens at a time, computed again in backward (default: where ranks share "
+        "sequences and layers are recomputed)",
+    )
+    offload_activations: bool = Field(
+        False, description="hf engine: what recomputed layers keep lies in the host's memory"
+    )
     max_skipped: int = Field(10, ge=0, description="skipped steps after which the run stops")
     initial_loss_scale: float = Field(65536.0, gt=0, description="fp16: first dynamic loss scale")
 

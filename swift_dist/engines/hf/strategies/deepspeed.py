@@ -33,6 +33,7 @@ from swift_dist.engines.hf.strategies._state import OptimizedWeights
 from swift_dist.engines.hf.strategies._torch import DTYPES, num_bytes
 from swift_dist.engines.hf.strategies.base import Setting
 from swift_dist.engines.hf.strategies.ddp import Autocast
+from swift_dist.engines.hf.tiled_mlp import gather_whole
 from swift_dist.errors import JobError, RunError
 
 
@@ -86,6 +87,8 @@ class DeepSpeed:
         if stage and precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise JobError("train.precision", f"DeepSpeed has no fp16 on {self.device.type}", "use bf16 or fp32")
         prepare_nvme(self.config, precision)
+        if stage == 3:
+            gather_whole(model)
         called = model if stage or precision == "fp32" else Autocast(model, self.device.type, DTYPES[precision])
         optimizer = setting.make_optimizer(setting.parameter_groups(model))
         with no_builds():
