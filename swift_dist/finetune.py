@@ -69,8 +69,14 @@ def check_plugins(job: JobConfig) -> None:
         )
     _check_head(job, objective.name)
     reason = reason_for_padding(job, objective.needs)
-    if reason and (job.data.packing or job.data.padding_free):
-        key = "data.packing" if job.data.packing else "data.padding_free"
+    asking = {
+        "data.packing": job.data.packing,
+        "data.padding_free": job.data.padding_free,
+        "data.separate_documents": job.data.separate_documents,
+        "parallel.context_parallel_size": job.parallel.context_parallel_size > 1,
+    }
+    key = next((key for key, asks in asking.items() if asks), None)
+    if reason and key:
         raise JobError(key, reason, f"leave out {key}")
     if job.strategy.deepspeed:
         from swift_dist.engines.hf.strategies import _deepspeed_config

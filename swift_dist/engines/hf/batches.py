@@ -70,17 +70,24 @@ def parted(micro_batch: MicroBatch) -> tuple[MicroBatch, MicroBatch | None]:
 
 
 def prepare(
-    micro_batch: MicroBatch, device: torch.device, needs: Needs, sharing: SharingRanks | None = None
+    micro_batch: MicroBatch,
+    device: torch.device,
+    needs: Needs,
+    sharing: SharingRanks | None = None,
+    *,
+    packs_text: bool = False,
 ) -> Prepared:
     """Move a micro-batch to `device` and take it apart.
 
     Args:
         micro_batch: as `data.samples.loader.SampleData` lays it out (one part of it: see `parted`), or as
-            `data.loader.TrainingData` does (whole sequences of packed text, which count as one sample each).
+            `data.loader.TrainingData` does (whole samples of packed text).
         sharing: the ranks that share the row; this one's tokens are moved.
+        packs_text: lay text out in one row, a sequence beginning wherever a position is 0 (ranks that share rows always
+            do); else its samples are the rows, one sequence each.
     """
     if "loss_mask" in micro_batch:
-        micro_batch = _of_text(micro_batch)
+        micro_batch = _row_of_text(micro_batch) if packs_text or sharing is not None else _rows_of_text(micro_batch)
     if sharing is not None:
         return _prepare_shared(micro_batch, device, sharing)
     held = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
@@ -115,10 +122,6 @@ def _lengths(micro_batch: MicroBatch) -> list[int]:
 
 def _prepare_shared(micro_batch: MicroBatch, device: torch.device, sharing: SharingRanks) -> Prepared:
     """Every rank of a group reads the same micro-batch; only its own tokens go to the device and through the model."""
-    if "attention_mask" in micro_batch:  # text: rows of whole sequences, here one after the other
-        tokens = micro_batch["tokens"]
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        micro_batch = {**micro_batch, "position_ids": micro_batch.get("position_ids", positions)}
     row = row_for_all(tuple(_lengths(micro_batch)), sharing.degrees)
     filling = sum(row.lengths) - micro_batch["tokens"].numel()
     tokens, labels, weights, segments, positions = (
@@ -155,7 +158,15 @@ def _prepare_shared(micro_batch: MicroBatch, device: torch.device, sharing: Shar
     )
 
 
-def _of_text(micro_batch: MicroBatch) -> MicroBatch:
+def _row_of_text(micro_batch: MicroBatch) -> MicroBatch:
+    names = {"tokens": "tokens", "labels": "labels", "weights": "loss_mask", "position_ids": "position_ids"}
+    row = {name: micro_batch[source].reshape(1, -1) for name, source in names.items()}
+    segments = (row["position_ids"] == 0).cumsum(1) - 1
+    lengths = segments[0].bincount()
+    return {**row, "segments": segments, "lengths": lengths, "sample_weights": torch.ones(len(lengths))}
+
+
+def _rows_of_text(micro_batch: MicroBatch) -> MicroBatch:
     tokens = micro_batch["tokens"]
     rows, length = tokens.shape
     return {

@@ -239,7 +239,8 @@ class HFEngine:
         """What the loss is computed of, and KTO's mismatched answers (none of other objectives)."""
         parts = [parted(batch) for batch in micro_batches]
         needs, sharing = self.objective.needs, self.sharing
-        mine = [prepare(batch, self.device, needs, sharing) for batch, _ in parts]
+        packs = self.batch_layout == "packed"
+        mine = [prepare(batch, self.device, needs, sharing, packs_text=packs) for batch, _ in parts]
         return mine, [prepare(other, self.device, needs, sharing) for _, other in parts if other is not None]
 
     def sum_over_replicas(self, numbers: torch.Tensor) -> torch.Tensor:

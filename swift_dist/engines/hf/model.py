@@ -136,8 +136,14 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> Layout:
     """
     wanted, shares = job.data.padding_free, job.parallel.context_parallel_size > 1
     reason = reason_for_padding(job, needs) or attention.refusal(model)
-    if reason and (job.data.packing or wanted or shares):
-        key = "data.packing" if job.data.packing else "data.padding_free" if wanted else SIZE
+    asking = {
+        "data.packing": job.data.packing,
+        "data.padding_free": wanted,
+        "data.separate_documents": job.data.separate_documents,
+        SIZE: shares,
+    }
+    key = next((key for key, asks in asking.items() if asks), None)
+    if reason and key:
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
     if reason or (wanted is False and not job.data.packing):
         if reason and job.task != "pretrain":
