@@ -183,7 +183,6 @@ def _shared_layout(job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node:
         degrees_of(job, hf_config, nproc_per_node)
         refused = {
             "train.compile": job.train.compile,
-            "model.attention": bool(job.model.attention),
             "data.padding_free": job.data.padding_free is False,
             "tuner.name": "neftune" in job.tuner.name,
         }

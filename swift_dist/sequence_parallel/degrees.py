@@ -8,6 +8,7 @@ from typing import Any
 
 from swift_dist.config.job import JobConfig
 from swift_dist.errors import JobError
+from swift_dist.sequence_parallel.limits import ring_refusal, row_refusal
 
 SIZE, ULYSSES = "parallel.context_parallel_size", "parallel.ulysses_size"
 
@@ -35,20 +36,29 @@ def degrees_of(job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int
     """What a job means by `parallel.context_parallel_size`, of the model of this config.json.
 
     Raises:
-        JobError: see `choose`; or the model does not say how many heads it has.
+        JobError: see `choose`; or the model does not say how many heads it has, or cannot share its rows.
     """
     size = job.parallel.context_parallel_size
     if size == 1:
         return Degrees(1, 1)
     text = hf_config.get("text_config") or hf_config
+    reason = row_refusal(text)
+    if reason:
+        raise JobError(SIZE, f"{size}, and the model's rows cannot be shared: {reason}", "leave it out")
     heads = text.get("num_attention_heads") or text.get("n_head")
     if not isinstance(heads, int):
         raise JobError(SIZE, f"{size}, and the model's config.json states no num_attention_heads", "leave it out")
     kv_heads = text.get("num_key_value_heads") or heads
-    return choose(size, [(heads, kv_heads)], ranks_per_node, job.parallel.ulysses_size)
+    return choose(size, [(heads, kv_heads)], ranks_per_node, job.parallel.ulysses_size, ring_refusal(text))
 
 
-def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, ulysses: int | None = None) -> Degrees:
+def choose(
+    size: int,
+    heads: Sequence[tuple[int, int]],
+    ranks_per_node: int,
+    ulysses: int | None = None,
+    no_ring: str | None = None,
+) -> Degrees:
     """The largest Ulysses degree that the heads allow and that stays inside a node; the rest is a ring.
 
     Ulysses moves each token's heads twice a layer, whatever N is, and its kernels see whole sequences; a ring passes
@@ -60,14 +70,18 @@ def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, uly
         heads: (query heads, key-value heads) of each kind of attention layer of the model.
         ranks_per_node: consecutive ranks that share a machine.
         ulysses: the degree, where the job names it.
+        no_ring: why the model's attention cannot go round a ring; None: it can.
 
     Raises:
-        JobError: a degree that the job names does not divide the group, or cannot share out the heads.
+        JobError: a degree that the job names does not divide the group, or cannot share out the heads; or it takes a
+            ring where there cannot be one.
     """
     within = [u for u in range(1, size + 1) if size % u == 0 and all(fits_heads(u, *pair) for pair in heads)]
+    words = ", ".join(f"{query} query and {kv} key-value heads" for query, kv in sorted(set(heads)))
+    if no_ring is not None:
+        return _without_ring(size, heads, ulysses, f"{no_ring}, which cannot go round a ring", words)
     if ulysses is not None:
         if ulysses not in within:
-            words = ", ".join(f"{query} query and {kv} key-value heads" for query, kv in sorted(set(heads)))
             raise JobError(
                 ULYSSES,
                 f"{ulysses} does not divide a group of {size} ranks whose attention has {words}",
@@ -76,3 +90,15 @@ def choose(size: int, heads: Sequence[tuple[int, int]], ranks_per_node: int, uly
         return Degrees(ulysses, size // ulysses)
     inside = [u for u in within if ranks_per_node % u == 0]
     return Degrees(max(inside), size // max(inside))
+
+
+def _without_ring(size: int, heads: Sequence[tuple[int, int]], ulysses: int | None, reason: str, words: str) -> Degrees:
+    fitting = [u for u in range(1, max(query for query, _ in heads) + 1) if all(fits_heads(u, *pair) for pair in heads)]
+    if size not in fitting:
+        near = sorted(sorted(fitting, key=lambda u: abs(u - size))[:3])
+        raise JobError(
+            SIZE, f"{size} ranks cannot share out {words} alone: {reason}", f"one of {', '.join(map(str, near))}"
+        )
+    if ulysses not in (None, size):
+        raise JobError(ULYSSES, f"{ulysses} of {size} ranks leaves a ring: {reason}", f"leave it out, or {size}")
+    return Degrees(size, 1)

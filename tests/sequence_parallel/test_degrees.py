@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from swift_dist.errors import JobError
 from swift_dist.sequence_parallel.degrees import Degrees, choose, fits_heads
+from swift_dist.sequence_parallel.limits import ring_refusal, row_refusal
 from swift_dist.sequence_parallel.row import Row, row_for_all
 from swift_dist.sequence_parallel.ulysses import heads_of_ranks
 
@@ -69,3 +70,43 @@ def test_no_rank_is_left_without_a_token(lengths, ulysses, ring):
     assert min(row.sizes) >= 1
     assert row.lengths == tuple(lengths) or min(Row(tuple(lengths), degrees).sizes) == 0
     assert sum(row.lengths) - sum(lengths) <= 3 * degrees.size
+
+
+GQA = {"num_attention_heads": 8, "num_key_value_heads": 2}
+LATENT = {**GQA, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (GQA, None),
+        ({**GQA, "attn_logit_softcapping": None, "model_type": "gemma2"}, None),
+        ({**GQA, "model_type": "gemma2"}, "softcap"),  # 50 where config.json does not say
+        ({**GQA, "attn_logit_softcapping": 30.0}, "softcap"),
+        ({**GQA, "model_type": "gpt_oss"}, "sinks"),
+        ({**GQA, "attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({**GQA, "attn_pdrop": 0.0}, None),
+        ({**LATENT, "v_head_dim": 8}, "values of 8 numbers and keys of 12"),
+        ({**LATENT, "v_head_dim": 12}, None),
+        ({**GQA, "head_dim": 192, "v_head_dim": 128}, "values of 128 numbers and keys of 192"),
+    ],
+)
+def test_what_cannot_go_round_a_ring(config, reason):
+    found = ring_refusal(config)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_model_that_cannot_go_round_a_ring_is_shared_by_heads_alone():
+    assert choose(4, [(8, 2)], 2, no_ring="it has sinks") == Degrees(4, 1)  # across nodes, too
+    assert choose(4, [(8, 2)], 4, ulysses=4, no_ring="it has sinks") == Degrees(4, 1)
+    with pytest.raises(JobError, match=r"it has sinks.*\n.*one of 1, 2, 4") as caught:
+        choose(3, [(8, 2)], 6, no_ring="it has sinks")
+    assert caught.value.key == "parallel.context_parallel_size"
+    with pytest.raises(JobError, match="2 of 4 ranks leaves a ring") as caught:
+        choose(4, [(8, 2)], 4, ulysses=2, no_ring="it has sinks")
+    assert caught.value.key == "parallel.ulysses_size"
+
+
+def test_layers_that_carry_state_along_the_row():
+    assert row_refusal({"layer_types": ["full_attention", "sliding_attention"]}) is None
+    assert "conv, mamba layers" in str(row_refusal({"layer_types": ["mamba", "full_attention", "conv"]}))

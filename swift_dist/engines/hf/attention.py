@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from swift_dist.sequence_parallel.limits import PLAIN_LAYERS
+
 NAME = "swift_dist_packed"
-PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
-"""Kinds of layers (``config.layer_types``) in which nothing but attention carries one token's state to another."""
 
 
 @dataclass(frozen=True)

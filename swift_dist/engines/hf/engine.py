@@ -73,7 +73,7 @@ class HFEngine:
         try:
             join_world(worker, job.cluster.rendezvous_timeout)
             if size > 1:
-                degrees = degrees_of(job, hf_config, worker.local_world_size)
+                degrees = degrees_of(job, model.text_config(job, hf_config), worker.local_world_size)
                 self.sharing = make_groups(degrees, worker.rank, worker.world_size)
             wait_longer(BUILD_TIMEOUT)
             self._build(hf_config)

@@ -18,6 +18,7 @@ from swift_dist.models import model_folder
 from swift_dist.objectives.base import Needs
 from swift_dist.sequence_parallel import attention as shared_attention
 from swift_dist.sequence_parallel.degrees import SIZE
+from swift_dist.sequence_parallel.rotary import show_longest
 from swift_dist.tuners import TunerStack
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,16 @@ def _config(job: JobConfig, hf_config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
+def text_config(job: JobConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's configuration with all that config.json leaves to transformers' defaults; config.json itself
+    where transformers cannot read it (`load_base` says why)."""
+    try:
+        config = _config(job, hf_config).get_text_config()
+        return {**config.to_dict(), "num_attention_heads": config.num_attention_heads}
+    except (ValueError, KeyError, OSError, ImportError, AttributeError):
+        return hf_config
+
+
 def choose_layout(job: JobConfig, model: Any, needs: Needs) -> Layout:
     """ "packed" or "padded": how a micro-batch is laid out for this model; sets the attention that goes with it.
 
@@ -154,6 +165,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> Layout:
     if shares:
         shared_attention.register(attention.attend_whole_rows)
         model.set_attn_implementation(shared_attention.NAME)
+        show_longest(model)
     return "packed"
 
 

@@ -9,66 +9,105 @@ import torch
 import torch.distributed as dist
 
 from swift_dist.engines.hf import attention as whole
+from swift_dist.engines.hf.batches import Forward, prepare
 from swift_dist.sequence_parallel import attention
 from swift_dist.sequence_parallel.degrees import Degrees
-from swift_dist.sequence_parallel.group import SharedRow, gather_tokens, make_groups
-from swift_dist.sequence_parallel.row import Row, without_empty_ranks
+from swift_dist.sequence_parallel.group import make_groups
+from swift_dist.sequence_parallel.rotary import show_longest
 
 
-def _row(lengths: list[int]) -> tuple[torch.Tensor, ...]:
-    """(tokens, positions, labels, weights) [T]; uneven weights, some 0."""
+def micro_batch(lengths: list[int], filling: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """A row of sequences with `filling` tokens behind them, as the data room lays it out; uneven weights, some 0."""
     generator = torch.Generator().manual_seed(11)
-    tokens = torch.randint(3, ranks.VOCABULARY, (sum(lengths),), generator=generator)
-    weights = torch.rand(sum(lengths), generator=generator) * (torch.rand(sum(lengths), generator=generator) < 0.7)
+    counts = [*lengths, filling]
+    tokens = torch.randint(3, vocabulary, (sum(counts),), generator=generator)
+    weights = torch.rand(len(tokens), generator=generator) * (torch.rand(len(tokens), generator=generator) < 0.7)
     weights[0], labels = 1.0, tokens.roll(-1)
-    return tokens, torch.cat([torch.arange(length) for length in lengths]), labels, weights
+    segments = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
+    last = segments != segments.roll(-1)
+    last[-1] = True  # nothing follows it in its sequence
+    uncounted = last | (segments == len(lengths))
+    row = {
+        "tokens": tokens,
+        "position_ids": torch.cat([torch.arange(count) for count in counts]),
+        "labels": labels.masked_fill(uncounted, -100),
+        "weights": weights.masked_fill(uncounted, 0.0),
+        "segments": segments.masked_fill(segments == len(lengths), -1),
+    }
+    others = {"lengths": torch.tensor(lengths), "sample_weights": torch.ones(len(lengths))}
+    return {**{name: tensor[None] for name, tensor in row.items()}, **others}
 
 
-def _logps(model: Any, tokens: Any, positions: Any, labels: Any, **arguments: Any) -> torch.Tensor:
-    logits = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, **arguments).logits[0]
-    return torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), -1).gather(
-        1, labels[:, None]
-    )[:, 0]
+def alone(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities of the tokens that count, each sequence by itself through transformers' own attention."""
+    found, start = [], 0
+    for length in row["lengths"].tolist():
+        these = slice(start, start + length)
+        logps = model(input_ids=row["tokens"][:, these], use_cache=False).logits[0].log_softmax(-1)
+        counted = row["weights"][0, these] != 0
+        found.append(logps[counted].gather(1, row["labels"][0, these][counted][:, None])[:, 0])
+        start += length
+    return torch.cat(found)
+
+
+def _loss(logps: torch.Tensor, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    weights = row["weights"][row["weights"] != 0].to(logps)
+    return -(logps * weights).sum() / weights.sum().clamp(min=1e-12)
 
 
 def compare(
-    worker: Any, lengths: list[int], ulysses: int, ring: int, family: str, settings: dict[str, Any], dtype: str
-) -> dict[str, float]:
-    """Largest relative differences of the log-probabilities and of any weight's gradient; the gradient's size."""
+    worker: Any,
+    rows: list[dict[str, Any]],
+    degrees: list[list[int]],
+    family: str,
+    settings: dict[str, Any],
+    dtype: str,
+) -> list[list[dict[str, float]]]:
+    """Of each row ({"lengths", "filling"}), for each (ulysses, ring): largest relative differences of the loss, of
+    log-probabilities and of any weight's gradient from one process; the gradient's size."""
     torch.set_num_threads(1)
-    degrees = Degrees(ulysses, ring)
+    cpu = torch.device("cpu")
     with ranks.joined(worker):
-        model = ranks.tiny(family, **settings).to(getattr(torch, dtype))
-        tokens, positions, labels, weights = _row(lengths)
-        whole.register()
-        model.set_attn_implementation(whole.NAME)
-        expected = _logps(model, tokens, positions, labels, **whole.boundaries(lengths, torch.device("cpu")))
-        (expected * weights).sum().backward()
-        right = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-        model.zero_grad()
-
-        sharing = make_groups(degrees, worker.rank, worker.world_size)
+        plain, shared = (ranks.tiny(family, **settings).to(getattr(torch, dtype)) for _ in range(2))
+        plain.set_attn_implementation("sdpa")  # the eager softmax is float32
         attention.register(whole.attend_whole_rows)
-        model.set_attn_implementation(attention.NAME)
-        filling = without_empty_ranks(tuple(lengths), degrees)
-        filled = (*lengths, filling) if filling else tuple(lengths)
-        row = Row(filled, degrees)
-        held = [torch.nn.functional.pad(tensor, (0, filling)) for tensor in (tokens, positions, labels, weights)]
-        if filling:
-            held[1][-filling:] = torch.arange(filling)
-        mine = row.of(sharing.rank)
-        local = [tensor[mine] for tensor in held]
-        logps = _logps(model, *local[:3], shared_row=SharedRow(sharing, row))
-        gathered = gather_tokens(logps, list(row.sizes), row.order, sharing.group)
-        (gathered * held[3]).sum().backward()
-        largest, worst = max(gradient.abs().max() for gradient in right.values()), 0.0
-        for name, parameter in model.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient, group=sharing.group)
-            worst = max(worst, float((gradient - right[name]).abs().max() / largest))
-        count = sum(lengths)
-        return {
-            "logps": float((gathered[:count] - expected).detach().abs().max() / expected.detach().abs().max()),
-            "gradients": worst,
-            "size": float(largest),
-        }
+        shared.set_attn_implementation(attention.NAME)
+        show_longest(shared)
+        forward = Forward(shared, "tokens")
+        groups = [make_groups(Degrees(*each), worker.rank, worker.world_size) for each in degrees]
+        found = []
+        for row in (micro_batch(**row, vocabulary=ranks.VOCABULARY) for row in rows):
+            plain.zero_grad()
+            expected = alone(plain, row)
+            right = _loss(expected, row)
+            right.backward()
+            cells = []
+            for sharing in groups:
+                shared.zero_grad()
+                logps = forward(shared, prepare(row, cpu, "tokens", sharing)).logps
+                assert logps is not None
+                loss = _loss(logps, row)
+                loss.backward()
+                cells.append(
+                    {
+                        "loss": _difference(loss, right),
+                        "logps": _difference(logps, expected),
+                        **_of_gradients(shared, plain, sharing.group),
+                    }
+                )
+            found.append(cells)
+        return found
+
+
+def _difference(got: torch.Tensor, right: torch.Tensor) -> float:
+    return float(((got - right).abs().max() / right.abs().max().clamp(min=1e-12)).detach())
+
+
+def _of_gradients(shared: Any, plain: Any, group: dist.ProcessGroup) -> dict[str, float]:
+    right = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest, worst = max(gradient.abs().max() for gradient in right.values()), 0.0
+    for name, parameter in shared.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient on this rank"
+        dist.all_reduce(parameter.grad, group=group)
+        worst = max(worst, float((parameter.grad - right[name]).abs().max() / largest))
+    return {"gradients": worst, "size": float(largest)}
