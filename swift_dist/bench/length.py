@@ -59,7 +59,7 @@ class LengthOptions(Section):
     features: AnyNames = Field(
         (),
         description="sets to try, each with all before it: base, recompute, tiled_loss, tiled_mlp, "
-        "offload_activations; all: the last of them (default: each)",
+        "offload_activations (saves nothing on a CPU: there only by its name); all: the last of them (default: each)",
     )
     fsdp: Literal["fsdp2"] | None = Field(None, description="as of swift-dist sft")
     deepspeed: str | None = Field(None, description="as of swift-dist sft")
@@ -97,8 +97,8 @@ def find_lengths(options: LengthOptions) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for each in series:
         rows.append(_search(each, options, tries, folder, _guess(rows, each)))
-        write_report(folder, _result(options, series, rows))
-    result = _result(options, series, rows)
+        result = _result(options, series, rows)
+        write_report(folder, result)
     if all(row["longest"] is None for row in rows):
         raise RunError(
             f"not even {options.min_length:,} tokens fit into {options.memory or 'the GPU'}: {rows[-1]['reason']}",
@@ -149,7 +149,6 @@ def _series(options: LengthOptions) -> list[Series]:
     from swift_dist.runs.manifest import versions
 
     memory = None if options.memory is None else parse_memory(options.memory)
-    features = chosen_features(options.features)
     if options.max_length < options.min_length:
         raise JobError("max_length", f"{options.max_length} is below min_length {options.min_length}", "raise it")
     given = {
@@ -172,7 +171,7 @@ def _series(options: LengthOptions) -> list[Series]:
     return make_series(
         base,
         sharing=options.sequence_parallel_size,
-        features=features,
+        features=chosen_features(options.features, devices.use_gpu),
         memory=memory,
         on_cuda=devices.use_gpu,
         length=options.min_length,

@@ -43,8 +43,12 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-def chosen_features(names: Sequence[str]) -> tuple[str, ...]:
+def chosen_features(names: Sequence[str], on_cuda: bool) -> tuple[str, ...]:
     """The sets of features that are asked for, each named by its last one, in the order in which they add up.
+
+    Args:
+        names: of sets; none: each. On the CPU offload_activations, which saves nothing there, is tried only by name.
+        on_cuda: whether ranks compute on GPUs.
 
     Raises:
         JobError: one is none.
@@ -53,7 +57,8 @@ def chosen_features(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in (*known, ALL):
             raise JobError("features", f"there is no {name!r}", f"some of {','.join((*known, ALL))}")
-    wanted = {known[-1] if name == ALL else name for name in names or known}
+    usual = [name for name in known if on_cuda or name != "offload_activations"]
+    wanted = {usual[-1] if name == ALL else name for name in names or usual}
     return tuple(name for name in known if name in wanted)
 
 

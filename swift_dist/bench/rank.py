@@ -1,4 +1,4 @@
-"""The page of a rank of one try: ``python -m swift_dist.bench.rank TRY.json RANK``."""
+"""The page of a rank of one try: ``python -m swift_dist.bench.rank TRY.json RANK PARENT``."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class TryWorker:
         return False
 
 
-def main(path: str, rank: int) -> int:
-    """Take part in the try that `path` describes; how it ended is in ``rank_<n>.json`` beside it."""
-    end_with_parent()
+def main(path: str, rank: int, parent: int) -> int:
+    """Take part in the try that `path` describes, and that process `parent` makes; how it ended is in ``rank_<n>.json``
+    beside it."""
+    end_with_parent(parent=parent)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     plan = read_json(Path(path))
     assert plan is not None, path
@@ -86,11 +87,18 @@ def _try(plan: dict[str, Any], worker: TryWorker) -> dict[str, Any]:
 
 
 def _keep_within(memory: int, device: str) -> None:
-    """Torch's allocator fails beyond this many bytes, as it would on a smaller GPU."""
+    """Torch's allocator fails beyond this many bytes, as it would on a smaller GPU.
+
+    Raises:
+        JobError: the GPU has less.
+    """
     import torch
 
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
+    if memory > total:
+        sizes = f"{memory / 2**30:.2f} GiB, and {device} has {total / 2**30:.2f}"
+        raise JobError("memory", sizes, f"at most --memory {total // 2**20}MiB, or leave it out")
+    torch.cuda.set_per_process_memory_fraction(memory / total, device)
 
 
 def _made_up(engine: Any, job: JobConfig, vocab_size: int, step: int) -> MicroBatch:
@@ -143,4 +151,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -13,10 +13,10 @@ _COLOURS = ("#9db7d5", "#1f4e8c", "#d1495b", "#edae49", "#66a182", "#8a8a8a")
 
 
 def write_report(folder: Path, result: dict[str, Any]) -> None:
-    """Each file in one move. Nothing is drawn while no length is known."""
+    """Each file in one move; the plot once all searches have ended."""
     write_json(folder / "length.json", result)
     write_atomically(folder / "length.md", "\n".join(page(result)) + "\n")
-    if any(row["longest"] for row in result["rows"]):
+    if result["complete"] and any(row["longest"] for row in result["rows"]):
         for kind, content in draw(result).items():
             write_whole(folder / f"length.{kind}", content)
 

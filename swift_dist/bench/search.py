@@ -8,7 +8,7 @@ from typing import Any
 
 PER_DOUBLING = 8
 """Lengths looked at between L and 2 L, L included: what is found is at most an eighth of L short of the longest."""
-_PREDICTED = 6
+_PREDICTED = 8
 """Tries that may follow the memory measured so far; what is left goes by doubling and bisection, which always end."""
 _FARTHEST = 2 * PER_DOUBLING
 """Steps on the list (two doublings) that a prediction may go beyond what fits: it may be wrong, and memory runs out."""

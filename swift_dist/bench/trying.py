@@ -65,7 +65,8 @@ def _ranks(series: Series, folder: Path, logs: Path) -> Iterator[list[Process]]:
         try:
             for number in range(series.num_ranks):
                 log = opened.enter_context((logs / f"rank_{number}.log").open("wb"))
-                command = [sys.executable, "-m", "swift_dist.bench.rank", str(folder / "try.json"), str(number)]
+                command = [sys.executable, "-m", "swift_dist.bench.rank", str(folder / "try.json")]
+                command += [str(number), str(os.getpid())]
                 ranks.append(
                     subprocess.Popen(
                         command,
