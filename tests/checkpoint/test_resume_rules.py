@@ -26,6 +26,7 @@ def test_every_key_is_decided():
         ("train", "seed", 7),
         ("train", "global_batch_size", 16),
         ("data", "sequence_length", 512),
+        ("data", "separate_documents", True),
         ("data", "train", ["/d/b"]),
         ("model", "path", "/other"),
         ("model", "init", "random"),

@@ -1,0 +1,90 @@
+"""Ranks of the tests of core attention on samples of several documents, split over the context-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from swift_dist.kernels.zigzag import parts_of
+from swift_dist.parallel import ParallelLayout
+
+NO_DROPOUT, TINY_DROPOUT = 0.0, 1e-15
+"""Attention with dropout goes another way; of so little of it nothing is dropped."""
+
+
+def formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[list[int]] | None, window: int | None
+) -> torch.Tensor:
+    """[S, b, n, d], [S, b, g, d] -> [S, b, n*d]: softmax over the keys of the same document that the query sees."""
+    length, batch, heads, _ = query.shape
+    key, value = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (key, value))
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) / math.sqrt(query.shape[-1])
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance <= (length if window is None else window))
+    seen = seen.expand(batch, length, length).clone()
+    for sample, documents in enumerate(lengths or []):
+        number = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))
+        seen[sample] &= number[:, None] == number
+    probs = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bnst,tbnd->sbnd", probs, value).flatten(2)
+
+
+def compare(worker: Any, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of each case {"lengths", "length", "window", "dropout"}: largest differences of the output and of the gradients
+    of queries, keys and values, on this rank's tokens of two samples."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from swift_dist.engines.megatron import groups, rng
+    from swift_dist.engines.megatron.attention import DotProductAttention, documents_of
+
+    torch.set_num_threads(1)
+    layout = ParallelLayout(world_size=worker.world_size, cp=worker.world_size)
+    groups.join(layout, worker, 60)
+    try:
+        rng.seed_generators(1, layout, worker.rank)
+        collection = SimpleNamespace(cp=parallel_state.get_context_parallel_group())
+        found = []
+        for case in cases:
+            window, lengths = case["window"], case["lengths"]
+            config = TransformerConfig(
+                num_layers=1,
+                hidden_size=32,
+                num_attention_heads=4,
+                num_query_groups=2,
+                attention_dropout=case["dropout"],
+                context_parallel_size=layout.cp,
+                window_size=None if window is None else (window, 0),
+            )
+            core = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=collection)
+            documents = None
+            if lengths is not None:
+                positions = [torch.cat([torch.arange(n) for n in sample]) for sample in lengths]
+                documents = documents_of(torch.stack(positions))
+            found.append(_differences(core, case["length"], lengths, documents, window, worker.rank, layout.cp))
+        return found
+    finally:
+        groups.leave()
+
+
+def _differences(
+    core: Any, length: int, lengths: Any, documents: Any, window: int | None, rank: int, ranks: int
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(length, 2, heads, 8) for heads in (4, 2, 2)]
+    whole = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    weight = torch.randn((length, 2, 32), dtype=torch.float64, generator=generator)
+    mine = torch.cat([torch.arange(begin, end) for _, begin, end in parts_of(length, ranks, rank)])
+    ours = [tensor[mine].clone().requires_grad_() for tensor in whole]
+    theirs = [tensor.clone().requires_grad_() for tensor in whole]
+    output, expected = core(*ours, documents), formula(*theirs, lengths, window)
+    (output * weight[mine]).sum().backward()
+    (expected * weight).sum().backward()
+    found = {"output": float((output - expected[mine]).detach().abs().max())}
+    for name, got, right in zip(("query", "key", "value"), ours, theirs, strict=True):
+        found[name] = float((got.grad - right.grad[mine]).abs().max())
+    return found
