@@ -86,11 +86,13 @@ def next_length(lengths: Sequence[int], tries: Sequence[Try], memory: int | None
     if high - low == 1:
         return None
     wanted = _predicted(lengths, tries, memory) if len(tries) < _PREDICTED else None
-    if wanted is None and failed is None:
-        wanted = low + PER_DOUBLING
-    elif wanted is None:
-        wanted = max((low + high) // 2, high - PER_DOUBLING)  # below a guess that failed: half of it, and so on
-    return lengths[min(max(wanted, low + 1), min(high - 1, low + _FARTHEST if best else high - 1))]
+    if best is None:
+        wanted = high - PER_DOUBLING  # below a guess that failed: half of it, and so on
+    elif failed is None:
+        wanted = min(low + PER_DOUBLING if wanted is None else wanted, low + _FARTHEST)
+    elif wanted is None or wanted >= high:  # what failed shows that the line is none
+        wanted = (low + high) // 2
+    return lengths[min(max(wanted, low + 1), high - 1)]
 
 
 def _predicted(lengths: Sequence[int], tries: Iterable[Try], memory: int | None) -> int | None:

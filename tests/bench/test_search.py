@@ -31,6 +31,7 @@ def test_lengths_are_eighths_of_doublings_and_both_ends():
 SHAPES = {
     "a line": lambda n: 1000 + 3 * n,
     "flat, then a line": lambda n: max(50_000, 3 * n),
+    "flat, then steep": lambda n: max(30_000 + n // 100, 20 * n - 50_000),
     "square": lambda n: n * n // 500,
     "steps": lambda n: 3 * (n // 4096) * 4096 + n,
     "no memory at all": lambda n: 0,
@@ -54,6 +55,12 @@ def test_a_line_takes_few_tries(memory):
     """The shortest, its double, no more than two doublings at once to where the line meets the memory, one beyond."""
     _, tries = search(lengths_between(1024, 1 << 20), SHAPES["a line"], memory)
     assert len(tries) <= 4 + math.ceil(math.log2(memory / 3 / 2048) / 2)
+
+
+def test_a_line_that_a_failure_belies_is_left():
+    """Short sequences cost next to nothing beside the floor: their line ends far beyond the memory."""
+    _, tries = search(lengths_between(256, 1 << 16), lambda n: max(1000 + n // 100, n), 1300)
+    assert [t.length for t in tries] == [256, 512, 2048, 1024, 1536, 1280, 1408]
 
 
 def test_a_prediction_goes_no_further_than_two_doublings_at_once():
