@@ -226,6 +226,41 @@ def test_a_job_file_gives_strategy_and_tuner(capsys, tmp_path, model, made_up):
     assert call(capsys, "--job", path, "--memory", "1GiB", "--dry-run")[1]["error"]["key"] == "task"
 
 
+def test_what_people_see(capsys, tmp_path, model, made_up, caplog):
+    words = [
+        "bench",
+        "length",
+        "--model",
+        str(model),
+        "--memory",
+        "2GiB",
+        "--accelerator",
+        "cpu",
+        "--nproc_per_node",
+        "4",
+    ]
+    words += ["--sequence_parallel_size", "2", "--output", str(tmp_path)]
+    caplog.set_level("INFO")
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "base, 2 of 4 ranks: swift-dist sft" in capsys.readouterr().out
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:-1] == (tmp_path / "length.md").read_text().splitlines()[-len(shown) + 1 :]
+    first = longest("base", 2, 2 * 2**30)
+    assert f"| 2 of 4 | base | {first:,} | 1.00 | {first / 1000:.3g} | 2,000 |" in shown[2]
+    assert shown[-1].startswith(str(tmp_path))
+    assert "base, 2 ranks a sequence: 1,024 tokens fit: 0.53 GiB, 1.02 s a step" in caplog.messages
+    assert sum("do not fit: it was too much" in message for message in caplog.messages) >= len(PER_TOKEN)
+
+
+def test_attention_that_cannot_be_shared(capsys, tmp_path, made_up):
+    config = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 32, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--model", tmp_path, "--memory", "1GiB", "--sequence_parallel_size", 2, "--output", tmp_path / "out")
+    code, result = call(capsys, *words)
+    assert code == 2 and result["error"]["key"] == "parallel.context_parallel_size" and made_up == []
+
+
 def test_features_add_up():
     assert chosen_features((), on_cuda=True) == ("base", *FEATURES)
     assert "offload_activations" not in chosen_features((), on_cuda=False)  # it saves nothing there
