@@ -55,6 +55,7 @@ RULES: dict[str, Rule] = {
     "model.num_labels": Rule.FIXED,
     "model.problem_type": Rule.FREE,  # must be what the labels are
     "model.liger": Rule.FREE,
+    "model.kernels": Rule.FREE,
     "data.train": Rule.DATA,
     "data.validation": Rule.FREE,  # never reaches the weights
     "data.sequence_length": Rule.FIXED,

@@ -27,6 +27,7 @@ _HF = (
     "train.compile",
     "model.attention",
     "model.liger",
+    "model.kernels",
     "checkpoint.export_dtype",
 )
 

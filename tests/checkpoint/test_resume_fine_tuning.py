@@ -85,6 +85,7 @@ def test_a_checkpoint_of_the_other_engine_is_refused(tmp_path: Path) -> None:
     [
         ({"task": "rlhf", "objective": {"reference": "/nowhere/model"}}, "objective.reference"),
         ({"model": {"config": CONFIG, "liger": True}}, "model.liger"),
+        ({"model": {"config": CONFIG, "liger": True, "kernels": True}}, "model.liger"),
     ],
 )
 def test_what_the_ranks_would_find_out(tmp_path: Path, sections: dict[str, Any], key: str) -> None:

@@ -1,6 +1,6 @@
 """Compiles every kernel for NVIDIA GPUs, which needs none: with the arguments that its own op launches it with.
 
-python compile_for_gpus.py CAPABILITY [CAPABILITY ...]       (90: H100 and H200)
+python compile_for_gpus.py CAPABILITY ... DTYPE ...       (90 bf16: for H100 and H200)
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def launch_all(dtype: torch.dtype, *, has_e4m3: bool) -> None:
         block_fp8.dequantise(quantised, factors, backend="triton", dtype=dtype)
 
 
-def main(capabilities: list[int]) -> None:
+def main(capabilities: list[int], dtypes: list[torch.dtype]) -> None:
     for capability in capabilities:
         done: list[str] = []
         kernels = {(m, n): k for m in MODULES for n, k in vars(m).items() if n.endswith("_kernel") and hasattr(k, "fn")}
         for (module, name), kernel in kernels.items():
             setattr(module, name, Compiler(kernel, capability, done))
-        for dtype in (torch.bfloat16, torch.float32) if capability == capabilities[-1] else (torch.bfloat16,):
+        for dtype in dtypes:
             launch_all(dtype, has_e4m3=capability >= 89)
         for (module, name), kernel in kernels.items():
             setattr(module, name, kernel)
@@ -101,4 +101,7 @@ def main(capabilities: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]])
+    main(
+        [int(word) for word in sys.argv[1:] if word.isdigit()],
+        [dtype for dtype, name in _TYPES.items() if name in sys.argv[1:]],
+    )

@@ -18,6 +18,7 @@ try:
         lse_merge,
         rms_norm,
         rope,
+        slots,
         softmax_tiles,
         swiglu,
         zigzag,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from swift_dist.config import JobConfig
 from swift_dist.engines.base import DataCoordinates, Evaluation, MicroBatch, StepResult
 from swift_dist.engines.groups import BUILD_TIMEOUT, join_world, leave_world, wait_longer
-from swift_dist.engines.hf import checkpoint, model
+from swift_dist.engines.hf import checkpoint, model, model_kernels, offload, tiled_mlp
 from swift_dist.engines.hf.batches import Forward, Prepared, parted, prepare
 from swift_dist.engines.hf.generation import Answering
 from swift_dist.engines.hf.precomputed import Precomputed
@@ -115,10 +115,13 @@ class HFEngine:
         self.batch_layout = model.choose_layout(job, base, needs)
         self.pad_id = choose_pad(base, job, needs)
         if job.train.recompute == "full":
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.recompute_layers(base)
         self.forward = Forward(base, needs, tiled=model.tiles_loss(job))
-        model.use_liger(base, job, self.device)
+        model_kernels.use(base, job, self.device)
+        tiled_mlp.tile(base, job)
         self.model = model.apply_tuners(base, self.tuners, job.train.seed, on_meta=on_meta)
+        if job.train.offload_activations:
+            offload.install(self.model, self.device)
         if job.train.compile:
             model.compile_layers(self.model)
 

@@ -176,23 +176,16 @@ def tiles_loss(job: JobConfig) -> bool | None:
     return job.train.tiled_loss if job.train.tiled_loss is not None or shares else False
 
 
-def use_liger(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:
-    """Put Liger's kernels in the place of norms, rotary embeddings and gated MLPs (not of the loss: objectives take
-    log-probabilities). By default where they are installed, on CUDA.
+def recompute_layers(model: Any) -> None:
+    """Keep the input of each layer alone; the backward pass computes the rest of it again (arXiv 1604.06174).
 
     Raises:
-        JobError: they are asked for and cannot be used.
+        JobError: transformers cannot do it with this model.
     """
-    import importlib.util
-
-    on_cuda, installed = device.type == "cuda", importlib.util.find_spec("liger_kernel") is not None
-    if job.model.liger and not (on_cuda and installed):
-        raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
-    if job.model.liger is False or not (on_cuda and installed):
-        return
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # type: ignore[import-not-found]
-
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise JobError("train.recompute", str(error).splitlines()[0], "leave it out") from error
 
 
 def compile_layers(model: torch.nn.Module) -> None:

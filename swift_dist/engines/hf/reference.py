@@ -30,7 +30,7 @@ class Reference:
     """
 
     def __init__(self, job: JobConfig, hf_config: dict[str, Any], engine: HFEngine) -> None:
-        from swift_dist.engines.hf import model, tiled_mlp
+        from swift_dist.engines.hf import model, model_kernels, tiled_mlp
         from swift_dist.engines.hf.strategies import _first_rank as first_rank
         from swift_dist.engines.hf.strategies.fsdp2 import shard_frozen
 
@@ -47,6 +47,7 @@ class Reference:
             if engine.batch_layout == "packed":
                 model.choose_layout(job, reference, needs)
         self._forward = Forward(reference, needs, tiled=model.tiles_loss(job))
+        model_kernels.use(reference, job, engine.device)
         tiled_mlp.tile(reference, job)
         reference.requires_grad_(False).eval()
         if first_rank.shards_weights(job):
