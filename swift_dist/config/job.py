@@ -183,12 +183,12 @@ class ParallelSection(Section):
     context_parallel_size: int = Field(
         1,
         gt=0,
-        description="ranks that share each sequence, attention included (CP; fine-tuning: sequence parallelism)",
+        description="ranks that share each sequence, attention included (CP, on either engine; sequence parallelism)",
     )
     ulysses_size: int | None = Field(
         None,
         gt=0,
-        description="fine-tuning: how many of those exchange heads; the rest pass keys round a ring (default: as many "
+        description="hf engine: how many of those exchange heads; the rest pass keys round a ring (default: as many "
         "as the heads allow inside a node)",
     )
     expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share out the experts (EP)")

@@ -103,7 +103,6 @@ CASES = {
     "megatron tp2 cp2": (4, {TP: 2, CP: 2, "sequence_parallel": True}, {}),
     "megatron pp2 cp2": (4, {PP: 2, CP: 2}, {}),
     "megatron pp4": (4, {PP: 4}, {}),
-    "megatron cp2 recompute": (2, {CP: 2}, {"train": {"recompute": "full"}}),
     "hf": (2, {}, {**HF, "strategy": {"fsdp": "fsdp2"}}),
     "hf ulysses": (2, {CP: 2}, HF),
     "hf ring": (2, RING, {**HF, "strategy": {"fsdp": "fsdp2"}}),
@@ -112,12 +111,13 @@ MORE = {
     "megatron cp4": (4, {CP: 4}, {}),
     "megatron cp2 dp2": (4, {CP: 2}, {}),
     "megatron pp2 vpp2": (2, {PP: 2, VPP: 2}, {}),
+    "megatron cp2 recompute": (2, {CP: 2}, {"train": {"recompute": "full"}}),
     "megatron cp2 selective": (2, {CP: 2}, {"train": {"recompute": "selective"}}),
     "hf both": (4, {CP: 4, "ulysses_size": 2}, HF),
     "hf zero3": (2, {CP: 2}, {**HF, "strategy": {"deepspeed": "zero3"}}),
     "hf recompute": (2, RING, {**HF, "train": {"recompute": "full"}}),
 }
-WINDOWED = ("megatron", "megatron cp2", "hf", "hf ring")
+WINDOWED = ("megatron cp2", "hf ring")
 
 
 @pytest.mark.parametrize(
