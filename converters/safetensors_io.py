@@ -21,7 +21,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _MAX_HEADER = 100_000_000  # safetensors' own limit
-_SCALE = "_scale_inv"  # DeepSeek-V3's factors of a weight: <weight>_scale_inv
+_SCALE = "_scale_inv"  # factors of a weight: <weight>_scale_inv
+_SCALE_DTYPES = ("F32", "BF16", "F16")  # DeepSeek-V3's; Qwen3's; those of Qwen3's of July 2025
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,10 @@ class HFFolder:
                 if scale is None:
                     raise self._wrong(f"{name} is stored as {stored.dtype} without {name}{_SCALE}", "use bf16 weights")
                 blocks = tuple(-(-extent // size) for extent, size in zip(stored.shape, block, strict=False))
-                if len(stored.shape) != 2 or scale.shape != blocks or scale.dtype != "F32":
+                if len(stored.shape) != 2 or scale.shape != blocks or scale.dtype not in _SCALE_DTYPES:
                     raise self._wrong(
                         f"{scale.name} is {scale.dtype} {list(scale.shape)}; blocks of {list(block)} of "
-                        f"{list(stored.shape)} need F32 {list(blocks)}"
+                        f"{list(stored.shape)} need F32, BF16 or F16 {list(blocks)}"
                     )
                 stored = replace(stored, scale=scale, block=block)
             joined[name] = stored

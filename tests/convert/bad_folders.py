@@ -220,11 +220,11 @@ WRONG_FOLDERS: dict[str, tuple[str, Edit, str, str]] = {
     "fp8 without factors": ("llama", quantised(None), "source", "_scale_inv"),
     "fp8 with factors of another shape": (
         *("llama", quantised(lambda values: blocks(values)[:, :-1].clone())),
-        *("source", "need F32 ["),
+        *("source", "need F32, BF16 or F16 ["),
     ),
     "fp8 with factors of another dtype": (
-        *("llama", quantised(lambda values: blocks(values).bfloat16())),
-        *("source", "need F32 ["),
+        *("llama", quantised(lambda values: blocks(values).to(torch.int8))),
+        *("source", "need F32, BF16 or F16 ["),
     ),
     "fp8 in blocks of no size": (
         *("llama", quantised(blocks, config={"weight_block_size": [0, 0]})),

@@ -22,6 +22,7 @@ from swift_dist.convert import hf_to_megatron, megatron_to_hf
 from swift_dist.converters.dist_index import dist_index
 from swift_dist.converters.mapping import checkpoint_key, duplicates, expand, slices
 from swift_dist.converters.reading import Reader, as_torch
+from swift_dist.kernels import block_fp8
 from swift_dist.models import find_family
 from tests.convert.commands import contents, result_of
 from tests.converters import tiny_models
@@ -131,6 +132,33 @@ def test_fp8_blocks_become_bf16(model: Callable[[str], Any], tmp_path: Path) -> 
     assert got.keys() == expected.keys()
     assert all(same(got[name], values) for name, values in expected.items())
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_fp8_with_factors_in_half_precision(
+    model: Callable[[str], Any], tmp_path: Path, scale_dtype: torch.dtype
+) -> None:
+    """Qwen3's files hold them so. The same Megatron weights as of the folder that the kernel's formula dequantises."""
+    saved = model("qwen3")
+    folders = {kind: tmp_path / kind for kind in ("fp8", "plain")}
+    tensors: dict[str, dict[str, torch.Tensor]] = {"fp8": {}, "plain": {}}
+    for name, values in saved.tensors.items():
+        if "_proj" not in name:
+            tensors["fp8"][name] = tensors["plain"][name] = values.bfloat16()
+            continue
+        quantised, factors = block_fp8.quantise(values, (BLOCK, BLOCK))
+        factors = factors.to(scale_dtype)
+        tensors["fp8"] |= {name: quantised, f"{name}_scale_inv": factors}
+        tensors["plain"][name] = block_fp8.dequantise(quantised, factors, (BLOCK, BLOCK), torch.bfloat16)
+    for kind, folder in folders.items():
+        folder.mkdir()
+        save_file(tensors[kind], folder / "model.safetensors", metadata={"format": "pt"})
+        settings = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}}
+        (folder / "config.json").write_text(json.dumps({**saved.config, **(settings if kind == "fp8" else {})}))
+        to_megatron(folder, tmp_path / f"{kind}_checkpoint")
+    quantised_ones = [name for name in tensors["fp8"] if name.endswith("_scale_inv")]
+    assert len(quantised_ones) == 7 * saved.config["num_hidden_layers"]
+    assert contents(tmp_path / "fp8_checkpoint") == contents(tmp_path / "plain_checkpoint")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", pytest.param("deepseek_v3_mtp", marks=pytest.mark.table)])
