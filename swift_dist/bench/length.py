@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,7 +81,8 @@ def find_lengths(options: LengthOptions) -> dict[str, Any]:
         ``rows``: ``sharing`` (ranks a sequence), ``ranks``, ``features``, ``longest`` (tokens, None: not even
         min_length fits), ``step_seconds`` and ``tokens_per_second`` at that length, ``peak_gib`` (of the largest rank),
         ``too_long`` (the shortest that did not fit), ``ended_by`` (memory, time or max_length) and ``reason``,
-        ``tries`` and ``command`` (what trains so); what it was asked, and ``versions``. See `report.py` for the files.
+        ``tries`` and ``command`` (what trains so); what it was asked, ``left_out`` (features that the model does not
+        take, and why) and ``versions``. See `report.py` for the files.
 
     Raises:
         JobError: the options, or one of the jobs.
@@ -95,9 +96,11 @@ def find_lengths(options: LengthOptions) -> dict[str, Any]:
     folder = _folder(options.output)
     tries = Tries(folder / "tries.jsonl")
     rows: list[dict[str, Any]] = []
-    for each in series:
-        rows.append(_search(each, options, tries, folder, _guess(rows, each)))
-        result = _result(options, series, rows)
+    left_out: dict[str, str] = {}
+    for number, each in enumerate(series, start=1):
+        row = _row(each, options, tries, folder, rows, left_out)
+        rows += [] if row is None else [row]
+        result = _result(options, series[0], rows, left_out, complete=number == len(series))
         write_report(folder, result)
     if all(row["longest"] is None for row in rows):
         raise RunError(
@@ -216,8 +219,34 @@ def _guess(rows: Sequence[dict[str, Any]], series: Series) -> int | None:
     return max((row["longest"] for row in before if row["longest"]), default=None)
 
 
+def _row(
+    series: Series,
+    options: LengthOptions,
+    tries: Tries,
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    left_out: dict[str, str],
+) -> dict[str, Any] | None:
+    """One line of the table, less what the model does not take and nobody asked for by name (which is put into
+    `left_out`); None: what is left of it is in the table already."""
+    from swift_dist.bench.plan import FEATURES
+
+    while True:
+        series = series.without(left_out)
+        if any((row["sharing"], row["features"]) == (series.sharing, series.features) for row in rows):
+            return None
+        try:
+            return _search(series, options, tries, folder, _guess(rows, series))
+        except JobError as error:
+            name = error.key.removeprefix("train.")
+            if name in (*options.features, *left_out) or name not in FEATURES:
+                raise
+            left_out[name] = error.message
+            log.info("%s is left out: %s", name, error.message)
+
+
 def _search(series: Series, options: LengthOptions, known: Tries, folder: Path, guess: int | None) -> dict[str, Any]:
-    """One line of the table."""
+    """Try lengths until the longest is known, or that none fits."""
     from swift_dist.bench.search import bracket, lengths_between, next_length
     from swift_dist.bench.trying import attempt
 
@@ -262,20 +291,28 @@ def _progress(series: Series, outcome: Try) -> str:
     return f"{words} fit: {outcome.peak_bytes / 2**30:.2f} GiB, {outcome.step_seconds:.3g} s a step"
 
 
-def _result(options: LengthOptions, series: Sequence[Series], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _result(
+    options: LengthOptions,
+    series: Series,
+    rows: Sequence[dict[str, Any]],
+    left_out: Mapping[str, str],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
     from swift_dist.runs.files import now
 
     return {
         "model": options.model or options.job,
-        "memory": series[0].memory,
-        "on_cuda": series[0].on_cuda,
+        "memory": series.memory,
+        "on_cuda": series.on_cuda,
         "min_length": options.min_length,
         "max_length": options.max_length,
         "steps": options.steps,
         "date": now(),
         "command": _command(),
-        "versions": dict(series[0].versions),
-        "complete": len(rows) == len(series),
+        "versions": dict(series.versions),
+        "complete": complete,
+        "left_out": dict(left_out),
         "rows": list(rows),
     }
 

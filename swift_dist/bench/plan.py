@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,14 @@ class Series:
     def num_ranks(self) -> int:
         assert self.job.cluster.nproc_per_node
         return self.job.cluster.nproc_per_node
+
+    def without(self, names: Collection[str]) -> Series:
+        """The same less some features, named by the last one that is left."""
+        train = self.job.train
+        is_on = {name: getattr(train, name) != _FEATURES[name][0] and name not in names for name in FEATURES}
+        settings = {name: _FEATURES[name][is_on[name]] for name in FEATURES}
+        last = max((name for name in FEATURES if is_on[name]), key=FEATURES.index, default=BASE)
+        return replace(self, features=last, job=updated(self.job, train=updated(train, **settings)))
 
     def of_length(self, length: int) -> dict[str, Any]:
         """One try as plain values, which its ranks read."""

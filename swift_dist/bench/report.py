@@ -35,6 +35,7 @@ def page(result: dict[str, Any]) -> list[str]:
         f"    {result['command']}",
         "",
         *table(result["rows"]),
+        *(f"\nWithout {name}: {why}." for name, why in result["left_out"].items()),
     ]
     return lines if result["complete"] else [*lines, "", "Not complete: the same command goes on."]
 

@@ -261,6 +261,30 @@ def test_attention_that_cannot_be_shared(capsys, tmp_path, made_up):
     assert code == 2 and result["error"]["key"] == "parallel.context_parallel_size" and made_up == []
 
 
+def test_what_a_model_does_not_take_is_left_out_and_said(capsys, tmp_path, model, made_up, monkeypatch):
+    attempt = trying.attempt
+
+    def refusing(series, *rest):
+        if series.job.train.tiled_loss:
+            raise JobError("train.tiled_loss", "it has no plain output layer", "leave it out")
+        return attempt(series, *rest)
+
+    monkeypatch.setattr(trying, "attempt", refusing)
+    words = ("--model", model, "--memory", "2GiB", "--output", tmp_path)
+    code, result = call(capsys, *words, "--sequence_parallel_size", "1,2")
+    assert code == 0 and result["complete"] and result["left_out"] == {"tiled_loss": "it has no plain output layer"}
+    found = {(row["sharing"], row["features"]): row for row in result["rows"]}
+    assert list(found) == [(n, name) for n in (1, 2) for name in ("base", "recompute", "tiled_mlp")]
+    for row in found.values():
+        assert row["longest"] == longest(row["features"], row["sharing"], 2 * 2**30)
+        assert "--train.tiled_loss=false" in row["command"]
+    assert "Without tiled_loss: it has no plain output layer." in (tmp_path / "length.md").read_text()
+    code, result = call(capsys, *words, "--features", "all")
+    assert code == 0 and [row["features"] for row in result["rows"]] == ["tiled_mlp"]
+    code, result = call(capsys, *words, "--features", "base,tiled_loss")
+    assert code == 2 and result["error"]["key"] == "train.tiled_loss"
+
+
 def test_features_add_up():
     assert chosen_features((), on_cuda=True) == ("base", *FEATURES)
     assert "offload_activations" not in chosen_features((), on_cuda=False)  # it saves nothing there
