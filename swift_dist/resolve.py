@@ -136,9 +136,10 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
 
     hf_config = read_hf_config(job.model)
     check_plugins(job)
+    reference = None
     if job.objective.reference:
-        _check_reference(job.objective.reference, job.model.trust_remote_code)
-    layout = _shared_layout(job, hf_config, nproc_per_node)
+        reference = _config_of_reference(job.objective.reference, job.model.trust_remote_code)
+    layout = _shared_layout(job, hf_config, nproc_per_node, reference)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
         size, default = job.train.global_batch_size, type(job.train).model_fields["global_batch_size"].default
@@ -170,7 +171,9 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
 
 
-def _shared_layout(job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node: int) -> ParallelLayout:
+def _shared_layout(
+    job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node: int, reference: Mapping[str, Any] | None
+) -> ParallelLayout:
     """Groups of parallel.context_parallel_size ranks share their rows; the groups are the data-parallel replicas."""
     from swift_dist.sequence_parallel.degrees import SIZE, degrees_of
 
@@ -182,7 +185,7 @@ def _shared_layout(job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node:
             SIZE, f"{size} does not divide the {ranks} ranks", f"one of {', '.join(map(str, sorted(near[:3])))}"
         )
     if size > 1:
-        degrees_of(job, hf_config, nproc_per_node)
+        degrees_of(job, hf_config, nproc_per_node, reference)
         refused = {
             "train.compile": job.train.compile,
             "data.padding_free": job.data.padding_free is False,
@@ -194,12 +197,12 @@ def _shared_layout(job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node:
     return ParallelLayout(world_size=ranks, cp=size)
 
 
-def _check_reference(path: str, trust_remote_code: bool) -> None:
+def _config_of_reference(path: str, trust_remote_code: bool) -> dict[str, Any]:
     from swift_dist.config import ModelSection
     from swift_dist.models import read_hf_config
 
     try:
-        read_hf_config(ModelSection(path=path, trust_remote_code=trust_remote_code))
+        return read_hf_config(ModelSection(path=path, trust_remote_code=trust_remote_code))
     except JobError as error:
         raise JobError("objective.reference", error.message, error.remedy) from None
 

@@ -32,24 +32,38 @@ def fits_heads(ulysses: int, heads: int, kv_heads: int) -> bool:
     return heads % ulysses == 0 and (kv_heads % ulysses == 0 or ulysses % kv_heads == 0)
 
 
-def degrees_of(job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int) -> Degrees:
-    """What a job means by `parallel.context_parallel_size`, of the model of this config.json.
+def degrees_of(
+    job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int, reference: Mapping[str, Any] | None = None
+) -> Degrees:
+    """What a job means by `parallel.context_parallel_size`.
+
+    Args:
+        job: the job.
+        hf_config: the model's config.json.
+        ranks_per_node: see `choose`.
+        reference: the config.json of `objective.reference`, whose attention is shared in the same way.
 
     Raises:
-        JobError: see `choose`; or the model does not say how many heads it has, or cannot share its rows.
+        JobError: see `choose`; or a model does not say how many heads it has, or cannot share its rows.
     """
     size = job.parallel.context_parallel_size
     if size == 1:
         return Degrees(1, 1)
-    text = hf_config.get("text_config") or hf_config
+    models = {"the model": hf_config, **({"objective.reference": reference} if reference else {})}
+    texts = {whose: config.get("text_config") or config for whose, config in models.items()}
+    heads = [_heads(size, whose, text) for whose, text in texts.items()]
+    reasons = [f"of {whose}, {reason}" for whose, text in texts.items() if (reason := ring_refusal(text))]
+    return choose(size, heads, ranks_per_node, job.parallel.ulysses_size, reasons[0] if reasons else None)
+
+
+def _heads(size: int, whose: str, text: Mapping[str, Any]) -> tuple[int, int]:
     reason = row_refusal(text)
     if reason:
-        raise JobError(SIZE, f"{size}, and the model's rows cannot be shared: {reason}", "leave it out")
+        raise JobError(SIZE, f"{size}, and the rows of {whose} cannot be shared: {reason}", "leave it out")
     heads = text.get("num_attention_heads") or text.get("n_head")
     if not isinstance(heads, int):
-        raise JobError(SIZE, f"{size}, and the model's config.json states no num_attention_heads", "leave it out")
-    kv_heads = text.get("num_key_value_heads") or heads
-    return choose(size, [(heads, kv_heads)], ranks_per_node, job.parallel.ulysses_size, ring_refusal(text))
+        raise JobError(SIZE, f"{size}, and the config.json of {whose} states no num_attention_heads", "leave it out")
+    return heads, text.get("num_key_value_heads") or heads
 
 
 def choose(

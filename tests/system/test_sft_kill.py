@@ -35,9 +35,11 @@ Quiet = Callable[[str], Path]
 STRATEGIES = {
     "zero3": ("--deepspeed", "zero3", "--tuner_type", "lora"),
     "fsdp2": ("--fsdp", "fsdp2"),
+    "shared": ("--fsdp", "fsdp2", "--sequence_parallel_size", "2"),
+    "ring": ("--deepspeed", "zero3", "--sequence_parallel_size", "2", "--parallel.ulysses_size", "1"),
 }
-BOTH = ["zero3", pytest.param("fsdp2", marks=pytest.mark.table)]
-BOTH_IN_THE_TABLE = [pytest.param(name, marks=pytest.mark.table) for name in STRATEGIES]
+ALL = ["zero3", *(pytest.param(name, marks=pytest.mark.table) for name in ("fsdp2", "shared", "ring"))]
+BOTH_IN_THE_TABLE = [pytest.param(name, marks=pytest.mark.table) for name in ("zero3", "fsdp2")]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def stop_at_export(command: Command, output: Path, steps: int = STEPS) -> list[i
     return pids
 
 
-@pytest.mark.parametrize("strategy", BOTH)
+@pytest.mark.parametrize("strategy", ALL)
 def test_killed_ranks(files: Files, quiet: Quiet, start: Start, tmp_path: Path, strategy: str) -> None:
     """In a step, while a checkpoint is written, while the final weights are: it goes on by itself."""
     expected, output = quiet(strategy), tmp_path / "run"

@@ -12,6 +12,7 @@ from typing import Any
 
 import chat_model
 import pytest
+import shared_wrong
 from refusals import Wrong, assert_refused
 
 from swift_dist import cli
@@ -63,6 +64,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat_model.save_chat_model(folder / "model")
     chat_model.save_chat_model(folder / "silent")
     (folder / "silent" / "chat_template.jinja").unlink()
+    config = json.loads((folder / "model" / "config.json").read_text())
+    for name, changes in shared_wrong.CONFIGS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**config, **changes}))
     for name, rows in FILES.items():
         (folder / f"{name}.jsonl").write_bytes(lines(rows))
     return folder
@@ -208,6 +213,8 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
     ),
     "packed pairs": ("rlhf", "--dataset pairs.jsonl --packing true", "data.packing", ["pair"], "leave"),
     "engine": ("sft", "--dataset rows.jsonl --engine megatron", "engine", ["sft"], "--engine hf"),
+    # sequences that ranks share
+    **{f"shared, {name}": case for name, case in shared_wrong.CASES.items()},
     # rows
     "no data": ("sft", "", "data.train", ["no training data"], "--dataset"),
     "missing": ("sft", "--dataset nowhere.jsonl", "data.train", ["nowhere.jsonl does not exist"], "check the path"),
@@ -295,9 +302,9 @@ WRONG: dict[str, tuple[str, str, str, Sequence[str], str]] = {
 
 SEEN_BEFORE_ENCODING = (
     *("packed pairs", "no data", "missing", "empty", "columns", "encoding", "format", "unknown format", "no pairs"),
-    *("kto", "unlabelled"),
+    *("kto", "unlabelled", *(f"shared, {name}" for name in shared_wrong.CASES)),
 )
-"""Of those about rows, what a dry run refuses, too."""
+"""Of those about rows and shared sequences, what a dry run refuses, too."""
 
 
 class Inline:

@@ -138,6 +138,7 @@ def _prepare_shared(micro_batch: MicroBatch, device: torch.device, sharing: Shar
         segments=segments[mask].to(device),
         lengths=micro_batch["lengths"].to(device),
         sample_weights=micro_batch["sample_weights"].to(device),
+        labels=micro_batch["sequence_labels"].to(device) if "sequence_labels" in micro_batch else None,
     )
     arguments = {
         "input_ids": tokens[mine][None].to(device, non_blocking=True),

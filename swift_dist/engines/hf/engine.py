@@ -73,7 +73,9 @@ class HFEngine:
         try:
             join_world(worker, job.cluster.rendezvous_timeout)
             if size > 1:
-                degrees = degrees_of(job, model.text_config(job, hf_config), worker.local_world_size)
+                reference = model.text_config(job, {}, job.objective.reference) if job.objective.reference else None
+                whole = model.text_config(job, hf_config)
+                degrees = degrees_of(job, whole, worker.local_world_size, reference)
                 self.sharing = make_groups(degrees, worker.rank, worker.world_size)
             wait_longer(BUILD_TIMEOUT)
             self._build(hf_config)

@@ -119,21 +119,26 @@ def is_quantized(config: Any, tuners: TunerStack | None) -> bool:
     return bool(config.get("quantization_config") or (tuners and tuners.load_arguments()))
 
 
-def _config(job: JobConfig, hf_config: dict[str, Any]) -> Any:
+def _config(job: JobConfig, hf_config: dict[str, Any], path: str | None = None) -> Any:
     from transformers import AutoConfig
 
-    if job.model.path:
-        folder = model_folder(job.model.path, weights=False)
+    path = path or job.model.path
+    if path:
+        folder = model_folder(path, weights=False)
         return AutoConfig.from_pretrained(folder, trust_remote_code=job.model.trust_remote_code)
     values = dict(hf_config)
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def text_config(job: JobConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
+def text_config(job: JobConfig, hf_config: dict[str, Any], path: str | None = None) -> dict[str, Any]:
     """The text model's configuration with all that config.json leaves to transformers' defaults; config.json itself
-    where transformers cannot read it (`load_base` says why)."""
+    where transformers cannot read it (`load_base` says why).
+
+    Args:
+        job, hf_config, path: see `load_base`.
+    """
     try:
-        config = _config(job, hf_config).get_text_config()
+        config = _config(job, hf_config, path).get_text_config()
         return {**config.to_dict(), "num_attention_heads": config.num_attention_heads}
     except (ValueError, KeyError, OSError, ImportError, AttributeError):
         return hf_config

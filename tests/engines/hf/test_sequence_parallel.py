@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import chat_model
 import pytest
+import sft_ranks
+from chat_model import preferences
 from sft_runs import LORA, Runs, curve
-
-from swift_dist.errors import JobError
 
 FSDP2, ZERO3 = {"strategy": {"fsdp": "fsdp2"}}, {"strategy": {"deepspeed": "zero3"}}
 
@@ -55,33 +55,71 @@ def test_as_on_one_rank(runs: Runs, alone: Any, case: str) -> None:
     folder, _ = runs.run(runs.job(task, parallel=parallel, **changes), world)
     found, wanted = curve(folder), alone(task, without)
     assert len(found) == 5 and wanted[-1] != wanted[0]
+    assert_alike(found, wanted)
+
+
+def assert_alike(found: list[list[float]], wanted: list[list[float]]) -> None:
     for got, right in zip(found, wanted, strict=True):
         assert got == pytest.approx(right, rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", [{}, FSDP2, ZERO3])
-@pytest.mark.parametrize("adapter", [{}, {"tuner": LORA}])
-def test_tiled_loss(runs: Runs, alone: Any, strategy: dict[str, Any], adapter: dict[str, Any]) -> None:
-    folder, _ = runs.run(runs.job(train={"tiled_loss": True}, **strategy, **adapter), 2)
-    for got, right in zip(curve(folder), alone("sft", adapter), strict=True):
-        assert got == pytest.approx(right, rel=1e-5)
-
-
 @pytest.mark.parametrize(
-    "changes, key, words",
-    [
-        ({"parallel": {"context_parallel_size": 3}}, "parallel.context_parallel_size", "one of 1, 2, 4"),
-        ({"parallel": {"context_parallel_size": 4, "ulysses_size": 3}}, "parallel.ulysses_size", "one of 1, 2, 4"),
-        ({"parallel": {"ulysses_size": 2}}, "parallel.ulysses_size", "has no effect"),
-        (
-            {"parallel": {"context_parallel_size": 2}, "tuner": {"name": ["full", "neftune"]}},
-            "tuner.name",
-            "leave one of them out",
-        ),
-        ({"parallel": {"context_parallel_size": 2}, "data": {"padding_free": False}}, "data.padding_free", "leave one"),
-    ],
+    "changes", [{"tuner": LORA}, FSDP2, {"tuner": LORA, **ZERO3}], ids=["lora", "fsdp2", "zero3-lora"]
 )
-def test_refused(runs: Runs, changes: dict[str, Any], key: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(JobError) as caught:
-        runs.resolved(runs.job(**changes), 4, tmp_path)
-    assert caught.value.key == key and words in str(caught.value)
+def test_tiled_loss(runs: Runs, alone: Any, changes: dict[str, Any]) -> None:
+    folder, _ = runs.run(runs.job(train={"tiled_loss": True}, **changes), 2)
+    adapter = {name: value for name, value in changes.items() if name == "tuner"}
+    assert_alike(curve(folder), alone("sft", adapter))
+
+
+@pytest.mark.parametrize("strategy", [FSDP2, ZERO3], ids=["fsdp2", "zero3"])
+def test_ranks_without_a_token_that_counts(runs: Runs, alone: Any, strategy: dict[str, Any]) -> None:
+    """All that counts of a row are its last tokens, which one rank of four has."""
+    rows = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": word}]}
+        for prompt in ("red moon " * 20, "the river is bright " * 12, "seven")
+        for word in ("blue", "stone", "bird")
+    ]
+    data = str(chat_model.save_rows(runs.folder / "last.jsonl", rows))
+    changes = {"data": {"train": [data]}, "train": {"micro_batch_size": 1, "global_batch_size": 2}}
+    parallel = {"context_parallel_size": 4, "ulysses_size": 1}
+    folder, _ = runs.run(runs.job(parallel=parallel, **changes, **strategy), 4)
+    assert_alike(curve(folder), alone("sft", changes))
+
+
+def test_evaluation_of_fewer_rows_than_replicas(runs: Runs) -> None:
+    """Three rows for two replicas of two ranks, two at a time; then one row, which one of the replicas has."""
+    for count in (3, 1):
+        rows = chat_model.save_rows(runs.folder / f"{count}.jsonl", chat_model.conversations(count, seed=7))
+        train = {"steps": 2, "micro_batch_size": 2, "global_batch_size": 4, "eval_interval": 1}
+        changes = {"data": {"validation": [str(rows)]}, "train": train}
+        folders = [
+            runs.run(runs.job(parallel={"context_parallel_size": size}, **changes, **FSDP2), world)[0]
+            for world, size in ((4, 2), (1, 1))
+        ]
+        shared, whole = ([r["eval_loss"] for r in sft_ranks.rows(f) if "eval_loss" in r] for f in folders)
+        assert len(whole) == 2 and shared == pytest.approx(whole, rel=1e-5)
+
+
+def test_kto_and_a_reference_computed_before(runs: Runs, alone: Any) -> None:
+    """What ranks count once of a row that all of them see: KTO's statistics, sums of the reference."""
+    rows = [{"messages": row["messages"], "label": index % 2 == 0} for index, row in enumerate(preferences(24))]
+    kto = {
+        "objective": {"name": "kto"},
+        "data": {"train": [str(chat_model.save_rows(runs.folder / "kto.jsonl", rows))]},
+    }
+    before = {"objective": {"name": "dpo", "precompute_reference": True}}
+    for changes, strategy in ((kto, {}), (before, FSDP2)):
+        folder, _ = runs.run(runs.job("rlhf", parallel={"context_parallel_size": 2}, **changes, **strategy), 4)
+        assert_alike(curve(folder), alone("rlhf", changes))
+
+
+def test_a_run_goes_on_with_other_groups(runs: Runs, alone: Any) -> None:
+    """Two ranks that share rows, then one, then four that share them."""
+    folder = runs.new_folder()
+    for size, stop in ((2, 2), (1, 3), (4, None)):
+        _, results = runs.run(
+            runs.job(parallel={"context_parallel_size": size}, **FSDP2), size, folder, stop_after=stop
+        )
+        assert results[0]["step"] == (stop or 5)
+    assert_alike(curve(folder), alone("sft", {}))
