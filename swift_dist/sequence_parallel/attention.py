@@ -59,56 +59,66 @@ def shared_attention(
         )
     if others.get("position_bias") is not None or attention_mask is not None or others.get("is_causal") is False:
         raise RuntimeError(f"{type(module).__name__} asks for more than causal attention: --sequence_parallel_size 1")
-    ranks = shared_row.ranks
-    heads = query.shape[1]
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [t, heads, d]
+    named = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    row, ranks = shared_row.row, shared_row.ranks
+    if ranks.ring is not None and (
+        softcap is not None or s_aux is not None or dropout or value.shape[-1] != query.shape[-1]
+    ):
+        raise RuntimeError(
+            f"{type(module).__name__}'s attention (softcap, sinks, dropout or values of another width) cannot go "
+            "round a ring: choose a --sequence_parallel_size that divides its heads"
+        )
+    alone = row.whole_lengths(ranks.rank)
+    held = [query, key, value]
+    found = []
+    if row.cut_lengths:  # every rank takes part, also one that holds none of their tokens
+        cut = held
+        if alone:
+            sizes = [query.shape[2] - sum(alone), sum(alone)]
+            cut, held = map(list, zip(*(tensor.split(sizes, dim=2) for tensor in held), strict=True))
+        found.append(_together(whole, module, cut, shared_row, s_aux, named))
+    if alone:
+        found.append(whole(module, *held, alone, s_aux=s_aux, **named)[0])
+    out = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    assert out.shape[1:3] == (query.shape[2], query.shape[1])
+    return out, None
+
+
+def _together(
+    whole: Whole,
+    module: torch.nn.Module,
+    held: list[torch.Tensor],
+    shared_row: SharedRow,
+    s_aux: torch.Tensor | None,
+    named: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of this rank's parts of the sequences that are cut. [1, heads, t, d] each -> [1, t, heads, d_v]."""
+    row, ranks = shared_row.row, shared_row.ranks
     if ranks.ulysses is not None:
-        q, k, v = _exchange(q, k, v, shared_row)
+        held = [tensor.transpose(0, 1)[None] for tensor in _exchanged(held, shared_row)]
         if s_aux is not None:
             s_aux = s_aux.view(ranks.degrees.ulysses, -1)[ranks.ulysses_rank]
     if ranks.ring is not None:
-        if softcap is not None or s_aux is not None or dropout or value.shape[-1] != query.shape[-1]:
-            raise RuntimeError(
-                f"{type(module).__name__}'s attention (softcap, sinks, dropout or values of another width) cannot go "
-                "round a ring: choose a --sequence_parallel_size that divides its heads"
-            )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
-        out = ring.ring_attention(q, k, v, shared_row.row.chunks, scale, sliding_window, ranks.ring).transpose(0, 1)
+        scale = held[0].shape[-1] ** -0.5 if named["scaling"] is None else named["scaling"]
+        q, k, v = (tensor[0] for tensor in held)
+        out = ring.ring_attention(q, k, v, row.chunks, scale, named["sliding_window"], ranks.ring).transpose(0, 1)
     else:
-        held = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
-        out, _ = whole(
-            module,
-            *held,
-            shared_row.row.lengths,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
-        out = out[0]
+        out = whole(module, *held, row.cut_lengths, s_aux=s_aux, **named)[0][0]
     if ranks.ulysses is not None:
         out = ulysses.to_tokens(out, shared_row.pieces, ranks.ulysses)
-    assert out.shape[:2] == (query.shape[2], heads)
-    return out[None].contiguous(), None
+    return out[None].contiguous()
 
 
-def _exchange(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared_row: SharedRow
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All of the ring rank's tokens, this rank's heads, in one exchange where queries, keys and values are as wide."""
+def _exchanged(held: list[torch.Tensor], shared_row: SharedRow) -> tuple[torch.Tensor, ...]:
+    """[1, heads, t, d] each -> [T, heads / u, d]: all of the ring rank's tokens, this rank's heads; in one exchange
+    where queries, keys and values are as wide."""
     degree, group = shared_row.ranks.degrees.ulysses, shared_row.ranks.ulysses
     assert group is not None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in held)
     index = ulysses.heads_of_ranks(q.shape[1], k.shape[1], degree)
     if len(index) != k.shape[1]:
         chosen = torch.tensor(index, device=k.device)
         k, v = k.index_select(1, chosen), v.index_select(1, chosen)
-    if q.shape[2] != v.shape[2]:
-        exchanged = [ulysses.to_heads(tensor, shared_row.pieces, group) for tensor in (q, k, v)]
-        return exchanged[0], exchanged[1], exchanged[2]
-    by_rank = [tensor.reshape(len(tensor), degree, -1, tensor.shape[2]) for tensor in (q, k, v)]
-    joined = torch.cat(by_rank, dim=2).flatten(1, 2)
-    whole = ulysses.to_heads(joined, shared_row.pieces, group)
-    parts = whole.split([tensor.shape[2] for tensor in by_rank], dim=1)
-    return parts[0], parts[1], parts[2]
+    if q.shape[2] == v.shape[2]:
+        return ulysses.to_heads([q, k, v], shared_row.pieces, group)
+    return *ulysses.to_heads([q, k], shared_row.pieces, group), *ulysses.to_heads([v], shared_row.pieces, group)

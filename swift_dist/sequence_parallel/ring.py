@@ -1,15 +1,17 @@
 """Ring attention over packed sequences (arXiv 2310.01889), causal, with zigzag balance and sliding windows.
 
 Keys and values go round the ring, a step at a time, while the block that is here is computed; results are merged by
-their normalisers. In the backward pass they go round again, and their gradients travel with them until they are home.
-A rank's tokens are chunks of sequences (`kernels/zigzag.py`); each pair of a chunk of queries and a chunk of keys of
-the same sequence is seen whole, or causally (the same chunk), or through a window's edge, or not at all.
+their normalisers. In the backward pass they go round again, and their gradients follow one step behind until they are
+home.
+A rank's tokens are chunks of sequences (`kernels/zigzag.py`); of the same sequence, a chunk of queries sees a chunk of
+keys whole, or causally (the same chunk), or through a window's edge, or not at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from swift_dist.sequence_parallel import blocks
 from swift_dist.sequence_parallel.blocks import Mask
 
 Chunks = Sequence[Sequence[Chunk]]
+Part = tuple[int, Chunk]
+"""A chunk behind the place of its first token among all that its rank holds."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +38,63 @@ class Block:
 
 
 def blocks_of(held: Sequence[Chunk], other: Sequence[Chunk], window: int | None, device: Any) -> Iterator[Block]:
-    """What a rank's queries see of the keys that another (or itself) holds.
+    """What a rank's queries see of the keys that another (or itself) holds: as few and as large blocks as will do.
 
     Args:
-        held, other: chunks of the queries and of the keys, in the order in which they are held.
+        held, other: chunks of the queries and of the keys, in the order in which they are held: sequence by sequence,
+            the parts of one in their order.
         window: tokens that a token sees, itself included; None: all before it.
     """
-    starts: dict[int, list[tuple[int, Chunk]]] = {}
-    place = 0
-    for chunk in other:
-        starts.setdefault(chunk.sequence, []).append((place, chunk))
-        place += chunk.end - chunk.begin
-    place = 0
-    for chunk in held:
-        for other_place, keys in starts.get(chunk.sequence, ()):
-            block = _block(chunk, place, keys, other_place, window, device)
-            if block is not None:
-                yield block
-        place += chunk.end - chunk.begin
+    parts, is_same = _by_sequence(other), held == other
+    for sequence, queries in _by_sequence(held).items():
+        keys = parts.get(sequence)
+        if keys is None:
+            continue
+        if window is None or queries[-1][1].end - 1 - keys[0][1].begin < window:
+            yield from _without_window(queries, keys, is_same=is_same)
+        else:
+            pairs = (_block(q, k, window, device) for q in queries for k in keys)
+            yield from (block for block in pairs if block is not None)
 
 
-def _block(q: Chunk, q_place: int, k: Chunk, k_place: int, window: int | None, device: Any) -> Block | None:
+def _by_sequence(chunks: Sequence[Chunk]) -> dict[int, list[Part]]:
+    found: dict[int, list[Part]] = {}
+    place = 0
+    for chunk in chunks:
+        found.setdefault(chunk.sequence, []).append((place, chunk))
+        place += chunk.end - chunk.begin
+    return found
+
+
+def _without_window(queries: list[Part], keys: list[Part], *, is_same: bool) -> Iterator[Block]:
+    """A rank's parts of a sequence lie side by side in their order: among themselves they are seen as one sequence is,
+    and queries that see the same of another rank's parts make one block."""
+    if is_same:
+        whole = _span(queries)
+        yield Block(whole, whole, Mask(causal=True))
+        return
+    for number, group in groupby(queries, lambda query: sum(key.begin < query[1].begin for _, key in keys)):
+        if number:
+            yield Block(_span(list(group)), _span(keys[:number]), Mask())
+
+
+def _span(chunks: list[Part]) -> slice:
+    place, last = chunks[-1]
+    return slice(chunks[0][0], place + last.end - last.begin)
+
+
+def _block(query: Part, key: Part, window: int, device: Any) -> Block | None:
+    (q_place, q), (k_place, k) = query, key
     if k.begin > q.begin:
         return None
     same = k.begin == q.begin
-    q_end, k_begin = q.end, k.begin
-    if window is not None:
-        q_end = min(q_end, k.end - 1 + window)  # later queries see none of these keys,
-        k_begin = max(k_begin, q.begin - window + 1)  # and earlier keys are seen by none of these queries
+    q_end = min(q.end, k.end - 1 + window)  # later queries see none of these keys,
+    k_begin = max(k.begin, q.begin - window + 1)  # and earlier keys are seen by none of these queries
     if q_end <= q.begin or k_begin >= k.end:
         return None
     queries = slice(q_place, q_place + q_end - q.begin)
     keys = slice(k_place + k_begin - k.begin, k_place + k.end - k.begin)
-    if window is None or q_end - 1 - k_begin < window:
+    if q_end - 1 - k_begin < window:
         return Block(queries, keys, Mask(causal=same))
     distance = torch.arange(q.begin, q_end, device=device)[:, None] - torch.arange(k_begin, k.end, device=device)
     return Block(queries, keys, Mask(seen=(distance >= 0) & (distance < window)))
@@ -96,29 +124,56 @@ def ring_attention(
 
 
 class _Passing:
-    """Two tensors on their way to the next rank while those of the previous one come in."""
+    """A tensor on its way to the next rank while the previous one's comes in.
 
-    def __init__(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> None:
+    Every rank starts its passes in the same order, as NCCL wants it; on gloo `tag` keeps keys and values apart from
+    gradients that are under way between the same two ranks.
+
+    Args:
+        tensor: [2, heads, tokens, d]; not to be changed before `arrived`.
+        size: tokens that come in.
+    """
+
+    def __init__(self, tensor: torch.Tensor, size: int, group: dist.ProcessGroup, tag: int) -> None:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         after = dist.get_global_rank(group, (rank + 1) % ranks)
         before = dist.get_global_rank(group, (rank - 1) % ranks)
-        self._sent = [tensor.contiguous() for tensor in tensors]
-        self._coming = [
-            tensor.new_empty((tensor.shape[0], size, tensor.shape[2]))
-            for tensor, size in zip(tensors, sizes, strict=True)
-        ]
-        sends = [dist.P2POp(dist.isend, tensor, after, group) for tensor in self._sent]
-        receives = [dist.P2POp(dist.irecv, tensor, before, group) for tensor in self._coming]
-        self._works = dist.batch_isend_irecv(sends + receives)
+        some = (*tensor.shape[:2], 1, tensor.shape[3])  # a rank without tokens takes part, too
+        self._size = size
+        self._sent = tensor.contiguous() if tensor.shape[2] else tensor.new_zeros(some)
+        self._coming = tensor.new_empty((*tensor.shape[:2], max(size, 1), tensor.shape[3]))
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, self._sent, after, group, tag),
+                dist.P2POp(dist.irecv, self._coming, before, group, tag),
+            ]
+        )
 
-    def arrived(self) -> list[torch.Tensor]:
+    def arrived(self) -> torch.Tensor:
         for work in self._works:
             work.wait()
-        return self._coming
+        return self._coming[:, :, : self._size]
+
+
+KEYS, GRADIENTS = 0, 1
 
 
 def _tokens(chunks: Sequence[Chunk]) -> int:
     return sum(chunk.end - chunk.begin for chunk in chunks)
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, piece: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """`lse_merge` into out [heads, q, d] and lse [heads, q], of which nothing may have been seen yet; of the piece each
+    query has seen something."""
+    if out.is_cuda:
+        merged = lse_merge(out, lse, *piece)
+        out.copy_(merged[0])
+        lse.copy_(merged[1])
+        return
+    total = torch.logaddexp(lse, piece[1])
+    out.mul_(torch.exp(lse - total).unsqueeze(-1))
+    out.addcmul_(piece[0].to(out.dtype), torch.exp(piece[1] - total).unsqueeze(-1))
+    lse.copy_(total)
 
 
 class _Ring(torch.autograd.Function):
@@ -136,18 +191,21 @@ class _Ring(torch.autograd.Function):
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         sizes = [_tokens(held) for held in chunks]
         wide = torch.promote_types(query.dtype, torch.float32)
-        out = query.new_zeros((query.shape[0], query.shape[1], value.shape[2]), dtype=wide)
+        out = query.new_zeros(query.shape, dtype=wide)
         lse = torch.full(query.shape[:2], -torch.inf, dtype=wide, device=query.device)
-        here = [key, value]
+        seen = 0  # queries before it have seen some keys, those behind it none
+        here = torch.stack((key, value))
         for step in range(ranks):
             source, following = (rank - step) % ranks, (rank - step - 1) % ranks
-            passing = _Passing(here, [sizes[following]] * 2, group) if step < ranks - 1 else None
+            passing = _Passing(here, sizes[following], group, KEYS) if step < ranks - 1 else None
             for block in blocks_of(chunks[rank], chunks[source], window, query.device):
-                piece = blocks.forward(
-                    query[:, block.queries], here[0][:, block.keys], here[1][:, block.keys], block.mask, scale
-                )
-                merged = lse_merge(out[:, block.queries], lse[:, block.queries], *piece)
-                out[:, block.queries], lse[:, block.queries] = merged
+                q, (k, v) = block.queries, here[:, :, block.keys]
+                piece = blocks.forward(query[:, q], k, v, block.mask, scale)
+                if q.start >= seen:
+                    out[:, q], lse[:, q] = piece
+                else:
+                    _merge(out[:, q], lse[:, q], piece)
+                seen = max(seen, q.stop)
             here = passing.arrived() if passing is not None else here
         ctx.save_for_backward(query, key, value, out.to(query.dtype), lse)
         ctx.arguments = (chunks, scale, window, group)
@@ -161,21 +219,23 @@ class _Ring(torch.autograd.Function):
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         sizes = [_tokens(held) for held in chunks]
         of_query = torch.zeros_like(query, dtype=lse.dtype)
-        here = [key, value]
-        gradients = [torch.zeros_like(tensor, dtype=lse.dtype) for tensor in here]
+        here = torch.stack((key, value))
         dout = dout.contiguous()
+        coming: _Passing | None = None
         for step in range(ranks):
             source, following = (rank - step) % ranks, (rank - step - 1) % ranks
-            passing = _Passing(here, [sizes[following]] * 2, group) if step < ranks - 1 else None
+            passing = _Passing(here, sizes[following], group, KEYS) if step < ranks - 1 else None
+            gradients = torch.zeros_like(here, dtype=lse.dtype)
             for block in blocks_of(chunks[rank], chunks[source], window, query.device):
-                q, k = block.queries, block.keys
-                found = blocks.backward(
-                    dout[:, q], query[:, q], here[0][:, k], here[1][:, k], out[:, q], lse[:, q], block.mask, scale
-                )
+                q, keys, (k, v) = block.queries, block.keys, here[:, :, block.keys]
+                found = blocks.backward(dout[:, q], query[:, q], k, v, out[:, q], lse[:, q], block.mask, scale)
                 of_query[:, q] += found[0]
-                gradients[0][:, k] += found[1]
-                gradients[1][:, k] += found[2]
+                gradients[0][:, keys] += found[1]
+                gradients[1][:, keys] += found[2]
+            if coming is not None:  # what the ranks before found for these keys, sent while this rank computed
+                gradients += coming.arrived()
             if ranks > 1:  # the last of the passes brings them home
-                gradients = _Passing(gradients, [sizes[following]] * 2, group).arrived()
+                coming = _Passing(gradients, sizes[following], group, GRADIENTS)
             here = passing.arrived() if passing is not None else here
-        return of_query.to(query.dtype), gradients[0].to(key.dtype), gradients[1].to(value.dtype), *[None] * 4
+        of_key, of_value = gradients if coming is None else coming.arrived()
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), *[None] * 4

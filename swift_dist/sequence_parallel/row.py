@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 
-from swift_dist.kernels.zigzag import Chunk, chunks_of, positions
+from swift_dist.kernels.zigzag import Chunk
+from swift_dist.sequence_parallel.dealing import Deal, deal
 from swift_dist.sequence_parallel.degrees import Degrees
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of sequences dealt out: zigzag over the ring (`kernels/zigzag.py`), then a ring rank's tokens, in the order
-    in which it holds them, in `ulysses` contiguous pieces as long as each other but for one token.
+    """A row of sequences dealt out (`dealing.py`). A rank holds first its piece of its ring rank's chunks, in their
+    order, and behind it the sequences that it alone holds.
 
     Args:
         lengths: tokens of each sequence, in their order in the row.
@@ -26,31 +27,45 @@ class Row:
     degrees: Degrees
 
     @cached_property
+    def _dealt(self) -> Deal:
+        return deal(self.lengths, self.degrees)
+
+    @property
     def chunks(self) -> tuple[tuple[Chunk, ...], ...]:
-        """Of each ring rank, in the order in which it holds them."""
-        return tuple(tuple(chunks_of(self.lengths, self.degrees.ring, rank)) for rank in range(self.degrees.ring))
+        """Of each ring rank, parts of the sequences that are cut, in the order in which it holds them."""
+        return self._dealt.chunks
 
     @cached_property
-    def ring_tokens(self) -> tuple[int, ...]:
-        """Tokens of each ring rank."""
-        return tuple(sum(chunk.end - chunk.begin for chunk in chunks) for chunks in self.chunks)
+    def cut_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence that is cut, in their order in the row."""
+        numbers = {chunk.sequence for held in self.chunks for chunk in held}
+        return tuple(self.lengths[number] for number in sorted(numbers))
 
     def pieces(self, ring_rank: int) -> tuple[int, ...]:
-        """Tokens of each Ulysses rank of a ring rank."""
-        ends = [self.ring_tokens[ring_rank] * k // self.degrees.ulysses for k in range(self.degrees.ulysses + 1)]
-        return tuple(end - begin for begin, end in pairwise(ends))
+        """Tokens of each Ulysses rank of a ring rank's chunks."""
+        first = ring_rank * self.degrees.ulysses
+        return self._dealt.pieces[first : first + self.degrees.ulysses]
+
+    def whole_lengths(self, rank: int) -> tuple[int, ...]:
+        """Tokens of each sequence that a rank of the group alone holds, in the order in which it holds them."""
+        return tuple(self.lengths[number] for number in self._dealt.whole[rank])
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Tokens of each rank of the group."""
-        return tuple(piece for rank in range(self.degrees.ring) for piece in self.pieces(rank))
+        return tuple(piece + sum(self.whole_lengths(rank)) for rank, piece in enumerate(self._dealt.pieces))
 
     def of(self, rank: int) -> torch.Tensor:
         """int64 [t]: where the tokens of a rank of the group stand in the row."""
         ring_rank, ulysses_rank = divmod(rank, self.degrees.ulysses)
         pieces = self.pieces(ring_rank)
-        start = sum(pieces[:ulysses_rank])
-        return positions(self.lengths, self.degrees.ring, ring_rank)[start : start + pieces[ulysses_rank]]
+        cut = [
+            torch.arange(self._starts[c.sequence] + c.begin, self._starts[c.sequence] + c.end)
+            for c in self.chunks[ring_rank]
+        ]
+        piece = torch.cat(cut)[sum(pieces[:ulysses_rank]) :][: pieces[ulysses_rank]] if cut else torch.arange(0)
+        whole = [torch.arange(self._starts[number], self._starts[number + 1]) for number in self._dealt.whole[rank]]
+        return torch.cat([piece, *whole])
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -58,7 +73,7 @@ class Row:
         return torch.cat([self.of(rank) for rank in range(self.degrees.size)])
 
     @cached_property
-    def starts(self) -> tuple[int, ...]:
+    def _starts(self) -> tuple[int, ...]:
         """Where each sequence begins in the row, and the end of the last."""
         return tuple(accumulate(self.lengths, initial=0))
 
