@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 _ATEN = torch.ops.aten
+_LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))  # A100, H100 and H200, B200, B300
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,21 @@ def forward(
         [heads, q, d] of query's dtype, float32 (float64) [heads, q].
     """
     q, k, v = query[None], key[None], value[None]
-    if not query.is_cuda:
+    if not _on_cuda(query):
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask.causal, attn_mask=_bias(mask, query), scale=scale
         )
         return out[0], lse[0]
-    k, v = _repeated(q, k, v)
     if _flash_does(query, mask):
+        q, k, v = _padded(q, k, v)
         out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(q, k, v, 0.0, mask.causal, False, scale=scale)
     else:
+        q, k, v = _padded(q, *_repeated(q, k, v))
         out, lse, *_ = _ATEN._scaled_dot_product_efficient_attention(
             q, k, v, _aligned(_bias(mask, query), q), True, 0.0, mask.causal, scale=scale
         )
-    return out[0], lse[0, :, : query.shape[1]]
+    # the efficient kernel rounds the number of queries up to a multiple of 32
+    return out[0, ..., : query.shape[2]], lse[0, :, : query.shape[1]]
 
 
 def backward(
@@ -73,37 +76,55 @@ def backward(
         dout, out: [heads, q, d], of all keys. lse: [heads, q], of all keys.
     """
     held = [tensor[None] for tensor in (dout, query, key, value, out, lse)]
-    if not query.is_cuda:
+    if not _on_cuda(query):
         found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             *held, 0.0, mask.causal, attn_mask=_bias(mask, query), scale=scale
         )
         return found[0][0], found[1][0], found[2][0]
     d, q, k, v, o, normaliser = held
-    kv_heads = k.shape[1]
-    k, v = _repeated(q, k, v)
     if _flash_does(query, mask):
-        state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout's generator, which is not used
+        d, q, k, v, o = _padded(d, q, k, v, o)
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout's generator, which is not used
         dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
             d, q, k, v, o, normaliser.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, mask.causal,
-            state, state[:0], scale=scale,
+            state, state[0], scale=scale,
         )  # fmt: skip
     else:
-        state = torch.zeros((), dtype=torch.int64, device=query.device)
+        d, q, k, v, o = _padded(d, q, *_repeated(q, k, v), o)
+        state = torch.empty((), dtype=torch.int64, device=query.device)
         padded = torch.nn.functional.pad(normaliser, (0, -normaliser.shape[-1] % 32), value=torch.inf).contiguous()
         dq, dk, dv, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
             d, q, k, v, _aligned(_bias(mask, query), q), o, padded, state, state, 0.0,
             [True, True, True, False], mask.causal, scale=scale,
         )  # fmt: skip
-    shape = (kv_heads, -1, *dk.shape[2:])
-    return dq[0], dk[0].reshape(shape).sum(1), dv[0].reshape(shape).sum(1)
+        if key.shape[0] != query.shape[0]:
+            dk, dv = (found.unflatten(1, (key.shape[0], -1)).sum(2) for found in (dk, dv))
+    width = query.shape[2]
+    return dq[0, ..., :width], dk[0, ..., :width], dv[0, ..., :width]
+
+
+def _on_cuda(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _flash_does(query: torch.Tensor, mask: Mask) -> bool:
-    return mask.seen is None and query.dtype in (torch.float16, torch.bfloat16)
+    """As torch itself chooses (sdp_utils.cpp): from compute capability 8.0, and of wide heads the gradient only where
+    a multiprocessor has the memory."""
+    if mask.seen is not None or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    capability = torch.cuda.get_device_capability(query.device)
+    return capability >= (8, 0) and query.shape[2] <= (256 if capability in _LARGE else 192)
+
+
+def _padded(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Heads filled up with zeros, which change nothing, to the multiple of 8 that both kernels read at a time. (torch
+    does it a level above what is called here.)"""
+    missing = -tensors[0].shape[-1] % 8
+    return tensors if not missing else tuple(torch.nn.functional.pad(tensor, (0, missing)) for tensor in tensors)
 
 
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One key-value head for each query head: CUDA's kernels want as many. (CPU's knows groups.)"""
+    """One key-value head for each query head: the efficient kernel wants as many. (The others know groups.)"""
     groups = q.shape[1] // k.shape[1]
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
