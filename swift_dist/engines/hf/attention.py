@@ -145,7 +145,8 @@ def packed_attention(
     if on_kernel and softcap is None and s_aux is None and not dropout and key.shape[-1] == value.shape[-1]:
         assert cu_seq_lens_q is not None and max_length_q is not None, "they come with sequence_lengths"
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    if groups > 1:
+    on_groups = not query.is_cuda and softcap is None and s_aux is None  # of CUDA's, only kernels in half precision do
+    if groups > 1 and not on_groups:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     parts = []
     for q, k, v in zip(*(tensor.split(sequence_lengths.values, dim=2) for tensor in (query, key, value)), strict=True):
@@ -153,7 +154,9 @@ def packed_attention(
         if softcap is None and s_aux is None:
             mask = None if window is None else _mask(q.shape[2], window, q.device)
             parts.append(
-                F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
+                F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1 and on_groups
+                )
             )
         else:
             parts.append(_explicit(q, k, v, window, dropout, scaling, softcap, s_aux))
