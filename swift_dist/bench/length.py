@@ -115,6 +115,7 @@ class Tries:
 
     def __init__(self, path: Path) -> None:
         self._path, self._known = path, {}
+        self._used: list[Try] = []
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         for line in lines:
             try:
@@ -128,7 +129,14 @@ class Tries:
         from swift_dist.bench.search import Try
 
         row = self._known.get(key)
-        return None if row is None or (row["timed_out"] and row["timeout"] < timeout) else Try.of(row)
+        if row is None or (row["timed_out"] and row["timeout"] < timeout):
+            return None
+        self._used.append(found := Try.of(row))
+        return found
+
+    def shortest(self) -> Try | None:
+        """Of those made or found by this command, the shortest that fitted."""
+        return min((t for t in self._used if t.fits and t.peak_bytes), key=lambda t: t.length, default=None)
 
     def add(self, series: Series, key: str, outcome: Try, timeout: float) -> None:
         from dataclasses import asdict
@@ -136,6 +144,7 @@ class Tries:
         row = {"key": key, "sharing": series.sharing, "features": series.features, **asdict(outcome)}
         row["timeout"] = timeout
         self._known[key] = row
+        self._used.append(outcome)
         with self._path.open("ab+") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
@@ -214,9 +223,13 @@ def _folder(path: str) -> Path:
 
 
 def _guess(rows: Sequence[dict[str, Any]], series: Series) -> int | None:
-    """The length to begin with: what fitted with one feature, or one number of ranks, less."""
-    before = [row for row in rows if series.sharing == row["sharing"] or series.features == row["features"]]
-    return max((row["longest"] for row in before if row["longest"]), default=None)
+    """The length to begin with: what fitted with one feature less, or so much longer as more ranks share it."""
+    fitted = [row for row in rows if row["longest"]]
+    same_ranks = [row["longest"] for row in fitted if row["sharing"] == series.sharing]
+    same_set = [
+        row["longest"] * series.sharing // row["sharing"] for row in fitted if row["features"] == series.features
+    ]
+    return max([*same_ranks, *same_set], default=None)
 
 
 def _row(
@@ -252,7 +265,8 @@ def _search(series: Series, options: LengthOptions, known: Tries, folder: Path, 
 
     lengths = lengths_between(options.min_length, options.max_length)
     tries: list[Try] = []
-    while (length := next_length(lengths, tries, series.memory, guess)) is not None:
+    shortest = known.shortest()
+    while (length := next_length(lengths, tries, series.memory, guess, shortest)) is not None:
         key = series.key(length)
         outcome = known.find(key, options.timeout)
         if outcome is None:

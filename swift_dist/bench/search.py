@@ -65,7 +65,13 @@ def bracket(tries: Iterable[Try]) -> tuple[Try | None, Try | None]:
     return max(fitting, key=lambda t: t.length, default=None), failed
 
 
-def next_length(lengths: Sequence[int], tries: Sequence[Try], memory: int | None, guess: int | None) -> int | None:
+def next_length(
+    lengths: Sequence[int],
+    tries: Sequence[Try],
+    memory: int | None,
+    guess: int | None = None,
+    shortest: Try | None = None,
+) -> int | None:
     """The length to try next; None: the longest that fits is known, or that none does.
 
     Peaks of tries that fit lie on a line as long as activations grow with the length (attention's own memory does too
@@ -77,6 +83,8 @@ def next_length(lengths: Sequence[int], tries: Sequence[Try], memory: int | None
         tries: made so far, of these lengths.
         memory: bytes that a rank may take; None: unknown, nothing is predicted.
         guess: the length to begin with; None: the shortest.
+        shortest: a try of another search: what it took is weights for the most part, and stands in for the first of the
+            two that make the line.
     """
     if not tries:
         return max((length for length in lengths if guess is not None and length <= guess), default=lengths[0])
@@ -85,7 +93,7 @@ def next_length(lengths: Sequence[int], tries: Sequence[Try], memory: int | None
     high = lengths.index(failed.length) if failed else len(lengths)
     if high - low == 1:
         return None
-    wanted = _predicted(lengths, tries, memory) if len(tries) < _PREDICTED else None
+    wanted = _predicted(lengths, tries, memory, shortest) if len(tries) < _PREDICTED else None
     if best is None:
         wanted = high - PER_DOUBLING  # below a guess that failed: half of it, and so on
     elif failed is None:
@@ -95,9 +103,11 @@ def next_length(lengths: Sequence[int], tries: Sequence[Try], memory: int | None
     return lengths[min(max(wanted, low + 1), high - 1)]
 
 
-def _predicted(lengths: Sequence[int], tries: Iterable[Try], memory: int | None) -> int | None:
+def _predicted(lengths: Sequence[int], tries: Iterable[Try], memory: int | None, shortest: Try | None) -> int | None:
     """Index of the longest length whose peak, on the line through the two longest that fit, is within the memory."""
     measured = sorted((t for t in tries if t.fits and t.peak_bytes), key=lambda t: t.length)[-2:]
+    if len(measured) == 1 and shortest is not None and shortest.length < measured[0].length:
+        measured = [shortest, *measured]
     if memory is None or len(measured) < 2:
         return None
     (first, second) = measured

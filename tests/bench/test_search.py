@@ -57,6 +57,15 @@ def test_a_line_takes_few_tries(memory):
     assert len(tries) <= 4 + math.ceil(math.log2(memory / 3 / 2048) / 2)
 
 
+def test_another_search_gives_the_line_its_first_point():
+    lengths, peak = lengths_between(1024, 1 << 20), SHAPES["a line"]
+    tries = [Try(8192, True, peak(8192))]
+    assert next_length(lengths, tries, 100_000) == 16384
+    assert next_length(lengths, tries, 100_000, shortest=Try(1024, True, peak(1024))) == 32768
+    for unfit in (Try(1024, True, peak(9000)), Try(9216, True, 1)):  # more than it; longer than it
+        assert next_length(lengths, tries, 100_000, shortest=unfit) == 16384
+
+
 def test_a_line_that_a_failure_belies_is_left():
     """Short sequences cost next to nothing beside the floor: their line ends far beyond the memory."""
     _, tries = search(lengths_between(256, 1 << 16), lambda n: max(1000 + n // 100, n), 1300)
