@@ -16,7 +16,7 @@ it is made of (`pieces_of`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -71,8 +71,8 @@ def parts_of(length: int, ring: int, rank: int, start: int = 0) -> list[tuple[in
 
 def pieces_of(samples: Sequence[Sequence[int]], ring: int, rank: int) -> list[Chunk]:
     """What a rank holds of samples that are each cut as a whole, in the order in which it holds it: its two parts of
-    a sample (one, where they adjoin), which end wherever a sequence ends. Sequences are numbered through, over all
-    samples.
+    a sample, which end wherever a sequence ends. What it holds of a sequence lies side by side. Sequences are numbered
+    through, over all samples.
 
     Args:
         samples: tokens of each sequence of each sample.
@@ -84,12 +84,8 @@ def pieces_of(samples: Sequence[Sequence[int]], ring: int, rank: int) -> list[Ch
         for number, begin, end in parts_of(starts[-1], ring, rank):
             for sequence, (start, stop) in enumerate(pairwise(starts)):
                 low, high = max(begin, start), min(end, stop)
-                if low >= high:
-                    continue
-                piece = Chunk(first + sequence, number, low - start, high - start)
-                if found and (found[-1].sequence, found[-1].end) == (piece.sequence, piece.begin):
-                    piece = replace(found.pop(), end=piece.end)
-                found.append(piece)
+                if low < high:
+                    found.append(Chunk(first + sequence, number, low - start, high - start))
         first += len(lengths)
     return found
 
