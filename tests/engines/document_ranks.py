@@ -34,7 +34,7 @@ def formula(
 
 def compare(worker: Any, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Of each case {"lengths", "length", "window", "dropout"}: largest differences of the output and of the gradients
-    of queries, keys and values, on this rank's tokens of two samples."""
+    of queries, keys and values, on this rank's tokens of two samples; and the bytes that are kept for backward."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -81,10 +81,18 @@ def _differences(
     mine = torch.cat([torch.arange(begin, end) for _, begin, end in parts_of(length, ranks, rank)])
     ours = [tensor[mine].clone().requires_grad_() for tensor in whole]
     theirs = [tensor.clone().requires_grad_() for tensor in whole]
-    output, expected = core(*ours, documents), formula(*theirs, lengths, window)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = core(*ours, documents)
+    expected = formula(*theirs, lengths, window)
     (output * weight[mine]).sum().backward()
     (expected * weight).sum().backward()
-    found = {"output": float((output - expected[mine]).detach().abs().max())}
+    found = {"kept": sum(kept.values()), "output": float((output - expected[mine]).detach().abs().max())}
     for name, got, right in zip(("query", "key", "value"), ours, theirs, strict=True):
         found[name] = float((got.grad - right.grad[mine]).abs().max())
     return found
