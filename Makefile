@@ -4,6 +4,7 @@
 # make test-cluster   whole jobs through a real Slurm and simulated nodes; as root it installs what that needs (apt-get)
 # make lint      style and types
 # make bench     our speed against bare megatron-core, torchrun, tokenizers and cp
+# make gpu       what only an NVIDIA GPU can show, on one, in 12 minutes: runs/gpu/gpu.md
 # make tables    the full tables of golden parity and of conversions (long)
 # make clean     remove what the above made, except .venv; distclean: .venv too
 #
@@ -23,7 +24,7 @@ export VENV PYTHON TORCH_ARGS
 TESTBED_PROGRAMS := slurmctld slurmd sbatch munged ip
 TESTBED_PACKAGES := slurm-wlm slurmctld slurmd slurm-client munge iproute2
 
-.PHONY: demo install test test-fast test-cluster lint bench tables clean distclean
+.PHONY: demo install test test-fast test-cluster lint bench gpu tables clean distclean
 
 demo: install
 	@bash docs/demo/run.sh $(DEMO)
@@ -52,6 +53,9 @@ lint: install
 
 bench: install
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+gpu: install
+	@OMP_NUM_THREADS=1 bash tests/benchmarks/gpu.sh runs/gpu
 
 tables: install
 	$(PYTEST) -m table $(ARGS)
