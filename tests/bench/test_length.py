@@ -405,28 +405,19 @@ def test_a_rank_that_takes_too_much_ends_the_try_at_once(model, tmp_path):
 
 
 @pytest.mark.table
-def test_the_whole_search_in_the_engine(model, tmp_path):
-    """Logits of 2**15 tokens a word of 256 cost what memory there is: the search has to go there and back."""
+@pytest.mark.timeout(1800)
+def test_the_whole_search_in_the_engine(tmp_path):
+    """Logits over 16,384 words take what memory there is, and half of it where two ranks share them."""
     config = {**CONFIG, "vocab_size": 16384, "num_hidden_layers": 1}
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    words = (
-        "--sequence_parallel_size",
-        "1,2",
-        "--memory",
-        "1GiB",
-        "--features",
-        "base,tiled_loss",
-        "--min_length",
-        512,
-    )
-    process = bench(tmp_path / "model", tmp_path / "out", *words, "--max_length", 12000, "--json")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--sequence_parallel_size", "1,2", "--memory", "1GiB", "--features", "base", "--min_length", 512, "--json")
+    process = bench(tmp_path, tmp_path / "out", *words)
     out, err = process.communicate(timeout=1500)
     assert process.returncode == 0, err
-    found = {(row["sharing"], row["features"]): row for row in json.loads(out)["rows"]}
-    assert found[1, "base"]["ended_by"] == "memory" and found[1, "base"]["tries"] >= 3
-    assert found[1, "base"]["peak_gib"] <= 1 < found[1, "base"]["peak_gib"] * 1.2
-    assert found[2, "base"]["longest"] > 1.5 * found[1, "base"]["longest"]
-    assert found[1, "tiled_loss"]["longest"] > 2 * found[1, "base"]["longest"]
-    again = bench(tmp_path / "model", tmp_path / "out", *words, "--max_length", 12000, "--json")
-    assert json.loads(again.communicate(timeout=60)[0])["rows"] == json.loads(out)["rows"]
+    one, two = json.loads(out)["rows"]
+    for row in (one, two):
+        assert row["ended_by"] == "memory" and row["tries"] >= 3 and 0.8 < row["peak_gib"] <= 1
+        assert row["longest"] < row["too_long"] <= row["longest"] * 9 / 8
+    assert 1.5 < two["longest"] / one["longest"] < 2.5
+    again = bench(tmp_path, tmp_path / "out", *words)
+    assert json.loads(again.communicate(timeout=100)[0])["rows"] == [one, two]
