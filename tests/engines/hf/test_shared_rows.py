@@ -15,6 +15,7 @@ ROWS = {
     "padded": {"lengths": [13, 4], "filling": 12},
     "short": {"lengths": [2], "filling": 0},
     "many": {"lengths": [2, *[1] * 8], "filling": 0},
+    "a ring rank with nothing cut": {"lengths": [2, 6, 11, 1, 7, 2, 6, 10, 10, 9, 3], "filling": 0},  # of (2, 2)
 }
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LIMIT = {"float64": 1e-11, "float32": 1e-5}
@@ -37,8 +38,8 @@ DYNAMIC = {
 }
 
 
-def check(gang, rows, world, family="llama", settings=HEADS, dtype="float64"):
-    arguments = {"family": family, "settings": settings, "dtype": dtype, "degrees": DEGREES[world]}
+def check(gang, rows, world, family="llama", settings=HEADS, dtype="float64", **others):
+    arguments = {"family": family, "settings": settings, "dtype": dtype, "degrees": DEGREES[world], **others}
     for found in gang.run(FILE, "compare", world, rows=rows, **arguments):
         for row, cells in zip(rows, found, strict=True):
             for degrees, cell in zip(DEGREES[world], cells, strict=True):
@@ -55,7 +56,9 @@ def test_against_one_process(gang, world):
 @pytest.mark.parametrize("window", [1, 4, 11])
 def test_sliding_window(gang, world, window):
     settings = {**HEADS, "sliding_window": window}
-    check(gang, [{"lengths": [30, 3, 17], "filling": 5}], world, "mistral", settings)
+    rows = [{"lengths": [30, 3, 17], "filling": 5}]
+    check(gang, rows, world, "mistral", settings)
+    check(gang, rows, world, "mistral", settings, least=2)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
