@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_dist.errors import JobError
@@ -60,6 +62,7 @@ def test_every_token_has_one_rank(lengths, ulysses, ring):
     assert [len(row.of(rank)) for rank in range(row.degrees.size)] == list(row.sizes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 8), st.integers(1, 64))
 def test_no_rank_is_left_without_a_token(lengths, ulysses, ring):
     degrees = Degrees(ulysses, ring)
@@ -102,6 +105,14 @@ def test_a_model_that_cannot_go_round_a_ring_is_shared_by_heads_alone():
     with pytest.raises(JobError, match="2 of 4 ranks leaves a ring") as caught:
         choose(4, [(8, 2)], 4, ulysses=2, no_ring="it has sinks")
     assert caught.value.key == "parallel.ulysses_size"
+
+
+def test_types_of_models_that_cannot_share_rows_are_those_of_the_table():
+    table = Path(__file__).parents[2] / "docs" / "tables" / "architectures.md"
+    rows = [line.split("|") for line in table.read_text().splitlines() if line.startswith("| ") and "class" not in line]
+    packs = {name.strip(): verdict.strip() == "yes" for _, name, _, verdict, _ in rows}
+    assert len(packs) > 100 and not packs["mamba"] and packs["llama"]
+    assert {name: row_refusal({"model_type": name}) is None for name in packs} == packs
 
 
 def test_layers_that_carry_state_along_the_row():

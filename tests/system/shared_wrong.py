@@ -9,6 +9,7 @@ CONFIGS = {
     "sunk": {"model_type": "gpt_oss"},
     "latent": {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
     "stateful": {"layer_types": ["mamba", "full_attention"]},
+    "falcon": {"model_type": "falcon"},
     "headless": {"num_attention_heads": None},
 }
 """Models of which there is a config.json alone: of 4 heads, with these changes."""
@@ -32,6 +33,7 @@ _SHARED: dict[str, tuple[str, str, Sequence[str], str]] = {
     "classes": (f"{_ON_2} --objective.name classification", _SIZE, ["classification head"], "leave out"),
     "reward": (f"{_ON_2} --rlhf_type reward", _SIZE, ["classification head"], "leave out"),
     "state": (f"{_ON_2} --model stateful", _SIZE, ["its mamba layers"], "leave it out"),
+    "interface": (f"{_ON_2} --model falcon", _SIZE, ["falcon", "does not reach"], "leave it out"),
     "no heads": (f"{_ON_2} --model headless", _SIZE, ["no num_attention_heads"], "leave it out"),
     "softcap": (f"{_ON_3} --model softcapped", _SIZE, ["3 ranks", "4 query", "a softcap"], "one of 1, 2, 4"),
     "sinks": (
