@@ -81,6 +81,10 @@ def resolve(job: JobConfig, *, nproc_per_node: int, on_cuda: bool, output: str, 
         raise JobError("model.liger", "needs an NVIDIA GPU and the package liger-kernel", "leave it out")
     if job.model.liger and job.model.kernels:
         raise JobError("model.kernels", "and model.liger replace the same parts of a model", "give one of them")
+    if job.model.kernels and job.train.compile:
+        raise JobError(
+            "model.kernels", "cannot be compiled: train.compile makes kernels of its own", "give one of them"
+        )
     job = absolute_paths(job)
     if job.engine == "megatron":
         resolved = _resolve_megatron(job, nproc_per_node, on_cuda, output)
