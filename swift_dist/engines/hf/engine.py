@@ -118,10 +118,10 @@ class HFEngine:
         self.pad_id = choose_pad(base, job, needs)
         if job.train.recompute == "full":
             model.recompute_layers(base)
-        self.forward = Forward(base, needs, tiled=model.tiles_loss(job))
         model_kernels.use(base, job, self.device)
         tiled_mlp.tile(base, job)
         self.model = model.apply_tuners(base, self.tuners, job.train.seed, on_meta=on_meta)
+        self.forward = Forward(base, needs, tiled=model.tiles_loss(job))  # sees what a tuner made of the output layer
         if job.train.offload_activations:
             offload.install(self.model, self.device)
         if job.train.compile:

@@ -40,6 +40,8 @@ CASES = {
     "three": (3, {"context_parallel_size": 3}, {"train": {"recompute": "full"}}, "sft"),
     "packing": (2, {}, {"data": {"packing": True}, **FSDP2}, "sft"),
     "lora": (2, {"ulysses_size": 1}, {"tuner": LORA, **ZERO3}, "sft"),
+    "output layer saved": (2, {}, {"tuner": {**LORA, "trainable": ["lm_head"]}, **FSDP2}, "sft"),
+    "output layer adapted": (2, {}, {"tuner": {**LORA, "lora": {"rank": 4, "target_modules": ["lm_head"]}}}, "sft"),
     "dpo": (2, {"ulysses_size": 1}, {**FSDP2}, "rlhf"),
     "dpo lora": (4, {}, {"tuner": LORA}, "rlhf"),
     "whole logits": (2, {}, {"train": {"tiled_loss": False}}, "sft"),
