@@ -321,3 +321,20 @@ def test_without_slurm_nothing_is_left(tmp_path, monkeypatch):
     with pytest.raises(JobError, match="no sbatch on this machine"):
         LAUNCHER.submit(values)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "rlhf"])
+def test_what_the_script_of_long_sequences_adds(tmp_path: Path, verb: str) -> None:
+    """To the words of sft.sbatch, which is sourced from its folder. Pairs cannot be packed."""
+    script = tmp_path / "sft_long_context.sbatch"
+    script.write_text((ROOT / "slurm/sft_long_context.sbatch").read_text())
+    (tmp_path / "sft.sbatch").write_text('echo "$@"\n')
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho JobId=1 Command={script}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    site = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SFT_VERB": verb}
+    variables = {**os.environ, **site, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    told = subprocess.run(
+        ["bash", str(script), "runs/x", "--train.recompute=none"], env=variables, capture_output=True, text=True
+    )
+    added = "--sequence_parallel_size 16 --fsdp fsdp2" + (" --packing true" if verb == "sft" else "")
+    assert told.stdout.split() == f"runs/x --train.recompute=none {added}".split(), told.stderr
