@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from swift_dist.parallel import ParallelLayout
 
 MicroBatch = dict[str, "torch.Tensor"]
-"""tokens, labels, position_ids: int64 [micro batch, sequence]; loss_mask: float32 of the same shape."""
+"""tokens, labels, position_ids: int64 [micro batch, sequence]; loss_mask: float32 of the same shape. With
+data.separate_documents a document begins wherever a position is 0."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class DataCoordinates:
     Args:
         dp_rank, dp_size: its place among the data-parallel replicas; ranks of one replica read the same samples.
         cp_rank, cp_size: its place along the sequence; the engine itself cuts the sequence.
-        needs_data: False for a rank that neither embeds tokens nor computes the loss (a middle pipeline stage).
+        needs_data: False for a rank that neither embeds tokens, nor computes the loss, nor keeps documents apart (a
+            middle pipeline stage).
     """
 
     dp_rank: int
