@@ -10,7 +10,7 @@ keys whole, or causally (the same chunk), or through a window's edge, or not at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +26,8 @@ from swift_dist.sequence_parallel.blocks import Mask
 Chunks = Sequence[Sequence[Chunk]]
 Part = tuple[int, Chunk]
 """A chunk behind the place of its first token among all that its rank holds."""
+_LEAST = 1024
+"""Tokens: parts are not cut shorter for a short window."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def blocks_of(held: Sequence[Chunk], other: Sequence[Chunk], window: int | None,
         if window is None or queries[-1][1].end - 1 - keys[0][1].begin < window:
             yield from _without_window(queries, keys, is_same=is_same)
         else:
-            pairs = (_block(q, k, window, device) for q in queries for k in keys)
+            short = _cut(keys, window)
+            pairs = (_block(q, k, window, device) for q in _cut(queries, window) for k in short)
             yield from (block for block in pairs if block is not None)
 
 
@@ -76,6 +79,17 @@ def _without_window(queries: list[Part], keys: list[Part], *, is_same: bool) -> 
     for number, group in groupby(queries, lambda query: sum(key.begin < query[1].begin for _, key in keys)):
         if number:
             yield Block(_span(list(group)), _span(keys[:number]), Mask())
+
+
+def _cut(parts: list[Part], window: int) -> list[Part]:
+    """Parts about as long as the window: of a long one most would be computed only to be hidden, by a mask as large as
+    its length squared."""
+    size = max(window, _LEAST)
+    return [
+        (place + begin - part.begin, replace(part, begin=begin, end=min(begin + size, part.end)))
+        for place, part in parts
+        for begin in range(part.begin, part.end, size)
+    ]
 
 
 def _span(chunks: list[Part]) -> slice:

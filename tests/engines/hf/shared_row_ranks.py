@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import ranks
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from swift_dist.engines.hf import attention as whole
 from swift_dist.engines.hf.batches import Forward, prepare
-from swift_dist.sequence_parallel import attention
+from swift_dist.sequence_parallel import attention, ring
 from swift_dist.sequence_parallel.degrees import Degrees
 from swift_dist.sequence_parallel.group import make_groups
 from swift_dist.sequence_parallel.rotary import show_longest
@@ -62,12 +63,13 @@ def compare(
     family: str,
     settings: dict[str, Any],
     dtype: str,
+    least: int = ring._LEAST,
 ) -> list[list[dict[str, float]]]:
     """Of each row ({"lengths", "filling"}), for each (ulysses, ring): largest relative differences of the loss, of
-    log-probabilities and of any weight's gradient from one process; the gradient's size."""
+    log-probabilities and of any weight's gradient from one process; the gradient's size. `least`: see ring.py."""
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    with ranks.joined(worker):
+    with ranks.joined(worker), patch.object(ring, "_LEAST", least):
         plain, shared = (ranks.tiny(family, **settings).to(getattr(torch, dtype)) for _ in range(2))
         plain.set_attn_implementation("sdpa")  # the eager softmax is float32
         attention.register(whole.attend_whole_rows)
