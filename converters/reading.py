@@ -65,7 +65,11 @@ class Reader:
         return whole
 
     def _dequantised(self, stored: StoredTensor, box: Box, values: Array) -> Array:
-        """Values times their blocks' factors, computed in fp32 (DeepSeek-V3's inference/kernel.py, weight_dequant)."""
+        """Values times their blocks' factors, computed in fp32 (DeepSeek-V3's inference/kernel.py, weight_dequant).
+
+        What `kernels/block_fp8.py` computes of whole matrices, which tests compare with this: here of any box, and in
+        numpy, since workers do without torch.
+        """
         assert stored.scale is not None
         rows, columns = (
             np.arange(start, stop) // size for (start, stop), size in zip(box[-2:], stored.block, strict=True)

@@ -33,6 +33,7 @@ _NORMS = ((0.0, True), (0.0, False), (1.0, False))  # (offset, rounds_before_wei
 _SPLIT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED = ("gate_up_proj", "down_proj")
 _ROPE = "apply_rotary_pos_emb"
+_INTERNAL = frozenset(vars(nn.Module()))
 _SCALES = (1.0, 30.0, 3000.0)  # of gates: a clamp would show
 _Function = Callable[..., Any]
 
@@ -46,11 +47,13 @@ class Slot:
         attribute: of the module, which is replaced.
         fill: (module, backend) -> what takes the attribute's place, called with the module first; None: this module
             computes something else.
+        is_of_class: whether all modules of a class have the same answer, whatever their attributes are.
     """
 
     kernel: str
     attribute: str
     fill: Callable[[nn.Module, Backend], _Function | None]
+    is_of_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def install(model: nn.Module, backend: Backend = "auto") -> list[Filled]:
         for slot in SLOTS:
             if slot.attribute in vars(module):
                 continue
-            key = (slot.kernel, slot.attribute, slot.fill, type(module), _plain(module))
+            key = (slot.fill, type(module), () if slot.is_of_class else _attributes(module))
             if key not in known:
                 known[key] = slot.fill(module, backend)
             function = known[key]
@@ -103,11 +106,16 @@ def undo(filled: Iterable[Filled]) -> None:
         del vars(place.module)[place.attribute]
 
 
-def _plain(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules of one class may differ in besides their weights."""
-    values = ((name, value) for name, value in vars(module).items() if isinstance(value, (bool, int, float, str)))
-    children = ((name, type(child)) for name, child in module.named_children())
-    return (*sorted(values, key=lambda item: item[0]), *children, *(name for name, _ in _own_weights(module)))
+def _attributes(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules of one class may differ in besides their weights; other objects than numbers by identity."""
+    found: list[Any] = [name for name, _ in _own_weights(module)]
+    for name, value in sorted(vars(module).items()):
+        if name not in _INTERNAL:
+            found.append((name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value)))
+    for name, child in module.named_children():
+        has_weights = next(child.parameters(), None) is not None
+        found.append((name, type(child), () if has_weights else _attributes(child)))
+    return tuple(found)
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -125,8 +133,7 @@ def _stand_in(module: nn.Module, **parts: Any) -> Any:
     """A module of the same class and attributes, whose weights are `parts`."""
     twin: Any = object.__new__(type(module))
     nn.Module.__init__(twin)
-    internal = set(vars(twin))
-    vars(twin).update({name: value for name, value in vars(module).items() if name not in internal})
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in _INTERNAL})
     for name, child in module.named_children():
         if name not in parts:
             twin.add_module(name, child)
@@ -327,6 +334,6 @@ SLOTS = (
     Slot("rms_norm", "forward", _fill_norm),
     Slot("swiglu", "forward", _fill_mlp),
     Slot("swiglu", "_apply_gate", _fill_experts),
-    Slot("rope", "forward", _fill_rope),
+    Slot("rope", "forward", _fill_rope, is_of_class=True),
 )
 """Which part of a model each kernel computes."""

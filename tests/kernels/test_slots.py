@@ -250,6 +250,8 @@ def test_what_computes_something_else_is_left_alone(module: nn.Module, is_filled
 def test_attributes_of_one_module_of_many_count() -> None:
     filled = slots.install(nn.Sequential(Scaled(), Scaled(factor=2.0), Scaled()))
     assert [place.name for place in filled] == ["0", "2"]
+    filled = slots.install(nn.Sequential(Clamped(), Clamped(activation=nn.functional.gelu), Clamped(limit=5.0)))
+    assert [place.name for place in filled] == ["0"]
 
 
 def test_multipliers_of_an_mlp() -> None:
