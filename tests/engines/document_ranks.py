@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+
+import golden_cases as golden
 import torch
 
 from swift_dist.kernels.zigzag import parts_of
@@ -96,3 +101,36 @@ def _differences(
     for name, got, right in zip(("query", "key", "value"), ours, theirs, strict=True):
         found[name] = float((got.grad - right.grad[mine]).abs().max())
     return found
+
+
+def beside_transformer_engine(worker: Any, separate_documents: bool) -> tuple[str, bool]:
+    """The core attention that a GPU with transformer-engine would run, and whether its rotation would be that
+    library's, as far as a machine without it can tell."""
+    from swift_dist.config import JobConfig
+    from swift_dist.engines.megatron import groups, settings, spec
+    from swift_dist.models import find_family
+
+    class Theirs(spec.TorchBackend):
+        def core_attention(self) -> type:
+            return Theirs
+
+    fused: list[bool] = []
+
+    def fusions(on_cuda: bool, te: bool) -> dict[str, Any]:  # megatron looks for them in transformer-engine itself
+        fused.append(on_cuda and te)
+        return {}
+
+    spec.backend = Theirs
+    settings.have_transformer_engine, settings._fusions = lambda: True, fusions
+    job = golden.job("llama", "CP2")
+    job["data"]["separate_documents"] = separate_documents
+    config = job["model"]["config"]
+    groups.join(ParallelLayout(world_size=1), worker, 60)
+    try:
+        made = settings.transformer_config(
+            JobConfig.model_validate(job), golden.layout("CP2"), find_family(config), config, "cuda:0"
+        )
+        layer = spec.block_spec(made, None, separate_documents).layer_specs[0]
+        return layer.submodules.self_attention.submodules.core_attention.__name__, fused[0]
+    finally:
+        groups.leave()

@@ -36,3 +36,9 @@ def test_against_the_formula(gang: Any, world: int) -> None:
             if world > 1 and not case["dropout"]:
                 # of this rank's tokens: queries and output of 4 heads, keys and values of 2; a normaliser for each head
                 assert kept <= 8 * 2 * LENGTH // world * (8 * (4 + 4 + 2 + 2) + 4)
+
+
+def test_a_gpu_with_transformer_engine_keeps_documents_apart_too(gang: Any) -> None:
+    """Its own attention would get the documents as a mask of another kind, and rotate all samples alike."""
+    assert gang.run(RANKS, "beside_transformer_engine", 1, separate_documents=False) == [("Theirs", True)]
+    assert gang.run(RANKS, "beside_transformer_engine", 1, separate_documents=True) == [("DotProductAttention", False)]
