@@ -268,9 +268,14 @@ def measure(kernel: str, tokens: int, case: Case, rounds: int, device: torch.dev
         )
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    yield "| kernel | tokens | way | forward | backward | both | memory | both, ms | MiB |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+HEAD = (
+    "| kernel | tokens | way | forward | backward | both | memory | both, ms | MiB |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def lines(rows: list[Row]) -> Iterator[str]:
+    """Of the table, without its head."""
     for row in rows:
         if row.problem is not None:
             yield f"| {row.kernel} | {row.tokens} | {row.way} | {row.problem} | | | | | |"
@@ -318,22 +323,25 @@ def main() -> None:
         raise SystemExit("--check compares with Liger-Kernel on a GPU, and it does not import")
     torch.manual_seed(0)
     rows: list[Row] = []
+    name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    print(f"{name}, torch {torch.__version__}, bf16; ratios to eager\n\n{HEAD}", flush=True)
     for kernel in args.kernels:
         lengths = args.tokens or ([8192, 32768, 131072] if on_cuda else [512])
         for tokens in lengths[:1] if kernel in ("quantise", "dequantise") else lengths:
             torch.compiler.reset()
             case = getattr(maker, kernel)(tokens)
-            rows += measure(kernel, tokens, case, args.rounds or (9 if on_cuda else 3), device)
+            found = list(measure(kernel, tokens, case, args.rounds or (9 if on_cuda else 3), device))
+            rows += found
+            print("\n".join(lines(found)), flush=True)  # at once: whoever runs out of time has the rest
+            if args.json:
+                args.json.write_text(
+                    json.dumps({"device": name, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+                )
             del case
             if on_cuda:
                 torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name() if on_cuda else "CPU"
-    print(f"{name}, torch {torch.__version__}, bf16; ratios to eager\n")
-    print("\n".join(table(rows)))
-    if args.json:
-        args.json.write_text(json.dumps({"device": name, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    if args.check and (found := complaints(rows)):
-        raise SystemExit("\n".join(["", "worse than Liger-Kernel:", *found]))
+    if args.check and (worse := complaints(rows)):
+        raise SystemExit("\n".join(["", "worse than Liger-Kernel:", *worse]))
 
 
 if __name__ == "__main__":

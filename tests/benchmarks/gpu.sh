@@ -16,8 +16,8 @@ mkdir -p "$folder"
 report=$folder/gpu.md
 tests=(tests/kernels/test_on_gpu.py tests/runs/test_throughput.py)
 
-# step SECONDS NAME COMMAND...: its last lines into the report where it fails, else what it printed from the first table
-# or result line on.
+# step SECONDS NAME COMMAND...: the tables and results that it printed go into the report, and its last lines where it
+# fails.
 step() {
     local limit=$1 name=$2 status=0 began=$SECONDS
     shift 2
@@ -67,6 +67,5 @@ else
     step 200 length "$bin/swift-dist" bench length --model "$folder/model" --tuner_type lora --features base,all \
         --min_length 32768 --max_length 262144 --output "$folder/length"
 fi
-[ -f "$folder/length/length.md" ] && { echo; cat "$folder/length/length.md"; } >>"$report"
 echo "written: $report"
 exit "$failed"
