@@ -9,6 +9,7 @@ keys whole, or causally (the same chunk), or through a window's edge, or not at 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -56,8 +57,10 @@ def blocks_of(held: Sequence[Chunk], other: Sequence[Chunk], window: int | None,
             yield from _without_window(queries, keys, is_same=is_same)
         else:
             short = _cut(keys, window)
-            pairs = (_block(q, k, window, device) for q in _cut(queries, window) for k in short)
-            yield from (block for block in pairs if block is not None)
+            ends = [k.end for _, k in short]
+            for q in _cut(queries, window):
+                near = short[bisect(ends, q[1].begin - window + 1) : bisect(ends, q[1].end)]
+                yield from (block for k in near if (block := _block(q, k, window, device)) is not None)
 
 
 def _by_sequence(chunks: Sequence[Chunk]) -> dict[int, list[Part]]:
