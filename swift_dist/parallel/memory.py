@@ -2,7 +2,9 @@
 
 Weights, their gradients, the optimizer's state and the weights that a strategy gathers come on top. Counts are of what
 autograd keeps and of the widest moment of the backward pass, as transformers' models compute (Llama, Qwen, Mistral and
-their like); `tests/engines/hf/test_length_memory.py` holds them to measured peaks. The idea of such a count is that of
+their like); `tests/engines/hf/test_length_memory.py` holds them to measured peaks, on CPUs. Not counted: what an
+attention kernel works with inside (in bfloat16 on a CPU, float32 sums of a sequence's gradients: up to a third more at
+a peak that tiles and recomputing have made low). The idea of such a count is that of
 Korthikanti et al. (arXiv 2205.05198), section 4.1, whose layer is another one (dropout, GELU, no gate).
 """
 

@@ -30,7 +30,7 @@ ALONE = [
     *CASES,
     {"sizes": WIDE_HEADS},
     *({**features, "sizes": LARGE_VOCABULARY} for features in (NOTHING, TILED)),
-    *({**features, "dtype": "bfloat16"} for features in (NOTHING, TILED)),
+    {"dtype": "bfloat16"},
 ]
 
 
