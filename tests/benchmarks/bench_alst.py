@@ -3,18 +3,20 @@
     python tests/benchmarks/bench_alst.py [--ranks 2] [--length 4096] [--steps 6] [--turns 3] [--check]
 
 The same llama (random weights, fp32), the same samples, one a step, AdamW, rates and clipping; one thread a rank, gloo,
-every layer recomputed, weights sharded (ALST: ZeRO-3; ours: ZeRO-3 and FSDP2).
+every layer recomputed, weights sharded (ALST: ZeRO-3, configured as ours; ours: ZeRO-3 and FSDP2).
 
     ours zero3, ours fsdp2   `swift-dist sft --sequence_parallel_size N --train.recompute full`, as it comes
     ALST                     as its tutorial has it (`length_alst.py`)
     ALST tiled               with its TiledFusedLogitsLoss and TiledMLP
     ours zero3 plain         train.tiled_loss and train.tiled_mlp false: what ALST without tiles does
 
-A run whose losses, or whose first gradient's norm, are further from the first kind's than `SAME` fails, with or without
---check. The kinds take turns, in another direction each turn; a step's seconds are the median of those behind the first
-`WARM`; ratios (ours by ALST's: tiles by tiles, plain by plain) are taken within a turn, and their median counts. CPU
-seconds are of rank 0 with gloo's threads; they say more than seconds on a busy machine, or with more ranks than cores.
-Memory is the peak resident size of rank 0 beyond what it is before the first step: gradients, AdamW's state, activations.
+A run whose losses, or whose first gradient's norm, are further from the first kind's than `SAME` and `SAME_NORM` fails,
+with or without --check. The kinds take turns, in another direction each turn; a step's seconds are the median of those
+behind the first `WARM`; ratios (ours by ALST's: tiles by tiles, plain by plain) are taken within a turn; medians count.
+CPU seconds are of rank 0 with gloo's threads; they say more than seconds on a busy machine, or with more ranks
+than cores.
+Memory is the peak resident size of rank 0 beyond what it is before the first step: gradients, AdamW's state and
+activations.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-SAME = 1e-5
-"""Largest relative difference of a step's loss, and of the first gradient's norm."""
+SAME, SAME_NORM = 1e-5, 1e-3
+"""Largest relative differences of a step's loss, and of the first gradient's norm: on CPUs ours adds its squares up in
+fp32, which is 2e-4 less than DeepSpeed's gradients have, weight by weight in fp64."""
 WARM = 1
 LR, BETAS, EPS, CLIP = 1e-3, (0.9, 0.95), 1e-8, 1.0
-MODEL = {
+MODEL: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 704,
     "num_hidden_layers": 4,
@@ -124,6 +127,8 @@ def samples_of(resolved: Any, steps: int) -> list[dict[str, list[int]]]:
 
 def run(folder: Path, kind: str, ranks: int, length: int, steps: int, name: str) -> dict[str, Any]:
     """What rank 0 of a kind measured."""
+    from swift_dist.engines.hf.strategies._deepspeed_config import settings
+
     output = folder / name
     output.mkdir()
     case: dict[str, Any] = {"output": str(output), "result": str(output / "result.json")}
@@ -137,6 +142,9 @@ def run(folder: Path, kind: str, ranks: int, length: int, steps: int, name: str)
             "tiled": THEIRS[kind],
             "steps": steps,
             "clip": CLIP,
+            "zero": settings(resolved.job, hidden_size=MODEL["hidden_size"], data_parallel_size=ranks)[
+                "zero_optimization"
+            ],
             "adamw": {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0},
         }
     (output / "case.json").write_text(json.dumps(case))
@@ -203,7 +211,7 @@ def main() -> int:
         print(f"| {kind} | {' | '.join(values)} | {words} |")
     losses, norms = apart(found)
     print(f"losses apart by {losses:.1e}, gradient norms by {norms:.1e}; load {os.getloadavg()[0]:.1f}")
-    return int(max(losses, norms) > SAME or (given.check and over))
+    return int(losses > SAME or norms > SAME_NORM or (given.check and over))
 
 
 if __name__ == "__main__":

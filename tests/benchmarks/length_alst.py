@@ -42,14 +42,15 @@ def tile_mlp() -> None:
 
 
 def tile_loss(model: Any) -> None:
-    """Let the model's forward return the sum of the losses of its tokens instead of logits."""
+    """Let the model's forward return the sum of the losses of its tokens, times a factor, instead of logits."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
-    def of_tile(self: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(hidden).float()
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    def forward(input_ids: Any, position_ids: Any, shift_labels: Any, factor: float) -> torch.Tensor:
+        def of_tile(self: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden).float()
+            losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+            return losses * factor
 
-    def forward(input_ids: Any, position_ids: Any, shift_labels: Any) -> torch.Tensor:
         hidden = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         tiles = math.ceil(hidden.shape[1] * model.config.vocab_size / LOGITS_OF_A_TILE)
         return TiledFusedLogitsLoss.apply(
@@ -59,21 +60,29 @@ def tile_loss(model: Any) -> None:
     model.forward = forward
 
 
-def loss_of(engine: Any, batch: dict[str, torch.Tensor], group: Any, tiled: bool) -> torch.Tensor:
-    """The mean over all tokens that count, on every rank."""
+def loss_of(engine: Any, batch: dict[str, torch.Tensor], group: Any, tiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to call backward on, and the mean over all tokens that count."""
     labels = batch["shift_labels"]
     counted = (labels != -100).sum()
     if tiled:
-        part = engine(**{name: batch[name] for name in ("input_ids", "position_ids", "shift_labels")})
-    else:
-        logits = engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        mean = engine.module.loss_function(
-            logits=logits, labels=None, shift_labels=labels, vocab_size=engine.module.config.vocab_size
-        )
-        part = mean * counted
-    parts = torch.distributed.nn.functional.all_gather(part, group=group)
+        # TiledFusedLogitsLoss computes the gradient of the output layer's weight within its forward pass and does not
+        # multiply it by what comes in backwards: the tutorial's weighting of the ranks' losses must be in it already,
+        # times the ranks, by which DeepSpeed divides.
+        ranks = torch.distributed.get_world_size(group)
+        torch.distributed.all_reduce(counted, group=group)
+        named = {name: batch[name] for name in ("input_ids", "position_ids", "shift_labels")}
+        part = engine(**named, factor=ranks / float(counted))
+        mean = part.detach() / ranks
+        torch.distributed.all_reduce(mean, group=group)
+        return part, mean
+    logits = engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    mean = engine.module.loss_function(
+        logits=logits, labels=None, shift_labels=labels, vocab_size=engine.module.config.vocab_size
+    )
+    parts = torch.distributed.nn.functional.all_gather(mean * counted, group=group)
     counts = torch.distributed.nn.functional.all_gather(counted, group=group)
-    return torch.stack(parts).sum() / torch.stack(counts).sum()
+    loss = torch.stack(parts).sum() / torch.stack(counts).sum()
+    return loss, loss.detach()
 
 
 def samples_of(case: dict[str, Any], rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
@@ -96,7 +105,7 @@ def main(path: str) -> None:
     import deepspeed
     import torch._dynamo
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
-    from deepspeed.utils import groups
+    from deepspeed.utils import groups, safe_get_full_grad
     from length_ours import resident_gib
     from transformers import AutoModelForCausalLM
 
@@ -126,7 +135,7 @@ def main(path: str) -> None:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": case["clip"],
-                "zero_optimization": {"stage": 3},
+                "zero_optimization": case["zero"],
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
             },
@@ -140,14 +149,12 @@ def main(path: str) -> None:
     for step in range(case["steps"]):
         torch.distributed.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = loss_of(engine, next(batches), group, case["tiled"])
+        loss, mean = loss_of(engine, next(batches), group, case["tiled"])
         engine.backward(loss)
         if step == 0:  # not timed
-            gradients = [deepspeed.utils.safe_get_full_grad(parameter) for parameter in model.parameters()]
-            norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
-            del gradients
+            norm = math.sqrt(sum(float(safe_get_full_grad(p).double().square().sum()) for p in model.parameters()))
         engine.step()
-        found["losses"].append(float(loss))
+        found["losses"].append(float(mean))
         found["seconds"].append(time.perf_counter() - wall)
         found["cpu_seconds"].append(time.process_time() - cpu)
     if rank == 0:
