@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def choose(job: JobConfig, device: torch.device) -> Literal["liger", "ours", "none"]:
-    """What was asked for wins. Else Liger's where they are installed and ours were not declined for them; else ours
-    where Triton is installed: both on CUDA only. (torch.compile makes kernels of its own, so ours are then left out.)
+    """What is asked for wins (`resolve` refuses both at once). Else Liger's where they are installed, else ours where
+    Triton is: both on CUDA only. (torch.compile makes kernels of its own, so ours are then left out.)
 
     Raises:
         JobError: what is asked for cannot be used.

@@ -114,12 +114,13 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("world", "task", "changes"), CASES)
 def test_runs_have_the_same_losses(runs: Runs, world: int, task: str, changes: dict[str, Any]) -> None:
     """On a CPU kernels compute in plain torch what the models' own code computes, to the bit."""
-    plain = curve(runs.run(runs.job(task, **changes), world)[0])
+    plain = curve(runs.run(runs.job(task, **changes), world, seconds=400)[0])
     model = {"path": runs.model, "kernels": True}
-    found = curve(runs.run(runs.job(task, **{**changes, "model": model}), world)[0])
+    found = curve(runs.run(runs.job(task, **{**changes, "model": model}), world, seconds=400)[0])
     assert len(found) == 5
     for got, wanted in zip(found, plain, strict=True):
         assert got == pytest.approx(wanted, rel=1e-5)
