@@ -171,7 +171,7 @@ def page(attention: Cells, runs: CurveCells) -> str:
             lines.append(f"| {each} | " + " | ".join(words) + " |")
     cases = list(dict.fromkeys(key[0] for key in runs))
     lines += ["", "## Whole runs", ""]
-    lines += ["Loss and gradient norm of five steps of `swift-dist sft` and `rlhf`, against one rank. `-`: not run.", ""]
+    lines += ["Loss and gradient norm of five steps of `swift-dist sft` and `rlhf` against one rank; `-`: not run.", ""]
     lines += ["| | N | " + " | ".join(cases) + " |", "|---" * (2 + len(cases)) + "|"]
     for strategy in STRATEGIES:
         for world in WORLDS:
