@@ -41,6 +41,7 @@ def test_named_degrees():
             choose(8, [(8, 8)], 8, ulysses=wrong)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 8))
 def test_each_rank_gets_the_keys_of_its_queries(groups, kv_heads, ranks):
     heads = groups * kv_heads
@@ -55,6 +56,7 @@ def test_each_rank_gets_the_keys_of_its_queries(groups, kv_heads, ranks):
         assert [mine[index // (queries // per_rank)] for index in range(queries)] == wanted
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 4), st.integers(1, 4))
 def test_every_token_has_one_rank(lengths, ulysses, ring):
     row = Row(tuple(lengths), Degrees(ulysses, ring))
