@@ -101,6 +101,8 @@ def _megatron_slots() -> dict[str, Any]:
         # gloo gathers and scatters equal shares only; experts get unequal ones.
         "megatron.core.tensor_parallel.mappings:_gather_along_first_dim": _gather_along_first_dim,
         "megatron.core.tensor_parallel.mappings:_reduce_scatter_along_first_dim": _reduce_scatter_along_first_dim,
+        # Upstream's uses torch.norm, which on a CPU is the less exact the larger a tensor is.
+        "megatron.core.optimizer.clip_grads:l2_norm_impl": _l2_norm,
         # CPU tensors pass through it unchanged, but the caller needs the split sizes as plain numbers.
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": _tensor_on_cpu,
     }
@@ -254,6 +256,14 @@ def _tensor_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
     import torch
 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _l2_norm(chunk_size: int, overflow: Any, lists: list[list[Any]], per_tensor: bool, *args: Any) -> tuple[Any, None]:
+    """[1], float32."""
+    from swift_dist.optim.norm import sum_of_squares
+
+    assert not per_tensor
+    return sum_of_squares(tensor for tensors in lists for tensor in tensors).sqrt().float().view(1), None
 
 
 def _gather_along_first_dim(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from swift_dist.optim.norm import sum_of_squares as sum_of_whole
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor; shares its memory."""
@@ -16,12 +18,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def sum_of_squares(gradients: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Of this rank's parts, as a float64 scalar on `device`; inf or nan where a gradient is."""
-    parts = [local(gradient).detach() for gradient in gradients]
-    parts = [part for part in parts if part.numel()]
-    if not parts:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
-    return torch.stack(norms).to(device, torch.float64).square().sum()
+    return sum_of_whole(local(gradient) for gradient in gradients).to(device)
 
 
 def multiply(gradients: Iterable[torch.Tensor], factor: float) -> None:
