@@ -37,6 +37,19 @@ print("ok")
     assert run(code) == "ok"
 
 
+def test_the_norm_of_a_large_gradient() -> None:
+    code = """
+import torch
+from swift_dist.engines.megatron import cpu_shim
+cpu_shim.apply()
+from megatron.core.optimizer import clip_grads
+gradients = [torch.full((3_000_000,), 1e-3), torch.ones(1)]
+norm, _ = clip_grads.l2_norm_impl(2048, torch.zeros(1), [gradients], False)
+print(abs(float(norm) - 2.0) < 1e-5)
+"""
+    assert run(code) == "True"
+
+
 def test_tensors_tell_only_megatron_that_they_are_on_cuda() -> None:
     code = """
 import torch
