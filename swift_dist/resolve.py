@@ -137,13 +137,14 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
     from swift_dist.finetune import Rows, check_plugins, known_shape, vocabulary, with_rows
     from swift_dist.models import read_hf_config
     from swift_dist.optim.schedule import build_schedule
+    from swift_dist.sequence_parallel.degrees import layout_of
 
     hf_config = read_hf_config(job.model)
     check_plugins(job)
     reference = None
     if job.objective.reference:
         reference = _config_of_reference(job.objective.reference, job.model.trust_remote_code)
-    layout = _shared_layout(job, hf_config, nproc_per_node, reference)
+    layout = layout_of(job, hf_config, nproc_per_node, reference)
     per_round = job.train.micro_batch_size * layout.dp
     if job.train.global_batch_size % per_round:
         size, default = job.train.global_batch_size, type(job.train).model_fields["global_batch_size"].default
@@ -173,32 +174,6 @@ def _resolve_hf(job: JobConfig, nproc_per_node: int, output: str, encode: bool) 
         check_plugins(job)  # tuners may need some number of steps
     shape = known_shape(hf_config)
     return ResolvedJob(job, hf_config, shape, layout, rows.fingerprint, rows.samples, rows.encoding)
-
-
-def _shared_layout(
-    job: JobConfig, hf_config: Mapping[str, Any], nproc_per_node: int, reference: Mapping[str, Any] | None
-) -> ParallelLayout:
-    """Groups of parallel.context_parallel_size ranks share their rows; the groups are the data-parallel replicas."""
-    from swift_dist.sequence_parallel.degrees import SIZE, degrees_of
-
-    ranks, size = job.cluster.nnodes * nproc_per_node, job.parallel.context_parallel_size
-    if ranks % size:
-        near = [number for number in range(1, ranks + 1) if ranks % number == 0]
-        near.sort(key=lambda number: abs(number - size))
-        raise JobError(
-            SIZE, f"{size} does not divide the {ranks} ranks", f"one of {', '.join(map(str, sorted(near[:3])))}"
-        )
-    if size > 1:
-        degrees_of(job, hf_config, nproc_per_node, reference)
-        refused = {
-            "train.compile": job.train.compile,
-            "data.padding_free": job.data.padding_free is False,
-            "tuner.name": "neftune" in job.tuner.name,
-        }
-        for key, is_set in refused.items():
-            if is_set:
-                raise JobError(key, f"cannot be combined with {SIZE} {size}", "leave one of them out")
-    return ParallelLayout(world_size=ranks, cp=size)
 
 
 def _config_of_reference(path: str, trust_remote_code: bool) -> dict[str, Any]:

@@ -98,14 +98,18 @@ def find_lengths(options: LengthOptions) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for number, each in enumerate(series, start=1):
-        row = _row(each, options, tries, folder, rows, left_out)
+        try:
+            row = _row(each, options, tries, folder, rows, left_out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; the same command goes on with the tries in {folder}") from None
         rows += [] if row is None else [row]
         result = _result(options, series[0], rows, left_out, complete=number == len(series))
         write_report(folder, result)
     if all(row["longest"] is None for row in rows):
         raise RunError(
             f"not even {options.min_length:,} tokens fit into {options.memory or 'the GPU'}: {rows[-1]['reason']}",
-            "more --memory, more ranks with --fsdp fsdp2, a smaller --model, or a shorter --min_length",
+            "more --memory (on a CPU a rank's libraries take about 0.4 GiB of it), more ranks with --fsdp fsdp2, "
+            "a smaller --model, or a shorter --min_length",
         )
     return {**result, "output": str(folder)}
 

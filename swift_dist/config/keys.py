@@ -42,6 +42,12 @@ class Key:
         return any(get_origin(m) is dict for m in _union_members(self.field.annotation))
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it may be, one of which may be ``none``."""
+        literals = (member for member in _union_members(self.field.annotation) if get_origin(member) is Literal)
+        return tuple(value for literal in literals for value in get_args(literal) if isinstance(value, str))
+
+    @property
     def is_text(self) -> bool:
         """True where the value is free text, so that ``--output 2024`` stays the text ``2024``."""
         leaves = set(_leaf_types(self.field.annotation))

@@ -227,6 +227,8 @@ def _value(name: str, key: Key | None, found: list[str]) -> Any:
 
 
 def _scalar(word: str, key: Key | None, name: str) -> Any:
+    if key is not None and word in key.choices:
+        return word
     if key is not None and key.is_text and not word.startswith(("[", "{")):
         return None if word.lower() in ("none", "null") else word
     if word.lower() == "none":

@@ -1,8 +1,8 @@
 """Which rank of a group holds which tokens of a row: short sequences whole, on one rank; long ones cut.
 
-Ranks hold as many tokens as each other, but for one or two, and have as much of causal attention to do, within
-`TOLERANCE`. What lies whole on a rank needs nobody else in attention, so of many short sequences hardly any is cut, and
-ranks exchange next to nothing.
+Ranks hold as many tokens as each other, but for one or two (where tiny rows are cut whole, a few more), and have as
+much of causal attention to do, within `TOLERANCE`. What lies whole on a rank needs nobody else in attention, so of many
+short sequences hardly any is cut, and ranks exchange next to nothing.
 
     1. The m longest sequences are cut evenly: zigzag over the ring (`kernels/zigzag.py`), each ring rank's tokens in
        contiguous pieces over its Ulysses ranks.

@@ -8,6 +8,7 @@ from typing import Any
 
 from swift_dist.config.job import JobConfig
 from swift_dist.errors import JobError
+from swift_dist.parallel import ParallelLayout
 from swift_dist.sequence_parallel.limits import ring_refusal, row_refusal
 
 SIZE, ULYSSES = "parallel.context_parallel_size", "parallel.ulysses_size"
@@ -50,10 +51,51 @@ def degrees_of(
     if size == 1:
         return Degrees(1, 1)
     models = {"the model": hf_config, **({"objective.reference": reference} if reference else {})}
-    texts = {whose: config.get("text_config") or config for whose, config in models.items()}
+    texts = {whose: _text(config) for whose, config in models.items()}
     heads = [_heads(size, whose, text) for whose, text in texts.items()]
     reasons = [f"of {whose}, {reason}" for whose, text in texts.items() if (reason := ring_refusal(text))]
     return choose(size, heads, ranks_per_node, job.parallel.ulysses_size, reasons[0] if reasons else None)
+
+
+def layout_of(
+    job: JobConfig, hf_config: Mapping[str, Any], ranks_per_node: int, reference: Mapping[str, Any] | None = None
+) -> ParallelLayout:
+    """Groups of parallel.context_parallel_size ranks share their rows; the groups are the data-parallel replicas.
+
+    Args:
+        See `degrees_of`.
+
+    Raises:
+        JobError: the groups cannot be formed, or the model cannot do what the job wants of its rows.
+    """
+    ranks, size = job.cluster.nnodes * ranks_per_node, job.parallel.context_parallel_size
+    if ranks % size:
+        near = [number for number in range(1, ranks + 1) if ranks % number == 0]
+        near.sort(key=lambda number: abs(number - size))
+        raise JobError(
+            SIZE, f"{size} does not divide the {ranks} ranks", f"one of {', '.join(map(str, sorted(near[:3])))}"
+        )
+    if size > 1:
+        degrees_of(job, hf_config, ranks_per_node, reference)
+        refused = {
+            "train.compile": job.train.compile,
+            "data.padding_free": job.data.padding_free is False,
+            "tuner.name": "neftune" in job.tuner.name,
+        }
+        for key, is_set in refused.items():
+            if is_set:
+                raise JobError(key, f"cannot be combined with {SIZE} {size}", "leave one of them out")
+    packed = {"data.packing": job.data.packing, "data.separate_documents": job.data.separate_documents}
+    reason = row_refusal(_text(hf_config))
+    for key, is_set in packed.items():
+        if reason and is_set:
+            raise JobError(key, f"sequences of a row cannot be kept apart: {reason}", f"leave out {key}")
+    return ParallelLayout(world_size=ranks, cp=size)
+
+
+def _text(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text: Mapping[str, Any] = hf_config.get("text_config") or hf_config
+    return text
 
 
 def _heads(size: int, whose: str, text: Mapping[str, Any]) -> tuple[int, int]:

@@ -115,6 +115,7 @@ def test_goes_on_after_an_interrupt_without_trying_anything_twice(capsys, tmp_pa
     monkeypatch.setattr(trying, "attempt", interrupted)
     code, result = call(capsys, *words)
     assert code == 130 and result["error"]["kind"] == "interrupted"
+    assert "the same command goes on" in result["error"]["message"]
     kept = json.loads((tmp_path / "length.json").read_text())
     assert not kept["complete"] and 0 < len(kept["rows"]) < len(PER_TOKEN)
     assert "the same command goes on" in (tmp_path / "length.md").read_text()

@@ -63,6 +63,7 @@ def test_a_comma_within_the_brackets_of_a_pattern_is_the_patterns(tmp_path):
 def test_text_that_looks_like_a_number_stays_text():
     assert load_job(None, ["--output", "2024"]).output == "2024"
     assert load_job(None, ["--output", "none"]).output is None
+    assert load_job(None, ["--train.recompute", "none"]).train.recompute == "none"
 
 
 def test_dumped_job_loads_back_equal(tmp_path):

@@ -33,6 +33,7 @@ _SHARED: dict[str, tuple[str, str, Sequence[str], str]] = {
     "classes": (f"{_ON_2} --objective.name classification", _SIZE, ["classification head"], "leave out"),
     "reward": (f"{_ON_2} --rlhf_type reward", _SIZE, ["classification head"], "leave out"),
     "state": (f"{_ON_2} --model stateful", _SIZE, ["its mamba layers"], "leave it out"),
+    "packed state": ("--model stateful --packing true", "data.packing", ["its mamba layers"], "leave out"),
     "interface": (f"{_ON_2} --model falcon", _SIZE, ["falcon", "does not reach"], "leave it out"),
     "no heads": (f"{_ON_2} --model headless", _SIZE, ["no num_attention_heads"], "leave it out"),
     "softcap": (f"{_ON_3} --model softcapped", _SIZE, ["3 ranks", "4 query", "a softcap"], "one of 1, 2, 4"),

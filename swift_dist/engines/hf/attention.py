@@ -7,7 +7,9 @@ a model that does not hand them on gets an error, never one long sequence.
     O_s = softmax(scale Q_s K_s^T + mask) V_s    for each sequence s on its own
 
 On CUDA in half precision one kernel does all sequences (torch.nn.attention.varlen); elsewhere
-`scaled_dot_product_attention` does one after the other: no [T, T] mask exists, and no work is spent on what it hides.
+`scaled_dot_product_attention` does one after the other: no [T, T] mask of the row exists, and no work is spent on what
+it would hide. Quadratic in a sequence's length are its mask where a window meets no such kernel (CPU, fp32), and the
+scores of all heads where softcaps or sinks do.
 """
 
 from __future__ import annotations
