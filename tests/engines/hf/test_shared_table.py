@@ -124,18 +124,9 @@ class Curves:
 CurveCells = dict[tuple[str, str, int], float]
 
 
-def strategies_of(case: str, world: int) -> tuple[str, ...]:
-    """All of them on two to four ranks, where a run takes seconds; of DPO one for each N."""
-    if case.startswith("DPO"):
-        return {2: ("ddp",), 3: ("zero3",), 4: ("fsdp2",)}.get(world, ())
-    if world < 8 or case == "dense":
-        return tuple(STRATEGIES)
-    return {"packed": ("zero3",), "unequal rows": ("ddp",), "window": ("fsdp2",), "1 kv head": ("zero3",)}[case]
-
-
 def curve_cells(curves: Curves) -> CurveCells:
     """(case, strategy, N) -> difference."""
-    cells = [(case, s, world) for case in curves.cases for world in WORLDS for s in strategies_of(case, world)]
+    cells = [(case, s, world) for case in curves.cases for world in WORLDS for s in STRATEGIES]
     return {(case, s, world): curves.difference(case, world, s) for case, s, world in cells}
 
 
@@ -154,7 +145,8 @@ def page(attention: Cells, runs: CurveCells) -> str:
         "## Attention",
         "",
         "Loss / log-probabilities / any weight's gradient (by the largest of all), against each sequence alone through",
-        f"transformers' own attention. u x r: Ulysses x ring, all that {HEADS} query and the key-value heads allow.",
+        f"transformers' own attention. u x r: Ulysses x ring, all that {HEADS} query and the key-value heads allow (`-`:",
+        "they do not; longrope is compared on rows of one sequence).",
     ]
     degrees = list(dict.fromkeys(key[1] for key in attention))
     for kind, row in ROWS.items():
@@ -171,12 +163,11 @@ def page(attention: Cells, runs: CurveCells) -> str:
             lines.append(f"| {each} | " + " | ".join(words) + " |")
     cases = list(dict.fromkeys(key[0] for key in runs))
     lines += ["", "## Whole runs", ""]
-    lines += ["Loss and gradient norm of five steps of `swift-dist sft` and `rlhf` against one rank; `-`: not run.", ""]
+    lines += ["Loss and gradient norm of five steps of `swift-dist sft` and `rlhf` against one rank.", ""]
     lines += ["| | N | " + " | ".join(cases) + " |", "|---" * (2 + len(cases)) + "|"]
     for strategy in STRATEGIES:
         for world in WORLDS:
-            found = (runs.get((case, strategy, world)) for case in cases)
-            words = ("-" if n is None else f"{n:.0e}" for n in found)
+            words = (f"{runs[case, strategy, world]:.0e}" for case in cases)
             lines.append(f"| {strategy} | {world} | " + " | ".join(words) + " |")
     return "\n".join(lines) + "\n"
 
