@@ -145,8 +145,8 @@ def page(attention: Cells, runs: CurveCells) -> str:
         "## Attention",
         "",
         "Loss / log-probabilities / any weight's gradient (by the largest of all), against each sequence alone through",
-        f"transformers' own attention. u x r: Ulysses x ring, all that {HEADS} query and the key-value heads allow (`-`:",
-        "they do not; longrope is compared on rows of one sequence).",
+        f"transformers' own attention. u x r: Ulysses x ring, all that {HEADS} query and the key-value heads allow",
+        "(`-`: they do not; longrope is compared on rows of one sequence).",
     ]
     degrees = list(dict.fromkeys(key[1] for key in attention))
     for kind, row in ROWS.items():
