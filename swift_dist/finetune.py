@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.config import JobConfig
-from swift_dist.config.applies import reason_for_padding
+from swift_dist.config.applies import key_that_packs, reason_for_padding
 from swift_dist.config.load import read_yaml
 from swift_dist.config.section import updated
 from swift_dist.errors import JobError
@@ -69,13 +69,7 @@ def check_plugins(job: JobConfig) -> None:
         )
     _check_head(job, objective.name)
     reason = reason_for_padding(job, objective.needs)
-    asking = {
-        "data.packing": job.data.packing,
-        "data.padding_free": job.data.padding_free,
-        "data.separate_documents": job.data.separate_documents,
-        "parallel.context_parallel_size": job.parallel.context_parallel_size > 1,
-    }
-    key = next((key for key, asks in asking.items() if asks), None)
+    key = key_that_packs(job)
     if reason and key:
         raise JobError(key, reason, f"leave out {key}")
     if job.strategy.deepspeed:

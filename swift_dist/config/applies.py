@@ -100,6 +100,17 @@ def _require_conditions(job: JobConfig, defaults: JobConfig) -> None:
             raise JobError(key, f"{shown!r} has no effect without {wanted}", f"give {wanted}, or leave it out")
 
 
+def key_that_packs(job: JobConfig) -> str | None:
+    """The key of a job that asks for rows of sequences that do not see one another; None: none does."""
+    asking = {
+        "data.packing": job.data.packing,
+        "data.padding_free": job.data.padding_free,
+        "data.separate_documents": job.data.separate_documents,
+        "parallel.context_parallel_size": job.parallel.context_parallel_size > 1,
+    }
+    return next((key for key, asks in asking.items() if asks), None)
+
+
 def reason_for_padding(job: JobConfig, needs: str) -> str | None:
     """Why the job's sequences cannot lie side by side in one row, whatever its model; None: that depends on the model.
 

@@ -31,10 +31,10 @@ class ModelSection(Section):
         None, description="of a classification head (default: config.json's, else by the labels)"
     )
     liger: bool | None = Field(None, description="hf engine: Liger's kernels (default: where they import, on CUDA)")
-    kernels: bool | None = Field(
-        None,
-        description="hf engine: swift_dist's kernels for norms, rotary embeddings and gated MLPs (default: on CUDA, "
-        "where Liger's are not used and train.compile is off); on a CPU their plain-torch form",
+    kernels: bool = Field(
+        False,
+        description="hf engine: swift_dist's kernels for norms, rotary embeddings and gated MLPs, in the place of "
+        "Liger's; on a CPU their plain-torch form",
     )
     trust_remote_code: bool = Field(False, description="allow Python code from the model folder to run")
 

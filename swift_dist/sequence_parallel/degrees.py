@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swift_dist.config.applies import key_that_packs
 from swift_dist.config.job import JobConfig
 from swift_dist.errors import JobError
 from swift_dist.parallel import ParallelLayout
@@ -85,11 +86,9 @@ def layout_of(
         for key, is_set in refused.items():
             if is_set:
                 raise JobError(key, f"cannot be combined with {SIZE} {size}", "leave one of them out")
-    packed = {"data.packing": job.data.packing, "data.separate_documents": job.data.separate_documents}
-    reason = row_refusal(_text(hf_config))
-    for key, is_set in packed.items():
-        if reason and is_set:
-            raise JobError(key, f"sequences of a row cannot be kept apart: {reason}", f"leave out {key}")
+    packs, reason = key_that_packs(job), row_refusal(_text(hf_config))
+    if packs and reason:
+        raise JobError(packs, f"sequences of a row cannot be kept apart: {reason}", f"leave out {packs}")
     return ParallelLayout(world_size=ranks, cp=size)
 
 

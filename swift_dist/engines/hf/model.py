@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from swift_dist.config import JobConfig
-from swift_dist.config.applies import reason_for_padding
+from swift_dist.config.applies import key_that_packs, reason_for_padding
 from swift_dist.data.samples.collate import Layout
 from swift_dist.engines.hf import attention
 from swift_dist.errors import JobError
 from swift_dist.models import model_folder
 from swift_dist.objectives.base import Needs
 from swift_dist.sequence_parallel import attention as shared_attention
-from swift_dist.sequence_parallel.degrees import SIZE
 from swift_dist.sequence_parallel.rotary import show_longest
 from swift_dist.tuners import TunerStack
 
@@ -152,13 +151,7 @@ def choose_layout(job: JobConfig, model: Any, needs: Needs) -> Layout:
     """
     wanted, shares = job.data.padding_free, job.parallel.context_parallel_size > 1
     reason = reason_for_padding(job, needs) or attention.refusal(model)
-    asking = {
-        "data.packing": job.data.packing,
-        "data.padding_free": wanted,
-        "data.separate_documents": job.data.separate_documents,
-        SIZE: shares,
-    }
-    key = next((key for key, asks in asking.items() if asks), None)
+    key = key_that_packs(job)
     if reason and key:
         raise JobError(key, f"{type(model).__name__}: {reason}", f"leave out {key}")
     if reason or (wanted is False and not job.data.packing):

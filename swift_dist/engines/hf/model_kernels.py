@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def choose(job: JobConfig, device: torch.device) -> Literal["liger", "ours", "none"]:
-    """What is asked for wins (`resolve` refuses both at once). Else Liger's where they are installed, else ours where
-    Triton is: both on CUDA only. (torch.compile makes kernels of its own, so ours are then left out.)
+    """What is asked for (`resolve` refuses both at once), else Liger's on CUDA where they are installed.
 
     Raises:
         JobError: what is asked for cannot be used.
@@ -31,9 +30,8 @@ def choose(job: JobConfig, device: torch.device) -> Literal["liger", "ours", "no
         raise JobError("model.kernels", "needs the package triton on a GPU", "pip install triton, or leave it out")
     if job.model.kernels:
         return "ours"
-    if job.model.liger or (job.model.liger is None and on_cuda and has_liger):
-        return "liger"
-    return "ours" if job.model.kernels is None and on_cuda and HAVE_TRITON and not job.train.compile else "none"
+    wants_liger = on_cuda and has_liger if job.model.liger is None else job.model.liger
+    return "liger" if wants_liger else "none"
 
 
 def use(model: torch.nn.Module, job: JobConfig, device: torch.device) -> None:

@@ -26,25 +26,23 @@ def job(**sections: Any) -> JobConfig:
 @pytest.mark.parametrize(
     ("device", "has_liger", "liger", "kernels", "expected"),
     [
-        (CPU, True, None, None, "none"),
+        (CPU, True, None, False, "none"),
         (CPU, True, None, True, "ours"),
-        (CUDA, True, None, None, "liger"),
-        (CUDA, True, None, True, "ours"),  # asked for, which Liger's are not
         (CUDA, True, None, False, "liger"),
-        (CUDA, True, True, None, "liger"),
-        (CUDA, True, False, None, "ours"),
+        (CUDA, True, None, True, "ours"),  # asked for, which Liger's are not
+        (CUDA, True, True, False, "liger"),
         (CUDA, True, False, False, "none"),
-        (CUDA, False, None, None, "ours"),
+        (CUDA, False, None, True, "ours"),
         (CUDA, False, None, False, "none"),
-        (CUDA, False, True, None, None),
-        (CPU, True, True, None, None),
+        (CUDA, False, True, False, None),
+        (CPU, True, True, False, None),
     ],
 )
 def test_which(
     device: torch.device,
     has_liger: bool,
     liger: bool | None,
-    kernels: bool | None,
+    kernels: bool,
     expected: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -56,9 +54,6 @@ def test_which(
             model_kernels.choose(made, device)
         return
     assert model_kernels.choose(made, device) == expected
-    if not kernels:  # both are refused before
-        compiled = job(model={"liger": liger}, train={"compile": True})
-        assert model_kernels.choose(compiled, device) == ("none" if expected == "ours" else expected)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
