@@ -10,6 +10,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "support"))  # importlib import mode has no package for tests
+import interpreted_kernels  # noqa: E402, F401
+
 LONG = (
     *("checkpoint/test_resume.py", "system/test_kill.py", "engines/test_state.py", "system/test_failing_runs.py"),
     *("test_docs.py", "engines/test_engine.py", "cluster/test_gang.py", "system/test_torchrun.py"),

@@ -239,8 +239,9 @@ def test_did_you_mean_names_a_key_once():
     assert hint.count("learning_rate") == 1 and "optimizer.lr" not in hint.split(" or ")
     from swift_dist.config.aliases import JOB_ALIASES
 
-    hint = did_you_mean("data.seq_lenght", KEYS, JOB_ALIASES) + did_you_mean("sequence_paralel", KEYS, JOB_ALIASES)
-    assert hint.count("sequence_parallel") == 1, hint
+    hint = did_you_mean("data.seq_lenght", KEYS, JOB_ALIASES)
+    hint += did_you_mean("use_distributed_optimiser", KEYS, JOB_ALIASES)
+    assert hint.count("use_distributed_optimizer") == 1, hint
 
 
 def test_a_tuners_option_without_the_tuner_is_refused_even_at_its_default(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -79,15 +80,17 @@ def stop_at_export(command: Command, output: Path, steps: int = STEPS) -> list[i
     The moment is short: from the last steps on, the ranks are let go for some milliseconds at a time.
     """
     command.until(lambda: any(r.step >= steps - 2 for r in command.ranks()), "the last steps", pause=0.005)
-    pids = [rank.pid for rank in command.ranks()]
-    while not partial(output):
+    while True:
         assert command.process.poll() is None, f"ended before its export:\n{command.stderr}"
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-        time.sleep(0.005)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-    return pids
+        pids = [rank.pid for rank in command.ranks()]
+        with contextlib.suppress(ProcessLookupError):  # one that was killed before still beat a moment ago
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.005)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            if pids and partial(output):
+                return pids
 
 
 @pytest.mark.parametrize("strategy", ALL)
