@@ -56,6 +56,23 @@ def lse_merge(
     return result
 
 
+def lse_merge_(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> None:
+    """`lse_merge` written over out_a and lse_a, without gradient: for a backward pass that is computed otherwise.
+
+    Args:
+        out_a: of lse's dtype; views are fine. lse_b: finite (every query has seen a key of b).
+    """
+    if on_triton("auto", out_a):
+        out, lse = lse_merge(out_a, lse_a, out_b, lse_b)
+        out_a.copy_(out)
+        lse_a.copy_(lse)
+        return
+    lse = torch.logaddexp(lse_a, lse_b)
+    out_a.mul_(torch.exp(lse_a - lse).unsqueeze(-1))
+    out_a.addcmul_(out_b.to(out_a.dtype), torch.exp(lse_b - lse).unsqueeze(-1))
+    lse_a.copy_(lse)
+
+
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(

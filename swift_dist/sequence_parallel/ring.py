@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from swift_dist.kernels.lse_merge import lse_merge
+from swift_dist.kernels.lse_merge import lse_merge_
 from swift_dist.kernels.zigzag import Chunk
 from swift_dist.sequence_parallel import blocks
 from swift_dist.sequence_parallel.blocks import Mask
@@ -179,20 +179,6 @@ def _tokens(chunks: Sequence[Chunk]) -> int:
     return sum(chunk.end - chunk.begin for chunk in chunks)
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, piece: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """`lse_merge` into out [heads, q, d] and lse [heads, q], of which nothing may have been seen yet; of the piece each
-    query has seen something."""
-    if out.is_cuda:
-        merged = lse_merge(out, lse, *piece)
-        out.copy_(merged[0])
-        lse.copy_(merged[1])
-        return
-    total = torch.logaddexp(lse, piece[1])
-    out.mul_(torch.exp(lse - total).unsqueeze(-1))
-    out.addcmul_(piece[0].to(out.dtype), torch.exp(piece[1] - total).unsqueeze(-1))
-    lse.copy_(total)
-
-
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -221,7 +207,7 @@ class _Ring(torch.autograd.Function):
                 if q.start >= seen:
                     out[:, q], lse[:, q] = piece
                 else:
-                    _merge(out[:, q], lse[:, q], piece)
+                    lse_merge_(out[:, q], lse[:, q], *piece)
                 seen = max(seen, q.stop)
             here = passing.arrived() if passing is not None else here
         ctx.save_for_backward(query, key, value, out.to(query.dtype), lse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swift_dist.kernels.lse_merge import lse_merge, reference
+from swift_dist.kernels.lse_merge import lse_merge, lse_merge_, reference
 from tests.kernels.compare import agree, random
 
 
@@ -29,6 +29,23 @@ def test_half_precision_parts_are_summed_in_float32(backend, device):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)
     out.sum().backward()
     assert parts[0].grad is not None and parts[0].grad.dtype == torch.bfloat16
+
+
+def test_in_place_on_a_part_of_which_some_has_seen_nothing(device):
+    def made(*shape, seed):
+        return random(*shape, dtype=torch.float32, device=device, seed=seed)
+
+    whole, normalisers = made(6, 9, 4, seed=0), made(6, 9, seed=1)
+    normalisers[:, 5] = -torch.inf
+    whole[:, 5] = 0
+    piece = made(6, 5, 4, seed=2), made(6, 5, seed=3)
+    parts = whole[:, 2:7], normalisers[:, 2:7]
+    expected = reference(*(tensor.double() for tensor in (*parts, *piece)))
+    before = whole.clone()
+    lse_merge_(*parts, *piece)
+    torch.testing.assert_close(parts[0].double(), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts[1].double(), expected[1], rtol=0, atol=1e-6)
+    assert torch.equal(whole[:, :2], before[:, :2]) and torch.equal(whole[:, 7:], before[:, 7:])
 
 
 def _attention(query, key, value, seen):

@@ -9,7 +9,9 @@ from typing import Any
 import length_ranks
 import pytest
 
-from swift_dist.parallel import ModelShape
+from swift_dist.engines.hf import logps
+from swift_dist.kernels import linear_cross_entropy
+from swift_dist.parallel import ModelShape, memory
 from swift_dist.parallel.memory import MemoryFeatures, activation_bytes
 
 RANKS = Path(length_ranks.__file__)
@@ -32,6 +34,12 @@ ALONE = [
     *({**features, "sizes": LARGE_VOCABULARY} for features in (NOTHING, TILED)),
     {"dtype": "bfloat16"},
 ]
+
+
+def test_tiles_of_the_formulas_are_those_that_are_computed() -> None:
+    """The formulas import no torch, so they state both sizes once more."""
+    assert memory._LEAST_ROWS == linear_cross_entropy._LEAST_ROWS
+    assert memory._CHUNK_ELEMENTS == logps.CHUNK_ELEMENTS
 
 
 def predicted(case: dict[str, Any], sharing_ranks: int) -> int:
