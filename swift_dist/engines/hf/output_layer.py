@@ -29,10 +29,6 @@ class TiledOutput:
         self._made: torch.Tensor | None = None
         layer.forward = self._forward
 
-    def remove(self) -> None:
-        """Give the layer its own forward back."""
-        self._layer.forward = self._logits
-
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._wanted is None:
             return self._logits(hidden)
