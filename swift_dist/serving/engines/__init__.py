@@ -1,0 +1,1 @@
+"""One engine a file, found by its name: ``--infer_backend vllm`` is ``engines/vllm.py``."""

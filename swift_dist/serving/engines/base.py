@@ -1,0 +1,88 @@
+"""The protocol of a serving engine: a command that runs an OpenAI server in a process of its own.
+
+Everything above an engine (replicas, the front, `infer`) talks OpenAI's HTTP API to that process, so no token passes
+through code of ours on its way out of vLLM or LMDeploy, an engine may live in an environment of its own, and killing
+one process tree ends all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from swift_dist.serving.options import ServedModel
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine is doing: sequences in the batch, and requests that wait for a place in it."""
+
+    running: int
+    waiting: int
+
+
+class Engine:
+    """A serving engine: what it is called with. Holds no state; the process is `process.EngineProcess`'s.
+
+    Attributes:
+        name: the file's.
+        health_path: answers 200 once requests are served.
+        start_seconds: how long loading may take before a start counts as failed.
+        running_metric, waiting_metric: gauges in its ``/metrics``.
+    """
+
+    name: ClassVar[str]
+    health_path: ClassVar[str] = "/health"
+    start_seconds: ClassVar[float] = 1800.0
+    running_metric: ClassVar[str] = "swift_dist:num_requests_running"
+    waiting_metric: ClassVar[str] = "swift_dist:num_requests_waiting"
+
+    def why_not(self) -> str | None:
+        """Why it cannot run in this environment on this machine; None where it can. Cheap: imports nothing heavy."""
+        raise NotImplementedError
+
+    def check(self, served: ServedModel) -> None:
+        """Refuse what this engine cannot honour.
+
+        Raises:
+            JobError: an option that it has no counterpart of, an adapter it cannot load.
+        """
+        raise NotImplementedError
+
+    def command(self, served: ServedModel, host: str, port: int) -> list[str]:
+        """The server's command line; it listens on `host`:`port` and on nothing else that is reachable from outside."""
+        raise NotImplementedError
+
+    def environment(self, served: ServedModel) -> dict[str, str]:
+        """Variables of that process, beside the inherited ones."""
+        return {}
+
+    def prepare(self) -> None:
+        """Whatever must exist before the first start, such as an environment of its own. Idempotent; may take minutes.
+
+        Raises:
+            RunError: it cannot be made.
+        """
+
+    def adapter_request(self, name: str, path: str | None) -> tuple[str, dict[str, Any]]:
+        """What to POST (path, JSON) so that adapter `name` is loaded from folder `path`, or unloaded (None)."""
+        if path is None:
+            return "/v1/unload_lora_adapter", {"lora_name": name}
+        return "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}
+
+    def load(self, metrics: str) -> Load:
+        """What the engine is doing, from the text of its ``/metrics``."""
+        return Load(int(gauge(metrics, self.running_metric)), int(gauge(metrics, self.waiting_metric)))
+
+
+def gauge(metrics: str, name: str) -> float:
+    """The sum of a gauge over its labels in Prometheus' text format; 0 where it is absent."""
+    pattern = rf"^{re.escape(name)}(?:\{{[^}}]*\}})?\s+(\S+)"
+    return sum(float(value) for value in re.findall(pattern, metrics, re.MULTILINE))
+
+
+def engine_variables(served: ServedModel) -> Mapping[str, str]:
+    """Variables that every engine's process gets."""
+    return {"TOKENIZERS_PARALLELISM": "false"}
