@@ -13,25 +13,24 @@ longer; it also listens on all interfaces. Here every server listens on 127.0.0.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-_PR_SET_CHILD_SUBREAPER = 36
+from swift_dist.lifetime import adopt_orphans, end_family
+
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes; the gang moves no tensors through it
 
 
 def main() -> int:
     spec = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to act on
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     reply = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever Ray prints is not part of the reply
     temp_dir = tempfile.mkdtemp(prefix="swift_dist-ray-")
@@ -84,37 +83,6 @@ def _start(spec: dict[str, Any], temp_dir: str) -> dict[str, Any]:
     for _ in range(1, spec["nnodes"]):
         LeanNode(params(gcs_address=head.gcs_address), head=False, shutdown_at_exit=False, spawn_reaper=True)
     return {"address": head.gcs_address, "session_dir": head.get_session_dir_path(), "dashboard": head.webui_url}
-
-
-def end_family(patience: float = 10.0) -> None:
-    """SIGKILL everything below this process, orphans that fell back to it included, and wait until it is gone."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        for pid in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return  # no children: and so no grandchildren, which would have become children
-        time.sleep(0.01)
-
-
-def descendants(ancestor: int) -> list[int]:
-    """Process ids below `ancestor`, as /proc has them now."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    found, queue = [], [ancestor]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
 
 
 def _log_tails(temp_dir: str, num_characters: int = 2000) -> str:

@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from swift_dist.cluster.host import descendants
+from swift_dist.lifetime import descendants
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 FIRST_PORT = 17000
