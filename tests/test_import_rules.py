@@ -60,7 +60,11 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")
     },
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice", "doctor.preflight"},
-    "serving": {"config", "models", "converters", "checkpoint"},
+    # What a user names may be a run, a checkpoint of either engine or an adapter: `serving/source.py` has it converted.
+    "serving": {
+        *("config", "models", "converters", "checkpoint", "convert", "tuners", "runs", "data", "workers"),
+        "engines.hf.saved_step",
+    },
     # A launcher asks in the gang's own words whether a job can be placed, and what a node must have installed; what it
     # submitted it notes beside the run, and reads there how that ended.
     "launchers": {

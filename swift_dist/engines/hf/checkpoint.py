@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from swift_dist.runs.guard import GuardHistory
 if TYPE_CHECKING:
     import torch
 
+    from swift_dist.config import JobConfig
     from swift_dist.engines.hf.engine import HFEngine
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     already (the run went on) is replaced when the new one is whole.
     """
     whole = engine.strategy.whole_weights(engine.tuners.exported(engine.model))
-    weights = {name: _rounded(name, tensor, engine) for name, tensor in whole}
+    rounded = rounded_for_export(engine.job, engine.model)
+    weights = {name: rounded(name, tensor) for name, tensor in whole}
     if engine.worker.rank != 0:
         return None
     folder = run_dir / engine.tuners.saves
@@ -74,15 +77,20 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     return folder
 
 
-def _rounded(name: str, tensor: torch.Tensor, engine: HFEngine) -> torch.Tensor:
-    """In `checkpoint.export_dtype`, but for what its architecture keeps in fp32 whatever the rest is in."""
+def rounded_for_export(job: JobConfig, model: Any) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What gives a weight the dtype of `checkpoint.export_dtype`, but for what its architecture keeps in fp32 whatever
+    the rest is in."""
     from swift_dist.engines.hf.model import DTYPES
 
-    dtype, model = engine.job.checkpoint.export_dtype, engine.model
-    if dtype is None or not tensor.is_floating_point():
-        return tensor
+    dtype = job.checkpoint.export_dtype
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == "fp16":
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    in_fp32 = any(f".{part}." in f".{name}." for part in kept)
-    return tensor if in_fp32 else tensor.to(DTYPES[dtype])
+
+    def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if dtype is None or not tensor.is_floating_point():
+            return tensor
+        in_fp32 = any(f".{part}." in f".{name}." for part in kept)
+        return tensor if in_fp32 else tensor.to(DTYPES[dtype])
+
+    return rounded
