@@ -71,7 +71,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runs.submission", "runs.outcome"),
         *("cluster.placement", "cluster.devices", "cluster.environment", "cluster.versions"),
     },
-    "doctor": {"config", "parallel", "cluster", "models", "runs.manifest"},  # models: how large a checkpoint is
+    # models: how large a checkpoint is; an engine says why it cannot serve on a node
+    "doctor": {"config", "parallel", "cluster", "models", "runs.manifest", "serving.engines"},
     # it makes jobs as the driver does, and steps them with the engine
     "bench": {
         *("config", "parallel", "cluster", "models", "recipes", "resolve", "engines", "launchers._base"),
