@@ -109,6 +109,7 @@ _rc_node() {
 # The driver: the command, once all nodes are there.
 _rc_driver() {
     python3 -m swift_dist.cluster.join --nodes "$SLURM_JOB_NUM_NODES" --seconds "$RAY_CLUSTER_JOIN_SECONDS" || return
+    echo $$ >"$RAY_CLUSTER_LOGS/driver.pid" # also the command's
     exec "$@"
 }
 
@@ -201,7 +202,7 @@ _rc_export() {
     export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0  # a rank without a GPU of its own keeps CUDA_VISIBLE_DEVICES
     # A dead node is noticed after threshold x (period + timeout) = 15 s instead of 65 s.
     export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=3
-    mkdir -p "$RAY_CLUSTER_LOGS" || return
+    mkdir -p "$RAY_CLUSTER_LOGS" && rm -f "$RAY_CLUSTER_LOGS/driver.pid" || return
     (
         umask 077
         od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
@@ -219,10 +220,21 @@ _rc_signal() {
     scancel --quiet --signal="$1" "$step" 2>/dev/null || true
 }
 
+# SIGTERM to the driver alone, which ends its children in its own order (a deployment's front goes last); to its whole
+# step where it does not run yet or cannot be seen from here.
+_rc_ask_driver() {
+    local pid
+    pid=$(cat "$RAY_CLUSTER_LOGS/driver.pid" 2>/dev/null)
+    if [ -n "$pid" ] && grep -qsaF "RAY_CLUSTER_LOGS=$RAY_CLUSTER_LOGS" "/proc/$pid/environ"; then
+        kill -TERM "$pid" 2>/dev/null && return
+    fi
+    _rc_signal TERM rc-driver || kill -TERM "$_rc_driver_pid" 2>/dev/null
+}
+
 _rc_on_signal() {
     _rc_say "$1: asking the driver to checkpoint and end${2:+, then $2}"
     _rc_after=$2 _rc_asked_at=$SECONDS
-    [ -z "$_rc_driver_pid" ] || _rc_signal TERM rc-driver || kill -TERM "$_rc_driver_pid" 2>/dev/null
+    [ -z "$_rc_driver_pid" ] || _rc_ask_driver
 }
 
 # Ends what runs of the cluster; safe to call twice.
@@ -236,7 +248,7 @@ _rc_end() {
         while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $deadline ]; do sleep 0.1; done
         kill -TERM "$pid" 2>/dev/null # kills the step
     done
-    rm -f "$RAY_CLUSTER_LOGS/token" "$RAY_CLUSTER_LOGS/environment"
+    rm -f "$RAY_CLUSTER_LOGS"/{token,environment,driver.pid}
 }
 
 # Whether a node of the job no longer runs what it is told.
