@@ -1,0 +1,164 @@
+"""PEFT adapters on a model that serves: loaded and forgotten between two steps, mixed in one batch where PEFT can.
+
+Plain LoRA rows of different adapters, and rows without one, share a forward (PEFT's `adapter_names`). What PEFT does
+not mix (DoRA, other methods, whole modules of an adapter) is computed in a forward of its own, with that adapter
+alone active.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from swift_dist.errors import JobError
+from swift_dist.serving.options import EngineOptions
+
+_BASE = "__base__"  # PEFT's name for rows without an adapter
+_WEIGHTS = "adapter_model.safetensors"
+# What acts on prompts or needs the whole batch to be its own.
+_PROMPT_METHODS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
+
+
+class Adapters:
+    """The adapters of one model.
+
+    Args:
+        model: transformers'; adapters are put into it in place.
+        batched: whether rows are computed together at all.
+    """
+
+    def __init__(self, model: Any, options: EngineOptions, *, batched: bool) -> None:
+        self._model, self._options, self._batched = model, options, batched
+        self._peft: Any = None
+        self._mixable: dict[str, bool] = {}
+        self._retired: set[str] = set()
+        self._active: str | None = None  # what PEFT's layers are set to: an adapter, "" for none; None: unknown
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that new requests may name."""
+        return tuple(name for name in tuple(self._mixable) if name not in self._retired)
+
+    def load(self, name: str, path: str) -> None:
+        """Put an adapter into the model.
+
+        Raises:
+            JobError: it is no adapter that this model can take; the model is as before.
+        """
+        config = self._checked(name, path)
+        from peft import PeftConfig, PeftModel
+
+        try:
+            if self._peft is None:
+                # Not from_pretrained: were the weights wrong, the model would be wrapped and nobody could unwrap it.
+                self._peft = PeftModel(self._model, PeftConfig.from_pretrained(path), adapter_name=name)
+            found = self._peft.load_adapter(
+                path,
+                adapter_name=name,
+                is_trainable=False,
+                torch_device=str(self._model.device),
+                low_cpu_mem_usage=False,
+            )
+            lacking = [key for key in found.missing_keys if f".{name}." in key]
+            if odd := [*found.unexpected_keys, *lacking]:
+                raise ValueError(f"weights that are not of this model, or are missing: {', '.join(odd[:3])}")
+        except Exception as error:
+            self._forget(name)
+            raise JobError(
+                "adapters", f"{name}: {path} does not fit this model: {error}", "check which model it was trained on"
+            ) from error
+        self._peft.eval().requires_grad_(False)
+        self._mixable[name] = _mixable(config)
+        self._active = None
+
+    def _checked(self, name: str, path: str) -> dict[str, Any]:
+        """The adapter's configuration, once it may be loaded."""
+        remedy = "give the folder that PEFT's save_pretrained wrote"
+        if name in self._mixable or name == _BASE:
+            raise JobError("adapters", f"{name} is taken", "unload it first, or choose another name")
+        if not name or "." in name or "/" in name:
+            raise JobError("adapters", f"{name!r} cannot be a module's name in torch", "use no dots and slashes")
+        if self._options.max_loras == 0:
+            raise JobError("max_loras", "0: no adapters can be loaded", "start with --max_loras 1 or more")
+        folder = Path(path)
+        for file in ("adapter_config.json", _WEIGHTS):
+            if not (folder / file).is_file():
+                raise JobError("adapters", f"{name}: {path} has no {file}", remedy)
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise JobError("adapters", f"{name}: its adapter_config.json cannot be read: {error}", remedy) from error
+        method = config.get("peft_type")
+        if not isinstance(method, str) or method in _PROMPT_METHODS:
+            raise JobError("adapters", f"{name}: {method} is not served by the hf engine", "use LoRA or another method")
+        if config.get("bias", "none") != "none" or config.get("layer_replication"):
+            # PEFT would write these over the base model's own: every other row's answer would change.
+            raise JobError("adapters", f"{name} changes the base model's biases or layers", "merge it: --merge_lora")
+        rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+        if rank > self._options.max_lora_rank:
+            raise JobError(
+                "max_lora_rank", f"{name} has rank {rank}, more than {self._options.max_lora_rank}", f"give {rank}"
+            )
+        return config
+
+    def retire(self, name: str) -> None:
+        """No new request may name it. KeyError: there is no such adapter."""
+        if name not in self.names:
+            raise KeyError(name)
+        self._retired.add(name)
+
+    def unload(self, name: str) -> None:
+        """Take a retired adapter out of the model; no row uses it any more."""
+        self._forget(name)
+        self._mixable.pop(name)
+        self._retired.discard(name)
+
+    def _forget(self, name: str) -> None:
+        """Take an adapter out of the model; the model's own modules are back once none is left."""
+        if self._peft is None or name not in self._peft.peft_config:
+            return
+        if len(self._peft.peft_config) > 1:
+            self._peft.delete_adapter(name)
+        else:
+            self._peft.unload()
+            self._peft = None
+        self._active = None
+
+    def calls(self, rows: Sequence[str | None]) -> Iterator[tuple[Callable[..., Any], list[int]]]:
+        """Forwards that compute these rows: what to call, and which rows. An adapter is active while its turn lasts."""
+        if self._peft is None:
+            yield self._model, list(range(len(rows)))
+            return
+        together = self._batched and all(self._mixable.values())
+        mixed = [at for at, name in enumerate(rows) if self._mixable.get(name or "", together)]
+        names = [rows[at] or _BASE for at in mixed]
+        if self._batched and len(set(names)) > 1:
+            self._activate(next(name for name in names if name != _BASE))
+            yield functools.partial(self._peft, adapter_names=names), mixed
+            rest = sorted(set(range(len(rows))) - set(mixed))
+        else:
+            rest = list(range(len(rows)))
+        for name in dict.fromkeys(rows[at] for at in rest):
+            self._activate(name or "")
+            yield self._model, [at for at in rest if rows[at] == name]
+
+    def _activate(self, name: str) -> None:
+        """Set PEFT's layers to one adapter, or to none ("")."""
+        if self._active == name:
+            return
+        if name:
+            if self._active in ("", None):
+                self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(name, inference_mode=True)
+        else:
+            self._peft.base_model.disable_adapter_layers()
+        self._active = name
+
+
+def _mixable(config: dict[str, Any]) -> bool:
+    """Whether PEFT computes this adapter beside others in one batch (`LoraLayer._mixed_batch_forward`)."""
+    own = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
+    return config.get("peft_type") == "LORA" and not any(config.get(key) for key in own)
