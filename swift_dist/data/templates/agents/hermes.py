@@ -11,7 +11,7 @@ from typing import Any
 
 from swift_dist.data.templates.agents._turns import Message, as_json, functions, paragraphs, with_system
 
-_PROMPT = """# Tools
+PROMPT = """# Tools
 
 You may call one or more functions to assist with the user query.
 
@@ -44,7 +44,7 @@ def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list
     if not tools:
         return written
     wrapped = [json.dumps({"type": "function", "function": tool}, ensure_ascii=False) for tool in functions(tools)]
-    prompt = _PROMPT.format(tools="\n".join(wrapped))
+    prompt = PROMPT.format(tools="\n".join(wrapped))
     return with_system(written, lambda system: paragraphs(system, prompt))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from swift_dist.data.templates.agents._turns import Message, as_json, functions, in_one_turn, paragraphs, with_system
 
-_PROMPT = """# Tools
+PROMPT = """# Tools
 
 ## You have access to the following tools:
 
@@ -27,7 +27,7 @@ multiple times according to your needs:
 
 def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
     described = functions(tools)
-    prompt = _PROMPT.format(
+    prompt = PROMPT.format(
         tools="\n\n".join(_describe(tool) for tool in described), names=",".join(tool["name"] for tool in described)
     )
     turns = in_one_turn(messages, _write_calls, _write_results, before_reply=" ")

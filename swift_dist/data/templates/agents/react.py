@@ -12,7 +12,7 @@ from typing import Any
 
 from swift_dist.data.templates.agents._turns import Message, as_json, functions, in_one_turn, paragraphs, with_system
 
-_PROMPT = """Answer the following questions as best you can. You have access to the following tools:
+PROMPT = """Answer the following questions as best you can. You have access to the following tools:
 
 {tools}
 
@@ -32,7 +32,7 @@ Begin!"""
 
 def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
     described = functions(tools)
-    prompt = _PROMPT.format(
+    prompt = PROMPT.format(
         tools="\n\n".join(as_json(tool) for tool in described), names=",".join(tool["name"] for tool in described)
     )
     turns = in_one_turn(messages, write_calls, write_results)

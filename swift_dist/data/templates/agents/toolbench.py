@@ -8,7 +8,7 @@ from typing import Any
 from swift_dist.data.templates.agents._turns import Message, as_json, functions, in_one_turn, paragraphs, with_system
 from swift_dist.data.templates.agents.react import write_calls, write_results
 
-_PROMPT = """You can use many tools(functions) to do the following task.
+PROMPT = """You can use many tools(functions) to do the following task.
 First I will give you the task description, and your task start.
 At each step, you need to give your thought to analyze the status now and what to do next, with a function call to \
 actually execute your step. Your output should follow this format:
@@ -35,6 +35,6 @@ Specifically, you have access to the following APIs: """
 
 
 def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
-    prompt = _PROMPT + as_json(functions(tools))
+    prompt = PROMPT + as_json(functions(tools))
     turns = in_one_turn(messages, write_calls, write_results)
     return with_system(turns, lambda system: paragraphs(system, prompt)) if tools else turns

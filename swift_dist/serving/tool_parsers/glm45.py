@@ -1,0 +1,24 @@
+"""GLM 4.5 to 4.7: ``<tool_call>name`` and pairs of <arg_key> and <arg_value>."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, parameter, typed
+
+_PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+
+
+def read(text: str, schemas: Schemas) -> list[Call] | None:
+    name, sign, rest = text.partition("<arg_key>")
+    name, rest = name.strip(), sign + rest
+    if not name or "<" in name or _PAIR.sub("", rest).strip():
+        return None
+    pairs = [(key.strip(), value) for key, value in _PAIR.findall(rest)]
+    arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in pairs}
+    return [Call(name, json.dumps(arguments, ensure_ascii=False))]
+
+
+def PARSER(schemas: Schemas) -> ToolParser:
+    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas)

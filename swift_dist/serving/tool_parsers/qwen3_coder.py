@@ -1,0 +1,24 @@
+"""Qwen3-Coder and Qwen 3.5: a call in tags, ``<function=name><parameter=key>value</parameter></function>``."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, parameter, typed
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+
+
+def read(text: str, schemas: Schemas) -> list[Call] | None:
+    found = _FUNCTION.fullmatch(text)
+    if found is None:
+        return None
+    name = found[1].strip()
+    arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in _PARAMETER.findall(found[2])}
+    return [Call(name, json.dumps(arguments, ensure_ascii=False))]
+
+
+def PARSER(schemas: Schemas) -> ToolParser:
+    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas)
