@@ -167,6 +167,15 @@ VERBS: tuple[Verb, ...] = (
         "render_stop",
     ),
     Verb(
+        "deploy",
+        "serve models as an OpenAI API; update, watch and stop what is served",
+        "swift_dist.serving.deploy",
+        "DeployOptions",
+        "deploy",
+        (),
+        "render",
+    ),
+    Verb(
         "doctor",
         "look over this machine or a cluster before a job does",
         "swift_dist.doctor.verb",

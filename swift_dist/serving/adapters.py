@@ -1,0 +1,200 @@
+"""Adapters on every replica of a model: loaded and unloaded while it answers, and again on replicas that start later.
+
+The engines' own endpoints do it, so adapters are ordinary local folders. What an engine really has is asked of it once
+(``/v1/models``) and remembered, so a controller that was restarted knows it, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_dist.config.section import updated
+from swift_dist.errors import JobError
+from swift_dist.serving.desired import ModelState, Refused
+
+if TYPE_CHECKING:
+    from swift_dist.serving.controller import Controller, Seen
+
+_LOAD_SECONDS = 120.0
+_AGAIN_SECONDS = 5.0  # after an engine refused
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
+
+
+class AdapterRefused(Refused):
+    """An adapter cannot be loaded or unloaded; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+def require_name(name: str, taken: Iterable[str]) -> None:
+    """Raises AdapterRefused where an adapter cannot be called that."""
+    if not NAME.fullmatch(name):
+        raise AdapterRefused(f"{name!r} is no name of an adapter: letters, digits and . _ : @ + - (128 at most)")
+    if name in taken:
+        raise AdapterRefused(f"{name!r} is loaded already, or a model's name: unload it first", 409)
+
+
+def require_folder(path: str, roots: Iterable[str]) -> str:
+    """The real path of an adapter's folder.
+
+    Args:
+        roots: folders below which adapters may lie; links are followed before the comparison.
+
+    Raises:
+        AdapterRefused: it lies elsewhere (403), or holds no adapter.
+    """
+    real = Path(path).resolve()
+    if not any(real == (root := Path(r).resolve()) or root in real.parents for r in roots):
+        raise AdapterRefused("the folder is not below one that --adapter_root names", 403)
+    if not (real / "adapter_config.json").is_file():
+        raise AdapterRefused(f"{path} holds no adapter_config.json, so it is no adapter")
+    return str(real)
+
+
+class Adapters:
+    """The part of the controller that brings adapters to replicas."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._changing = asyncio.Lock()
+        self._syncing: dict[str, asyncio.Task[None]] = {}
+        self._refusals: dict[str, str] = {}
+
+    async def load(self, name: str, path: str, model_name: str | None) -> None:
+        """On every replica of a model, or on none.
+
+        Raises:
+            AdapterRefused: the name or folder is not allowed, or an engine refuses.
+        """
+        async with self._changing:
+            controller = self._controller
+            model = _checked(controller.model, model_name)
+            require_name(name, [n for m in controller.models.values() for n in (m.name, *m.adapters)])
+            folder = await asyncio.to_thread(require_folder, path, controller.spec.adapter_roots)
+            replicas = [seen for seen in self._replicas(model) if seen.adapters is not None]
+            if not replicas:
+                raise AdapterRefused(f"{model.name} has no replica that is ready", 503)
+            results = await asyncio.gather(*(self._put(s, name, folder) for s in replicas), return_exceptions=True)
+            refused = next((r for r in results if isinstance(r, BaseException)), None)
+            if refused is not None:
+                loaded = [s for s in replicas if s.adapters and name in s.adapters]
+                await asyncio.gather(*(self._take(s, name) for s in loaded), return_exceptions=True)
+                raise _as_refusal(refused)
+            now = controller.models[model.name]  # which a turn of the loop may have changed
+            await controller.change(updated(now, adapters={**now.adapters, name: folder}))
+            await controller.publish()
+            controller.tell(f"adapter {name} is loaded on {len(replicas)} replicas of {model.name}")
+
+    async def unload(self, name: str) -> None:
+        """From every replica: requests get 404 from when this returns.
+
+        Raises:
+            AdapterRefused: there is no such adapter (404).
+        """
+        async with self._changing:
+            controller = self._controller
+            model = next((m for m in controller.models.values() if name in m.adapters), None)
+            if model is None:
+                raise AdapterRefused(f"no adapter is called {name!r}", 404)
+            await controller.change(updated(model, adapters={n: p for n, p in model.adapters.items() if n != name}))
+            await controller.publish()
+            await asyncio.gather(*(self._take(s, name) for s in self._replicas(model)), return_exceptions=True)
+            controller.tell(f"adapter {name} is unloaded")
+
+    def refusal(self, version: str) -> str | None:
+        """Why a version's engine does not take an adapter of its model."""
+        return self._refusals.get(version)
+
+    def reconcile(self) -> None:
+        """Begin to bring each replica what it lacks; it is ready when it has everything."""
+        for model in self._controller.models.values():
+            for seen in self._replicas(model):
+                has = seen.adapters
+                seen.is_ready = has is not None and set(model.adapters) <= set(has)
+                task = self._syncing.get(seen.report.id)
+                if (has is None or set(has) != set(model.adapters)) and (task is None or task.done()):
+                    self._syncing[seen.report.id] = asyncio.create_task(self._sync(seen, model.name))
+        for gone in set(self._syncing) - set(self._controller.seen):
+            self._syncing.pop(gone).cancel()
+
+    def _replicas(self, model: ModelState) -> list[Seen]:
+        versions = {version.id for version in model.versions}
+        return [s for s in self._controller.seen.values() if s.report.version in versions and not s.is_draining]
+
+    async def _sync(self, seen: Seen, model_name: str) -> None:
+        try:
+            if seen.adapters is None:
+                names = await self._ask_names(seen)
+                seen.adapters = {n: seen.report.adapters.get(n, "") for n in names if n != model_name}
+            async with self._changing:  # what a change that is under way loads or unloads is its own
+                wanted = dict(self._controller.models[model_name].adapters)
+            for name in set(seen.adapters) - set(wanted):
+                await self._take(seen, name)
+            for name in set(wanted) - set(seen.adapters):
+                await self._put(seen, name, wanted[name])
+            self._refusals.pop(seen.report.version, None)
+            self._controller.wake()
+        except Exception as error:
+            message = str(_as_refusal(error))
+            self._refusals[seen.report.version] = message
+            self._controller.tell(f"{seen.report.version}: a replica does not get its adapters: {message}")
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _put(self, seen: Seen, name: str, path: str) -> None:
+        async with seen.lock:
+            if seen.adapters is not None and name not in seen.adapters:
+                await self._post(seen, name, path)
+                seen.adapters[name] = path
+
+    async def _take(self, seen: Seen, name: str) -> None:
+        async with seen.lock:
+            if seen.adapters is not None and name in seen.adapters:
+                await self._post(seen, name, None)
+                del seen.adapters[name]
+
+    async def _post(self, seen: Seen, name: str, path: str | None) -> None:
+        import httpx
+
+        where, body = self._controller.engine.adapter_request(name, path)
+        async with httpx.AsyncClient(timeout=_LOAD_SECONDS, trust_env=False) as client:
+            answer = await client.post(seen.url + where, json=body)
+        if answer.status_code != 200:
+            raise AdapterRefused(said(answer), answer.status_code if 400 <= answer.status_code < 500 else 502)
+
+    async def _ask_names(self, seen: Seen) -> list[str]:
+        import httpx
+
+        async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
+            answer = await client.get(seen.url + "/v1/models")
+        return [model["id"] for model in answer.json()["data"]]
+
+
+def said(answer: Any) -> str:
+    """The message of an engine's error."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return answer.text[:500]
+    error = body.get("error", body) if isinstance(body, Mapping) else body
+    return str(error.get("message", error) if isinstance(error, Mapping) else error)
+
+
+def _checked(find: Any, name: str | None) -> ModelState:
+    try:
+        return find(name)
+    except Refused as refused:
+        raise AdapterRefused(str(refused), 404 if name else 400) from None
+
+
+def _as_refusal(error: BaseException) -> AdapterRefused:
+    if isinstance(error, AdapterRefused):
+        return error
+    if isinstance(error, JobError):
+        return AdapterRefused(error.message)
+    return AdapterRefused(f"an engine did not answer: {type(error).__name__}: {error}", 502)

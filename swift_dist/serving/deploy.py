@@ -1,0 +1,128 @@
+"""`swift-dist deploy`: an OpenAI API for models, and the same word for what is changed while it runs.
+
+With `--model` a deployment starts, in the foreground. With one of `--update`, `--promote`, `--rollback`, `--status`,
+`--stop`, `--load_adapter` and `--unload_adapter` a running one is asked, which is found by `--output`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from swift_dist.errors import JobError
+from swift_dist.serving.front.options import FrontOptions
+from swift_dist.serving.options import EngineOptions
+from swift_dist.serving.scaling import ScaleOptions
+from swift_dist.serving.source import SourceOptions
+
+_NOT = "start without it, with --model"
+
+
+class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
+    models: tuple[str, ...] = Field((), description="more models behind the same address: name=MODEL, several")
+    served_model_name: str | None = Field(
+        None, description="what requests call --model (default: its folder's name); of several, the one to change"
+    )
+    replicas: int = Field(1, ge=1, description="replicas of each model")
+    cpus_per_replica: float | None = Field(
+        None, gt=0, description="logical CPUs that a replica asks of Ray (default: its share of this machine, or 1)"
+    )
+    adapter_root: tuple[str, ...] = Field(
+        (), description="folders below which adapters may be loaded while it runs (also: those that --adapters names)"
+    )
+    address: str | None = Field(None, description="Ray cluster to run on (default: RAY_ADDRESS, else one of its own)")
+    output: str | None = Field(None, description="folder of the deployment (default: runs/deploy-<time>; the newest)")
+    follow: str | None = Field(
+        None, description="folder of a training run, each of whose new checkpoints replaces the model"
+    )
+    dry_run: bool = Field(False, description="print what would be started; start nothing")
+    update: str | None = Field(None, description="replace a running deployment's model by this one, request by request")
+    canary: float | None = Field(None, gt=0, lt=1, description="with update: the new version's share of the requests")
+    promote: bool = Field(False, description="give the canary all requests")
+    rollback: bool = Field(False, description="go back: without the canary, or to the version before")
+    status: bool = Field(False, description="show what a running deployment does")
+    stop: bool = Field(False, description="end a running deployment; requests that run are answered")
+    load_adapter: str | None = Field(None, description="name=DIR: load an adapter into a running deployment")
+    unload_adapter: str | None = Field(None, description="name of an adapter that a running deployment is to forget")
+
+
+# What each change of a running deployment may be told beside itself.
+_FINDS = frozenset({"output"})
+_CHANGES: dict[str, frozenset[str]] = {
+    "update": _FINDS | {"canary", "served_model_name", "hf_config", "tokenizer", "cache", "merge_lora"},
+    "promote": _FINDS | {"served_model_name"},
+    "rollback": _FINDS | {"served_model_name"},
+    "status": _FINDS,
+    "stop": _FINDS,
+    "load_adapter": _FINDS | {"served_model_name"},
+    "unload_adapter": _FINDS,
+}
+
+
+def deploy(options: DeployOptions) -> dict[str, Any]:
+    """Start a deployment and stay until it is stopped, or change one that runs.
+
+    Raises:
+        JobError: something is wrong with the keys, the model, or this machine; nothing was started.
+        RunError: it failed later.
+    """
+    change = _change(options)
+    if change is not None:
+        from swift_dist.serving import changes
+
+        return getattr(changes, change)(options)
+    from swift_dist.serving.plan import describe, make_plan
+
+    plan = make_plan(options)
+    if options.dry_run:
+        return describe(plan)
+    from swift_dist.serving.driver import serve
+
+    return serve(plan)
+
+
+def _change(options: DeployOptions) -> str | None:
+    """The one change that is asked for; None to start a deployment."""
+    asked = [name for name in _CHANGES if getattr(options, name)]
+    given = {name for name in options.model_fields_set if getattr(options, name) not in (None, False, ())}
+    if not asked:
+        if options.canary is not None:
+            raise JobError("canary", "is the share of an --update", "swift-dist deploy --update NEW --canary 0.1")
+        return None
+    if len(asked) > 1:
+        raise JobError(asked[1], f"is another change than {asked[0]}", "ask for one after the other")
+    extra = sorted(given - _CHANGES[asked[0]] - {asked[0]})
+    if extra:
+        raise JobError(extra[0], f"has no meaning with --{asked[0]}: the deployment runs already", _NOT)
+    return asked[0]
+
+
+def render(result: dict[str, Any]) -> str:
+    """What a person reads of it."""
+    if "plan" in result:
+        return result["plan"]
+    if "replicas" in result:
+        return _render_status(result)
+    return result.get("message", "")
+
+
+def _render_status(status: dict[str, Any]) -> str:
+    lines = [f"{status['folder']}  {status['address']}  {'ready' if status['ready'] else 'not ready'}"]
+    for model in status["models"]:
+        adapters = f"  adapters: {', '.join(model['adapters'])}" if model["adapters"] else ""
+        lines.append(f"{model['name']}{adapters}")
+        for version in model["versions"]:
+            replicas = [r for r in status["replicas"] if r["version"] == version["id"]]
+            ready = sum(r["state"] == "ready" for r in replicas)
+            share = f" {version['share']:.0%} of requests" if version["role"] == "candidate" else ""
+            said = f"  ({version['message']})" if version["message"] else ""
+            lines.append(f"  {version['id']}  {version['role']}{share}  {version['source']}{said}")
+            if version["role"] in ("live", "candidate"):
+                lines.append(f"    {ready} of {version['num_replicas']} replicas ready")
+            lines += [
+                f"    {r['host']}:{r['port']}  {r['state']}  {r['running']} running, {r['waiting']} waiting, "
+                f"started in {r['start_seconds']} s"
+                for r in replicas
+            ]
+    return "\n".join(lines)
