@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,10 @@ from swift_dist.serving.options import ServedModel
 
 _POLL_SECONDS = 0.2
 _TAIL_LINES = 25
+# What bindings of C++ print at the end of any process, hiding why it ended.
+_NOISE = re.compile(
+    r"nanobind: |See https://nanobind| - (leaked|\.\.\. skipped)|.*resource_tracker|\s*warnings\.warn|\s*$"
+)
 
 
 class EngineProcess:
@@ -206,7 +211,7 @@ class EngineProcess:
 
     def _tail(self) -> str:
         with _Lines(self.log, self._log_start) as lines:
-            last = lines.new()[-_TAIL_LINES:]
+            last = [line for line in lines.new() if not _NOISE.match(line)][-_TAIL_LINES:]
         return f" Its log ({self.log}) ends with:\n  " + "\n  ".join(last) if last else f" Its log is {self.log}."
 
     def _release(self) -> None:

