@@ -3,9 +3,9 @@
 ``find("swift_dist.models", "llama", "FAMILY")`` imports ``swift_dist/models/llama.py`` and returns its ``FAMILY``.
 Outsiders need no registration: ``"their.module:ATTRIBUTE"`` is a name too. There is no central list; the listing is the
 folder. Files whose name starts with an underscore, ``base``, ``choose`` and ``process`` hold what the plug-ins of a
-folder. Files whose name starts with an underscore, ``base``, ``choose`` and ``process`` hold what the plug-ins of a
 room share and are not plug-ins. This module imports the standard library only, and nothing else that it has not been
 asked for.
+"""
 
 from __future__ import annotations
 
