@@ -19,16 +19,30 @@ from typing import Any
 import torch
 
 from swift_dist.serving.hf import model as models
+from swift_dist.serving.hf import runners
 from swift_dist.serving.hf.adapters import Adapters
 from swift_dist.serving.hf.cache import Blocks, blocks_for
 from swift_dist.serving.hf.guides import Guides
-from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Pooling, Sampling
+from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Pooling, Sampling, TextGenerator
 from swift_dist.serving.hf.sampling import RowSampler
 from swift_dist.serving.hf.scheduler import Running, Scheduler
 from swift_dist.serving.hf.text import Detokenizer, StopTexts, decoder
 from swift_dist.serving.options import ServedModel
 
 log = logging.getLogger(__name__)
+
+
+def started(served: ServedModel) -> TextGenerator:
+    """What serves a model's task: text or embeddings.
+
+    Raises:
+        JobError, RunError: the model or an adapter cannot be served so.
+    """
+    if served.options.task == "generate":
+        return Generator(served)
+    from swift_dist.serving.hf.embedding import Embedder
+
+    return Embedder(served)
 
 
 class Generator:
@@ -46,7 +60,7 @@ class Generator:
         loaded = models.load(served)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded
-        self._runner = models.runner(loaded, served.options)
+        self._runner = runners.runner(loaded, served.options)
         self.model_max_length = self._runner.length
         self._adapters = Adapters(loaded.model, served.options, batched=self._runner.batched)
         for name, path in served.adapters.items():

@@ -21,8 +21,8 @@ import torch
 
 from swift_dist.serving.hf import sampling
 from swift_dist.serving.hf.cache import Blocks
-from swift_dist.serving.hf.model import PooledRunner, SerialRunner
 from swift_dist.serving.hf.requests import Alternative, Event, Finished, Prompt, Token
+from swift_dist.serving.hf.runners import PooledRunner, SerialRunner
 from swift_dist.serving.hf.sampling import RowSampler
 from swift_dist.serving.hf.text import Detokenizer, StopTexts
 
@@ -38,7 +38,7 @@ class Running:
         prompt: how many of them are the prompt's.
         limit: tokens of the answer.
         deliver: where its events go.
-        cached, blocks, state: as `model.Row`.
+        cached, blocks, state: as `runners.Row`.
         events: of this step, not delivered yet.
     """
 
@@ -140,8 +140,9 @@ class Scheduler:
         self.waiting.extendleft(reversed(later))
 
     def _reserve(self, sequence: Running, tokens: int) -> bool:
-        pool = self._runner.pool
-        return pool is None or pool.reserve(sequence.blocks, tokens)
+        if isinstance(self._runner, PooledRunner):
+            return self._runner.pool.reserve(sequence.blocks, tokens)
+        return sequence in self.running or self._runner.room(self.running)
 
     def _with_room(self, sequences: list[Running]) -> list[Running]:
         """Those that have a slot for one more token; the youngest are put back where there are too few."""
@@ -156,7 +157,7 @@ class Scheduler:
     def _leave(self, sequence: Running) -> None:
         self.running.remove(sequence)
         sequence.state = None
-        if self._runner.pool is not None:
+        if isinstance(self._runner, PooledRunner):
             self._runner.pool.release(sequence.blocks)
 
     # what is computed

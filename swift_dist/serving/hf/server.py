@@ -66,6 +66,7 @@ def load(served: ServedModel) -> Any:
     check_parsers(options)
     generator = _generator(served)
     tokenizer = generator.tokenizer
+    tokenizer("a", verbose=False)  # what it changes of itself at its first call is not to happen in two threads at once
     prompts = ChatPrompts(tokenizer, options, served.name)
     parser_name = tool_parser_of(options, prompts.template)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -82,9 +83,9 @@ def load(served: ServedModel) -> Any:
 
 
 def _generator(served: ServedModel) -> Any:
-    from swift_dist.serving.hf.generator import Generator
+    from swift_dist.serving.hf.generator import started
 
-    return Generator(served)
+    return started(served)
 
 
 def _serve(serving: Any, host: str, port: int, grace: float) -> None:
