@@ -21,7 +21,7 @@ GENERATED = (
     *("/tokenize", "/detokenize"),
 )
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-HIDDEN = "/control"
+CONTROL = ("/health", "/metrics", "/v1/models", *ADMIN)  # and a model's own path below /v1/models/
 ADMIN_SOCKET, API_SOCKET, METRICS_SOCKET = "admin.sock", "api.sock", "metrics.sock"
 MODELS, SHARES, SERVERS = "models.map", "shares.map", "servers.map"
 API_KEYS, ADMIN_KEYS = "api_keys.sha256", "admin_keys.sha256"
@@ -32,6 +32,7 @@ _LONGEST_NAME = 512
 _THREADS = 4  # one carries some 10,000 streamed tokens a second
 _RETRIED = "conn-failure empty-response junk-response 500 502 503 504"
 _CONNECT_SECONDS = 2
+_FIN_SECONDS = 3  # without progress, once one side has closed: clients that idle do not close
 # A node that vanished is noticed in 2 + 3 seconds, however long its replica has been silent; one that computes is not.
 _KEEPALIVE = "option srvtcpka\n    srvtcpka-idle 2s\n    srvtcpka-intvl 1s\n    srvtcpka-cnt 3"
 _CHECK = "check inter 1s fastinter 500ms downinter 500ms fall 2 rise 1 observe layer4 error-limit 1 on-error mark-down"
@@ -151,8 +152,8 @@ listen public from tcp
     option clitcpka
     timeout client 7d
     timeout server 7d
-    timeout client-fin {options.timeout_client}s
-    timeout server-fin {options.timeout_client}s
+    timeout client-fin {_FIN_SECONDS}s
+    timeout server-fin {_FIN_SECONDS}s
     filter lua.complete_streams
     server api unix@{API_SOCKET} send-proxy-v2
 """
@@ -175,11 +176,12 @@ def _api(options: FrontOptions) -> str:
     http-after-response set-header x-request-id %[var(txn.id)] if {{ var(txn.id) -m found }}
     acl generated path {" ".join(GENERATED)}
     acl admin path {" ".join(ADMIN)}
-    acl hidden path -m beg {HIDDEN}
+    acl control path {" ".join(CONTROL)}
+    acl control path -m beg /v1/models/
     {_refuse(431, "The headers are too long.", "invalid_request_error", "headers_too_large")} if {{ req.hdrs,length gt {_HEADER_BYTES} }}
     http-request allow if {{ path /health }}
 {_keys(options)}
-    {_refuse(404, "There is no such path.", "invalid_request_error", "not_found")} if hidden
+    {_refuse(404, "There is no such path.", "invalid_request_error", "not_found")} if !generated !control
     {too_large} if {{ req.hdr_val(content-length) gt {limit} }}
     http-request allow if !generated
     {_refuse(405, "Use POST.", "invalid_request_error", "method_not_allowed", headers=" hdr Allow POST")} if !METH_POST

@@ -230,7 +230,7 @@ class Front:
         deadline = time.monotonic() + _START_SECONDS
         while self.alive and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                found = re.search(r"^Pid: (\d+)", runtime.ask(self.folder, "show info"), re.MULTILINE)
+                found = re.search(r"^Pid: (\d+)", runtime.ask(self.folder, "show info")[0], re.MULTILINE)
                 if found and self.alive:
                     self._pid = int(found.group(1))
                     return

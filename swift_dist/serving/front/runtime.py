@@ -35,18 +35,22 @@ def connect(folder: Path, name: str) -> socket.socket:
     return connection
 
 
-def ask(folder: Path, command: str) -> str:
-    """HAProxy's answer to one command.
+def ask(folder: Path, *commands: str) -> list[str]:
+    """HAProxy's answers to commands, which are sent at once and executed in turn.
 
     Raises:
         OSError: it does not run, or does not answer.
     """
     with connect(folder, ADMIN_SOCKET) as connection:
-        connection.sendall(command.encode() + b"\n")
-        answer = b""
-        while received := connection.recv(1 << 16):
-            answer += received
-    return answer.decode().strip()
+        # After `prompt` each answer is followed by one.
+        connection.sendall("\n".join(["prompt", *commands, "quit", ""]).encode())
+        received = b""
+        while more := connection.recv(1 << 16):
+            received += more
+    answers = received.decode().split("\n> ")
+    if len(answers) != len(commands) + 2:
+        raise ConnectionError(f"{len(answers) - 2} answers to {len(commands)} commands")
+    return [answer.strip() for answer in answers[1:-1]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Use:
 
 def use(folder: Path) -> dict[str, Use]:
     """What each slot is doing."""
-    lines = ask(folder, "show stat -1 2 -1").splitlines()
+    lines = ask(folder, "show stat -1 2 -1")[0].splitlines()
     columns = lines[0].lstrip("# ").split(",")
     name, waiting, running = (columns.index(column) for column in ("pxname", "qcur", "scur"))
     rows = [line.split(",") for line in lines[1:] if line]
@@ -80,9 +84,9 @@ class Found:
     ready: bool
 
 
-def servers(folder: Path) -> dict[str, dict[str, Found]]:
-    """The servers of each backend that has any."""
-    lines = ask(folder, "show servers state").splitlines()
+def _servers(answer: str) -> dict[str, dict[str, Found]]:
+    """The servers of each backend that has any, from ``show servers state``."""
+    lines = answer.splitlines()
     columns = lines[1].lstrip("# ").split()
     be, name, address, port, admin = (
         columns.index(c) for c in ("be_name", "srv_name", "srv_addr", "srv_port", "srv_admin_state")
@@ -91,6 +95,11 @@ def servers(folder: Path) -> dict[str, dict[str, Found]]:
     for row in (line.split() for line in lines[2:] if line):
         found.setdefault(row[be], {})[row[name]] = Found(row[address], int(row[port]), int(row[admin]) & 0x01 == 0)
     return found
+
+
+def _map(answer: str) -> dict[str, str]:
+    """A map's entries, from ``show map``."""
+    return dict(line.split(" ", 2)[1:] for line in answer.splitlines() if line)
 
 
 class Runtime:
@@ -113,24 +122,28 @@ class Runtime:
         Raises:
             RunError: HAProxy refused, or holds something else afterwards.
         """
-        found = servers(self.folder)
-        self._labels(tables.labels)
+        state, *maps = self._ask("show servers state", *(f"show map {name}" for name in (MODELS, SHARES, SERVERS)))
+        found, (models, shares, labels) = _servers(state), map(_map, maps)
+        new = [
+            *(f"add map {SERVERS} {n} {label}" for n, label in tables.labels.items() if n not in labels),
+            *(f"set map {SERVERS} {n} {label}" for n, label in tables.labels.items() if labels.get(n, label) != label),
+        ]
         for slot, wanted in tables.slots.items():
             for name, server in wanted.items():
-                self._add(f"{slot}/{name}", server, found.get(slot, {}).get(name))
-        # Numbers of routes are never used again: the old models' draws stay valid until the new models are there.
-        current = set(self._map(MODELS).values())
-        kept = {key: slot for key, slot in self._map(SHARES).items() if first_number(key) in current}
-        self._replace(SHARES, kept | tables.shares)
-        self._replace(MODELS, tables.models)
+                new += self._coming(f"{slot}/{name}", server, found.get(slot, {}).get(name))
+        *_, for_shares, for_models = self._do(*new, f"prepare map {SHARES}", f"prepare map {MODELS}")
+        # Numbers of routes are never used again: draws of the present models stay valid until the new ones are there.
+        kept = {drawn: slot for drawn, slot in shares.items() if first_number(drawn) in models.values()}
+        changes = [*_filled(SHARES, for_shares, kept | tables.shares), *_filled(MODELS, for_models, tables.models)]
         for slot, present in found.items():
             if slot in tables.slots:
-                self._retire(slot, present, tables.slots[slot])
+                changes += _going(slot, present, tables.slots[slot])
+        self._do(*changes)
         self._verify(tables)
 
     def move_control(self, host: str, port: int) -> None:
         """Have the control API at another address."""
-        self._do(f"set server control/control addr {host} port {port}", allowed=r"(?s).*(changed|no need|nothing).*")
+        self._do(f"set server control/control addr {host} port {port}")
 
     def clear(self, current: set[str]) -> list[str]:
         """Delete servers that were told to go and on which nothing runs any more.
@@ -140,69 +153,63 @@ class Runtime:
 
         Returns:
             The slots that are empty and not current.
+
+        Raises:
+            OSError: HAProxy does not answer.
         """
-        busy = use(self.folder)
-        empty = []
-        for slot, present in servers(self.folder).items():
-            if slot not in busy:
-                continue
-            idle = slot not in current and busy[slot] == Use(0, 0)
-            left = {name for name, server in present.items() if not (self._delete(slot, name, server, idle))}
-            if idle and not left:
-                empty.append(slot)
-        return empty
+        busy, found = use(self.folder), _servers(ask(self.folder, "show servers state")[0])
+        idle = {slot for slot, running in busy.items() if slot not in current and running == Use(0, 0)}
+        commands = []
+        for slot in busy:
+            for name, server in found.get(slot, {}).items():
+                if slot in idle and server.ready:
+                    commands.append(f"set server {slot}/{name} state maint")
+                if slot in idle or not server.ready:
+                    commands.append(f"del server {slot}/{name}")  # refused while a request runs there
+        if commands:
+            ask(self.folder, *commands)
+            found = _servers(ask(self.folder, "show servers state")[0])
+        return [slot for slot in idle if not found.get(slot)]
 
-    def _delete(self, slot: str, name: str, server: Found, idle: bool) -> bool:
-        if server.ready and not idle:
-            return False
-        if server.ready:
-            self._do(f"set server {slot}/{name} state maint")
-        return "deleted" in ask(self.folder, f"del server {slot}/{name}")  # refused while a request runs there
-
-    def _labels(self, labels: dict[str, str]) -> None:
-        known = self._map(SERVERS)
-        for name, label in labels.items():
-            if name not in known:
-                self._do(f"add map {SERVERS} {name} {label}")
-
-    def _add(self, path: str, server: Server, found: Found | None) -> None:
+    def _coming(self, path: str, server: Server, found: Found | None) -> list[str]:
         if found is None:
-            self._do(f"add server {path} {self.words(server)}", allowed=r"New server registered\.")
-            self._do(f"enable server {path}; enable health {path}")
-        elif not found.ready:
-            self._do(f"set server {path} state ready")
+            return [f"add server {path} {self.words(server)}", f"enable server {path}", f"enable health {path}"]
+        return [] if found.ready else [f"set server {path} state ready"]
 
-    def _retire(self, slot: str, present: Iterable[str], wanted: dict[str, Server]) -> None:
-        for name in present:
-            if name not in wanted:
-                self._do(f"set server {slot}/{name} state maint")
-        if all(server.spare for server in wanted.values()):
-            # Requests that wait in the slot are taken up when a server becomes ready, not when it is there already.
-            for name in wanted:
-                self._do(f"set server {slot}/{name} state maint; set server {slot}/{name} state ready")
-
-    def _map(self, name: str) -> dict[str, str]:
-        lines = ask(self.folder, f"show map {name}").splitlines()
-        return dict(line.split(" ", 2)[1:] for line in lines if line)
-
-    def _replace(self, name: str, entries: dict[str, str]) -> None:
-        answer = self._do(f"prepare map {name}", allowed=r"New version created: \d+")
-        version = answer.rsplit(" ", 1)[1]
-        for key, value in entries.items():
-            self._do(f"add map @{version} {name} {key} {value}")
-        self._do(f"commit map @{version} {name}")
-
-    def _do(self, command: str, allowed: str = "") -> str:
+    def _ask(self, *commands: str) -> list[str]:
         try:
-            answer = ask(self.folder, command)
+            return ask(self.folder, *commands)
         except OSError as error:
             raise RunError(f"HAProxy does not answer: {error}") from error
-        if not re.fullmatch(allowed, answer):
-            raise RunError(f"HAProxy refused `{command}`: {answer}")
-        return answer
+
+    def _do(self, *commands: str) -> list[str]:
+        answers = self._ask(*commands)
+        for command, answer in zip(commands, answers, strict=True):
+            if answer and not _DONE.match(answer):
+                raise RunError(f"HAProxy refused `{command}`: {answer}")
+        return answers
 
     def _verify(self, tables: Tables) -> None:
-        found = servers(self.folder)
+        state, models = self._ask("show servers state", f"show map {MODELS}")
+        found = _servers(state)
         ready = {slot: {n for n, s in found.get(slot, {}).items() if s.ready} for slot in tables.slots}
-        if ready != {slot: set(wanted) for slot, wanted in tables.slots.items()} or self._map(MODELS) != tables.models:
+        if ready != {slot: set(wanted) for slot, wanted in tables.slots.items()} or _map(models) != tables.models:
             raise RunError(f"HAProxy holds other tables than it was given: {ready}")
+
+
+_DONE = re.compile(r"New server registered\.|New version created: \d+|.*changed from .* to |no need to change")
+
+
+def _filled(name: str, prepared: str, entries: dict[str, str]) -> list[str]:
+    """Commands that replace a map at once, given the answer to ``prepare map``."""
+    number = prepared.rsplit(" ", 1)[1]
+    return [*(f"add map @{number} {name} {k} {v}" for k, v in entries.items()), f"commit map @{number} {name}"]
+
+
+def _going(slot: str, present: Iterable[str], wanted: dict[str, Server]) -> list[str]:
+    commands = [f"set server {slot}/{name} state maint" for name in present if name not in wanted]
+    if commands and all(server.spare for server in wanted.values()):
+        # Requests that wait in the slot are taken up when a server becomes ready, not by one that is ready already.
+        for name in wanted:
+            commands += [f"set server {slot}/{name} state {state}" for state in ("maint", "ready")]
+    return commands
