@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 from swift_dist.errors import JobError
-from swift_dist.serving.engines.base import Engine, engine_variables
+from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.families import check_parsers, template_of
 from swift_dist.serving.hf.arguments import parser
 from swift_dist.serving.options import ServedModel
@@ -45,10 +45,7 @@ class HfEngine(Engine):
         given = {**asdict(served), "options": served.options.model_dump()}
         module = "swift_dist.serving.hf.server"
         words = ["--served", json.dumps(given), "--host", host, "--port", str(port)]
-        return [sys.executable, "-m", module, *words, *served.options.engine_args]
-
-    def environment(self, served: ServedModel) -> dict[str, str]:
-        return dict(engine_variables(served))
+        return [sys.executable, "-P", "-m", module, *words, *served.options.engine_args]
 
 
 ENGINE = HfEngine()

@@ -50,7 +50,7 @@ def sampling_of(
     }
     chosen["top_k"] = max(chosen["top_k"], 0)
     sampling = Sampling(
-        max_tokens=defaults.max_new_tokens if max_tokens is None else max_tokens,
+        max_tokens=max_tokens,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(key): float(value) for key, value in (body.logit_bias or {}).items()},

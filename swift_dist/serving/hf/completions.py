@@ -29,6 +29,8 @@ from swift_dist.serving.hf.protocol import CompletionRequest, Prompt
 from swift_dist.serving.hf.requests import Finished, Sampling, Token
 from swift_dist.serving.hf.requests import Prompt as PromptTokens
 
+_DEFAULT_TOKENS = 16  # OpenAI's
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,7 +55,7 @@ async def complete(serving: Serving, request: Request, body: CompletionRequest, 
     streams: list[Any] = []
     try:
         for prompt in plan.prompts:
-            streams += serving.start(prompt, plan.samplings, adapter)
+            streams += serving.start(prompt, plan.samplings, adapter, default=_DEFAULT_TOKENS)
     except RequestError:
         end_soon(streams)
         raise

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -69,15 +69,25 @@ class Serving:
             raise model_not_found(model, self.names)
         return model
 
-    def start(self, prompt: list[int], samplings: Sequence[Sampling], adapter: str | None) -> Streams:
+    def start(
+        self, prompt: list[int], samplings: Sequence[Sampling], adapter: str | None, default: int | None = None
+    ) -> Streams:
         """Begin as many answers to a prompt as there are samplings.
+
+        Args:
+            default: tokens of an answer whose sampling names no limit, as far as the context has room for them (None:
+                what the model's generation_config.json says, or as many as there is room for).
 
         Raises:
             RequestError: the generator refuses the request; none of its answers is begun.
         """
         streams: list[AsyncIterator[Event]] = []
+        default = default or self.defaults.max_new_tokens
+        room = self.generator.model_max_length - len(prompt)
         try:
             for sampling in samplings:
+                if sampling.max_tokens is None and default is not None:
+                    sampling = replace(sampling, max_tokens=max(min(default, room), 1))
                 streams.append(self.generator.submit(prompt, sampling, adapter))
         except (ValueError, KeyError, GeneratorFailed) as error:
             end_soon(streams)

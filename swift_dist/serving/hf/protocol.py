@@ -231,7 +231,9 @@ class CompletionRequest(SamplingBody):
     """``POST /v1/completions``"""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="of the answer (default: 16, or as many as the context has room for)"
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = False
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -13,7 +13,7 @@ _PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\
 def read(text: str, schemas: Schemas) -> list[Call] | None:
     name, sign, rest = text.partition("<arg_key>")
     name, rest = name.strip(), sign + rest
-    if not name or "<" in name or _PAIR.sub("", rest).strip():
+    if not re.fullmatch(r"[^\s<]+", name) or _PAIR.sub("", rest).strip():
         return None
     pairs = [(key.strip(), value) for key, value in _PAIR.findall(rest)]
     arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in pairs}

@@ -1,0 +1,189 @@
+"""Calls of tools read from text: the families' own notations, cut anywhere, and what is not a call."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from swift_dist.plugins import find, names
+from swift_dist.serving.families import ROOM
+from swift_dist.serving.reasoning import ReasoningSplitter, tags_of
+from swift_dist.serving.tool_parsers.base import Call, Event
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"type": "array"}},
+}
+SCHEMAS = {"weather": WEATHER, "now": {"type": "object", "properties": {}}}
+ARGUMENTS = {"city": 'Köln "am" {Rhein}', "days": 3, "units": ["°C"]}
+WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
+BOTH = [("weather", ARGUMENTS), ("now", {})]
+
+# parser -> (answer, the text before its calls, its calls)
+ANSWERS = {
+    "hermes": (
+        f'Let me see.\n<tool_call>\n{{"name": "weather", "arguments": {WRITTEN}}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        "Let me see.",
+        BOTH,
+    ),
+    "mistral": (
+        f'[TOOL_CALLS][{{"name": "weather", "arguments": {WRITTEN}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        BOTH,
+    ),
+    "mistral v11": (f"So:[TOOL_CALLS]weather[CALL_ID]abc[ARGS]{WRITTEN}[TOOL_CALLS]now[ARGS]{{}}", "So:", BOTH),
+    "llama3_json": (
+        f'<|python_tag|>{{"name": "weather", "parameters": {WRITTEN}}}; {{"name": "now", "parameters": {{}}}}',
+        "",
+        BOTH,
+    ),
+    "pythonic": ('[weather(city=\'Köln "am" {Rhein}\', days=3, units=["°C"]), now()]', "", BOTH),
+    "deepseek_v3": (
+        "Ok.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        f"{WRITTEN}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{{}}\n```"
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "Ok.",
+        BOTH,
+    ),
+    "deepseek_v31": (
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{WRITTEN}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "",
+        BOTH,
+    ),
+    "qwen3_coder": (
+        "I look.\n\n<tool_call>\n<function=weather>\n<parameter=city>\n" + ARGUMENTS["city"] + "\n</parameter>\n"
+        '<parameter=days>\n3\n</parameter>\n<parameter=units>\n["°C"]\n</parameter>\n</function>\n</tool_call>\n'
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "I look.",
+        BOTH,
+    ),
+    "glm45": (
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>" + ARGUMENTS["city"] + "</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
+        '<arg_key>units</arg_key>\n<arg_value>["°C"]</arg_value>\n</tool_call><tool_call>now\n</tool_call>',
+        "",
+        BOTH,
+    ),
+    "react": (
+        f"Thought: I need both.\nAction: weather\nAction Input: {WRITTEN}\nAction: now\nAction Input: {{}}\n",
+        "Thought: I need both.",
+        BOTH,
+    ),
+    "qwen_agent": (f"✿FUNCTION✿: weather\n✿ARGS✿: {WRITTEN}\n✿FUNCTION✿: now\n✿ARGS✿: {{}}\n", "", BOTH),
+}
+
+
+def read(name: str, pieces: list[str]) -> tuple[str, list[Call]]:
+    parser = find(ROOM, name.split()[0], "PARSER")(SCHEMAS)
+    events: list[Event] = []
+    for piece in pieces:
+        events += parser.feed(piece)
+    events += parser.finish()
+    return "".join(e for e in events if isinstance(e, str)), [e for e in events if isinstance(e, Call)]
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    places = sorted(rng.sample(range(1, len(text)), min(len(text) - 1, rng.randint(1, 40)))) if len(text) > 1 else []
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+def test_every_parser_has_an_answer_here():
+    assert {name.split()[0] for name in ANSWERS} == set(names(ROOM))
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_calls_and_the_text_before_them(name):
+    answer, before, calls = ANSWERS[name]
+    text, found = read(name, [answer])
+    assert text.strip() == before
+    assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_however_it_is_cut_it_is_the_same(name):
+    answer = ANSWERS[name][0]
+    whole = read(name, [answer])
+    for seed in range(100):
+        assert read(name, cut(answer, random.Random(seed))) == whole
+    assert read(name, list(answer)) == whole
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world.",
+        "  a < b [x] {y}\n\n",
+        '{"answer": 42}',
+        '{"name": "nobody", "parameters": {}}',
+        "[1, 2]",
+        "[weather(1)]",
+        "[unknown(city='x')]",
+        "<tool_call>not json</tool_call> and more",
+        "<tool_call>\n<function=",
+        "[TOOL_CALLS][{",
+        "Action: think\nand so on",
+        "<｜tool▁calls▁begin｜>?<｜tool▁calls▁end｜>",
+        "✿FUNCTION✿: x",
+        "",
+    ],
+)
+def test_what_is_no_call_stays_text(name, text):
+    """Nothing of it is lost or held back, and no call is made of it."""
+    for pieces in ([text], list(text)):
+        shown, calls = read(name, pieces)
+        assert calls == []
+        assert shown == text
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_text_is_passed_on_as_it_comes(name):
+    parser = find(ROOM, name.split()[0], "PARSER")(SCHEMAS)
+    shown = ""
+    for piece in "The answer is a long one".split(" "):
+        shown += "".join(e for e in parser.feed(piece + " ") if isinstance(e, str))
+        assert piece[:-1] in shown
+
+
+def test_the_last_call_needs_no_closing_tag():
+    """Some models end their turn with the token of that tag, whose text is then not there."""
+    assert read("hermes", ['<tool_call>\n{"name": "now", "arguments": {}}'])[1] == [Call("now", "{}")]
+
+
+def test_a_react_call_is_passed_on_when_its_arguments_are_complete():
+    parser = find(ROOM, "react", "PARSER")(SCHEMAS)
+    assert parser.feed('Action: weather\nAction Input: {"city": {"a"') == []
+    assert parser.feed(": 1}}") == [Call("weather", '{"city": {"a": 1}}')]
+
+
+def test_pythonic_runs_nothing():
+    assert read("pythonic", ["[weather(city=__import__('os').getcwd())]"])[1] == []
+
+
+THINKING = [
+    ("", "<think>\nfirst\n\nthen</think>\n\nThe answer", "first\n\nthen", "The answer"),
+    ("<|assistant|><think>\n", "first</think>The <think> answer", "first", "The <think> answer"),
+    ("", "No thinking </think>", "", "No thinking </think>"),
+    ("<think>", "cut off </thi", "cut off </thi", ""),
+    ("<think>\n\n</think>\n\n", "The answer", "", "The answer"),
+    ("", "  <think>a</think>", "a", ""),
+    ("", "<thin", "", "<thin"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "thought", "said"), THINKING)
+def test_thinking_and_answer(prompt, answer, thought, said):
+    for pieces in ([answer], list(answer), *(cut(answer, random.Random(seed)) for seed in range(20))):
+        splitter = ReasoningSplitter(("<think>", "</think>"), prompt)
+        found = [part for piece in pieces for part in splitter.feed(piece)] + splitter.finish()
+        assert "".join(part.text for part in found if part.kind == "reasoning") == thought
+        assert "".join(part.text for part in found if part.kind == "content") == said
+
+
+def test_the_tags_are_those_of_the_template():
+    assert tags_of("{{ '[THINK]' }}{{ '[/THINK]' }}") == ("[THINK]", "[/THINK]")
+    assert tags_of("{{ messages }}") is None
