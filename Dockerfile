@@ -15,6 +15,8 @@ FROM base-${BUILD} AS image
 ARG BUILD
 # More words for pip when it installs torch, such as the index of the CPU build.
 ARG TORCH_ARGS=""
+# vLLM comes along where there is a build of it; "no" leaves it out.
+ARG VLLM=""
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -22,7 +24,6 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY . /opt/swift_dist/source
 WORKDIR /opt/swift_dist/source
-# vLLM comes with it where there is a build of it; VLLM=no leaves it out.
 RUN if [ "$BUILD" = cuda ]; then extras=gpu,trackers; else extras=trackers; fi \
     && VENV=/opt/swift_dist/venv EXTRAS=$extras PIP_NO_CACHE_DIR=1 bash .ci/install
 # Ray asks for a token where this says so; without it Ray decides by the files that it finds.
