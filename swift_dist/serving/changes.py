@@ -83,12 +83,12 @@ def update(options: DeployOptions) -> dict[str, Any]:
     control = Control(folder)
     body = {"source": options.update, "path": source.path, "share": options.canary or 1.0}
     model = control.ask("POST", "/control/update", {**body, "model": options.served_model_name})
-    return _settled(control, model, model["versions"][-1]["id"])
+    return settle_change(control, model, model["versions"][-1]["id"])
 
 
 def check_new_version(folder: DeploymentFolder, path: str) -> None:
     """Raises JobError where the deployment's engine cannot serve the model in `path`."""
-    from swift_dist.serving.replica import find_engine
+    from swift_dist.serving.engines.choose import find_engine
 
     known = folder.read()
     engine = find_engine(known["engine"])
@@ -105,7 +105,7 @@ def promote(options: DeployOptions) -> dict[str, Any]:
     """`--promote`: returns when the canary answers everything."""
     control = Control(running_folder(options.output))
     model = control.ask("POST", "/control/promote", {"model": options.served_model_name})
-    return _settled(control, model, _candidate(model))
+    return settle_change(control, model, _candidate(model))
 
 
 def rollback(options: DeployOptions) -> dict[str, Any]:
@@ -113,15 +113,15 @@ def rollback(options: DeployOptions) -> dict[str, Any]:
     control = Control(running_folder(options.output))
     model = control.ask("POST", "/control/rollback", {"model": options.served_model_name})
     live = next(version["id"] for version in model["versions"] if version["role"] == "live")
-    return _settled(control, model, _candidate(model) or live)
+    return settle_change(control, model, _candidate(model) or live)
 
 
 def _candidate(model: dict[str, Any]) -> str | None:
     return next((version["id"] for version in model["versions"] if version["role"] == "candidate"), None)
 
 
-def _settled(control: Control, model: dict[str, Any], version_id: str | None) -> dict[str, Any]:
-    """Wait until a version is live, or has its canary's share.
+def settle_change(control: Control, model: dict[str, Any], version_id: str | None) -> dict[str, Any]:
+    """Wait until a version answers: everything, or its canary's share.
 
     Raises:
         RunError: it failed; the version before goes on.
@@ -137,7 +137,7 @@ def _settled(control: Control, model: dict[str, Any], version_id: str | None) ->
         if version["role"] == "retired":
             raise RunError(f"{version_id} was rolled back", "")
         is_canary = version["role"] == "candidate" and version["share"] and version["goal"] < 1
-        if (version["role"] == "live" and not _candidate(model)) or is_canary:
+        if now["in_force"] and (is_canary or (version["role"] == "live" and not _candidate(model))):
             part = f"{version['share']:.0%} of" if is_canary else "all"
             return {"model": model["name"], "version": version_id, "message": f"{version_id} answers {part} requests"}
         time.sleep(_POLL_SECONDS)

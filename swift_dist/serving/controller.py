@@ -18,9 +18,10 @@ from swift_dist.serving import desired, scaling
 from swift_dist.serving.adapters import Adapters
 from swift_dist.serving.apps import Applications, actor_lives
 from swift_dist.serving.desired import ModelState, Refused
+from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.folder import DeploymentFolder
 from swift_dist.serving.front.state import FrontState, Replica
-from swift_dist.serving.replica import NAMESPACE, ReplicaSpec, Report, find_engine
+from swift_dist.serving.replica import NAMESPACE, ReplicaSpec, Report
 from swift_dist.serving.spec import DeploymentSpec
 
 _LOOP_SECONDS = 0.5
@@ -41,6 +42,7 @@ class Seen:
     at: float
     is_ready: bool = False  # has every adapter
     is_draining: bool = False
+    is_routed: bool = False  # the front sends it requests
     adapters: dict[str, str] | None = None  # None: not asked yet
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one adapter at a time
 
@@ -201,6 +203,7 @@ class Controller:
         await self.begin()
         if applied > self._applied:
             self._applied = applied
+            self._note_routed()
             self._notify()
         if self._generation == applied and not self.stopping and not self._events_after(event):
             with contextlib.suppress(TimeoutError):
@@ -214,13 +217,23 @@ class Controller:
             "stopping": self.stopping,
         }
 
+    def _note_routed(self) -> None:
+        if self._state is None or self._applied != self._generation:
+            return
+        routed = {r.id for route in self._state.routes for version in route.versions for r in version.replicas}
+        for replica_id, seen in self.seen.items():
+            seen.is_routed = replica_id in routed
+
     def _events_after(self, number: int) -> list[Event]:
         return [event for event in self.events if event.number > number]
 
     def is_ready(self) -> bool:
         """Whether every model has its replicas, and the front sends requests to them."""
-        settled = all(model.live and not model.candidate for model in self.models.values())
-        return settled and self._generation > 0 and self._applied == self._generation
+        return all(model.live and not model.candidate for model in self.models.values()) and self.is_in_force()
+
+    def is_in_force(self) -> bool:
+        """Whether the front routes what is there now."""
+        return self._front_state() == self._state and self._applied == self._generation
 
     def _first_failure(self) -> str | None:
         """Why a model that never was live cannot be."""
@@ -431,14 +444,17 @@ class Controller:
         """Have the front route what is there. Returns once it does."""
         if time.monotonic() - self._adopted_at < _ADOPT_SECONDS and self._adopted_at:
             return  # the front knows more than we do yet
-        ready = self.ready()
-        routes = tuple(desired.route(model, ready) for model in self.models.values())
-        state = FrontState(routes, ("127.0.0.1", self.control_port))
+        state = self._front_state()
         if state != self._state:
             self._state = state
             self._generation = max(int(time.time() * 1000), self._generation + 1)
             self._notify()
         await self._front_has(self._generation)
+
+    def _front_state(self) -> FrontState:
+        ready = self.ready()
+        routes = tuple(desired.route(model, ready) for model in self.models.values())
+        return FrontState(routes, ("127.0.0.1", self.control_port))
 
     async def _front_has(self, generation: int) -> None:
         deadline = time.monotonic() + _APPLY_SECONDS

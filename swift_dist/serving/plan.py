@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError
 from swift_dist.serving.adapters import NAME
+from swift_dist.serving.desired import version_stem
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.folder import DeploymentFolder, default_folder
 from swift_dist.serving.front.options import FrontOptions
@@ -181,9 +182,13 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
         source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
         planned.append(_planned(options.model or "", source, options.served_model_name))
     elif options.follow:
-        from swift_dist.serving.follow import first_source
+        from swift_dist.serving.follow import first_checkpoint, resolve_checkpoint
 
-        planned.append(first_source(options))
+        if options.adapters:
+            raise JobError("adapters", "belong to one model, and --follow replaces it", "leave them out")
+        checkpoint = first_checkpoint(options)
+        source = resolve_checkpoint(checkpoint, options)
+        planned.append(_planned(checkpoint, source, options.served_model_name))
     elif options.adapters or options.served_model_name or options.merge_lora:
         key = "adapters" if options.adapters else "served_model_name" if options.served_model_name else "merge_lora"
         raise JobError(key, "belongs to --model", "--model PATH for that one, --models name=PATH for others")
@@ -197,6 +202,10 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
     for name in names:
         if names.count(name) > 1:
             raise JobError("models", f"two are called {name}", "--served_model_name NAME, --models name=MODEL")
+    stems = [version_stem(model.name) for model in planned]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise JobError("models", f"two have names that files cannot tell apart: {stem}", "call one otherwise")
     return tuple(planned)
 
 

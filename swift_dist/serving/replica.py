@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.errors import RunError
-from swift_dist.serving.engines.base import Engine, Load
+from swift_dist.serving.engines.base import Load
+from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.options import EngineOptions, ServedModel
 
@@ -236,13 +237,6 @@ class EngineReplica:
 async def _awaited(reference: Any) -> Any:
     """Ray's reference as a coroutine, which asyncio.wait_for wants."""
     return await reference
-
-
-def find_engine(name: str) -> Engine:
-    """The engine of that name, which `choose` has found able to run."""
-    from swift_dist.plugins import find
-
-    return find("swift_dist.serving.engines", name, "ENGINE")
 
 
 def _keep_to_loopback() -> None:

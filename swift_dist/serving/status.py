@@ -13,6 +13,7 @@ def deployment_status(controller: Controller) -> dict[str, Any]:
     losses = controller.losses
     return {
         "ready": controller.is_ready(),
+        "in_force": controller.is_in_force(),
         "stopping": controller.stopping,
         "models": [model.model_dump() for model in controller.models.values()],
         "replicas": [_shown(seen) for seen in controller.seen.values()],
@@ -29,7 +30,7 @@ def ready_replicas(controller: Controller) -> dict[str, int]:
 
 
 def replica_states(controller: Controller, version: str) -> dict[str, int]:
-    """How many of a version's replicas are ready, starting (the engine is up, adapters are not), draining."""
+    """How many of a version's replicas are ready, starting (the front does not know them yet), draining."""
     states = {"ready": 0, "starting": 0, "draining": 0}
     for seen in controller.seen.values():
         if seen.report.version == version:
@@ -38,7 +39,7 @@ def replica_states(controller: Controller, version: str) -> dict[str, int]:
 
 
 def _state(seen: Seen) -> str:
-    return "draining" if seen.is_draining else "ready" if seen.is_ready else "starting"
+    return "draining" if seen.is_draining else "ready" if seen.is_routed else "starting"
 
 
 def _shown(seen: Seen) -> dict[str, Any]:

@@ -49,9 +49,12 @@ def save_toy_model(folder: Path, says: str, **more: Any) -> Path:
 
 
 def save_toy_adapter(folder: Path) -> Path:
+    import numpy as np
+    from safetensors.numpy import save_file
+
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -1,0 +1,109 @@
+"""`--follow`: each new checkpoint of a training run replaces the model that is served.
+
+A run's ``checkpoints/latest`` names a checkpoint that is whole. One that cannot be converted or served is skipped with
+a message; nothing is evaluated. Checkpoints that appear while one is being deployed are passed over for the newest.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_dist.errors import JobError, RunError
+from swift_dist.serving.changes import Control, check_new_version, settle_change
+from swift_dist.serving.folder import DeploymentFolder
+from swift_dist.serving.source import Source, resolve_model
+
+if TYPE_CHECKING:
+    from swift_dist.serving.deploy import DeployOptions
+    from swift_dist.serving.plan import Plan
+
+_POLL_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None before the first."""
+    try:
+        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = run / "checkpoints" / name
+    return folder if name and folder.is_dir() else None
+
+
+def first_checkpoint(options: DeployOptions) -> str:
+    """What a deployment that follows a run begins with.
+
+    Raises:
+        JobError: there is no such run, or no checkpoint yet.
+    """
+    run = Path(options.follow or "")
+    if not run.is_dir():
+        raise JobError("follow", f"there is no folder {run}", "name the --output of a training run")
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise JobError("follow", f"{run} has no checkpoint yet", "give --model PATH to serve until the first is there")
+    return str(newest)
+
+
+def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions) -> Source:
+    """The model that a checkpoint holds, converted where it must be. An adapter is merged into its base."""
+    resolve = functools.partial(
+        resolve_model,
+        str(checkpoint),
+        hf_config=options.hf_config,
+        tokenizer=options.tokenizer,
+        cache=Path(options.cache) if options.cache else None,
+        trust_remote_code=options.trust_remote_code,
+        task=options.task,
+    )
+    source = resolve()
+    return resolve(merge_lora=True) if source.adapters else source
+
+
+class Follower:
+    """A thread that deploys new checkpoints while the block runs."""
+
+    def __init__(self, plan: Plan, folder: DeploymentFolder) -> None:
+        assert plan.options.follow
+        self._options, self._folder, self._run = plan.options, folder, Path(plan.options.follow)
+        self._model = plan.models[0]
+        self._control = Control(folder)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+
+    def _follow(self) -> None:
+        seen = Path(self._model.source)
+        while not self._stop.wait(_POLL_SECONDS):
+            newest = newest_checkpoint(self._run)
+            if newest is None or newest == seen or self._folder.read().get("state") != "ready":
+                continue
+            seen = newest
+            try:
+                self._deploy(newest)
+            except (JobError, RunError) as error:
+                log.warning("%s is skipped: %s", newest, error)
+            except Exception:  # the next one may be good
+                log.exception("%s is skipped", newest)
+
+    def _deploy(self, checkpoint: Path) -> None:
+        began = time.monotonic()
+        source = resolve_checkpoint(checkpoint, self._options)
+        check_new_version(self._folder, source.path)
+        body = {"source": str(checkpoint), "path": source.path, "model": self._model.name}
+        model = self._control.ask("POST", "/control/update", body)
+        settle_change(self._control, model, model["versions"][-1]["id"])
+        log.info("%s is deployed, %.1f s after it was seen", checkpoint, time.monotonic() - began)

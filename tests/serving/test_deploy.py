@@ -1,0 +1,213 @@
+"""A whole deployment under load: processes killed, adapters, updates, rollbacks. The engine is one that starts at once.
+
+What an engine itself does is tested elsewhere; here nothing between a client and an engine is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from deployment import Deployment, wait_until
+from load_generator import Load, chat_body
+from openai import NotFoundError, OpenAI
+from toy_engine import save_toy_adapter, save_toy_model
+
+TOY = ("--infer_backend", "toy_engine:ENGINE")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_toy_model(folder / "one", "one", seconds=0.05)
+    save_toy_model(folder / "two", "two", seconds=0.05)
+    save_toy_model(folder / "broken", "", fails="the weights are damaged")
+    save_toy_model(folder / "other", "other")
+    for name in ("poems", "songs"):
+        save_toy_adapter(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployment(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("run") / "deployment"
+    words = ["--model", str(models / "one"), "--served_model_name", "chat", "--models", f"other={models / 'other'}"]
+    with Deployment(folder, *words, *TOY, "--replicas", "2", "--adapter_root", str(models)) as running:
+        yield running.wait_ready()
+
+
+@pytest.fixture
+def client(deployment: Deployment) -> OpenAI:
+    return OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def said(client: OpenAI, model: str) -> str:
+    answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}])
+    return str(answer.choices[0].message.content)
+
+
+def load(deployment: Deployment, model: str = "chat", **more: int) -> Load:
+    return Load(deployment.url, [chat_body(model, "hello")], concurrency=16, **more)
+
+
+def test_two_models_behind_one_address(deployment, client):
+    assert said(client, "chat").startswith("one chat ")
+    assert said(client, "other").startswith("other other ")
+    assert [model.id for model in client.models.list()] == ["chat", "other"]
+    with pytest.raises(NotFoundError):
+        said(client, "third")
+    assert httpx.get(f"{deployment.url}/health").status_code == 200
+
+
+def test_both_replicas_answer(deployment, client):
+    assert len({said(client, "chat") for _ in range(20)}) == 2
+
+
+def test_a_killed_replica_and_a_killed_engine_lose_no_request(deployment):
+    version = deployment.status()["models"][0]["versions"][0]["id"]
+    with load(deployment).in_background() as running:
+        running.wait_for(20)
+        os.kill(deployment.wait_for(2, version)[0]["pids"][0], signal.SIGKILL)
+        wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
+        deployment.wait_for(2, version)
+        engine = deployment.engine_pids(deployment.replicas(version)[0])
+        os.kill(engine[0], signal.SIGKILL)
+        wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
+        deployment.wait_for(2, version)
+        running.wait_for(len(running.answers) + 20)
+    assert not running.report.failures, running.report.describe()
+    assert len(deployment.status()["restart_seconds"][version]) == 2
+
+
+def test_an_adapter_comes_and_goes_under_load_and_outlives_a_replica(deployment, models, client):
+    version = deployment.status()["models"][0]["versions"][0]["id"]
+    with load(deployment).in_background() as base:
+        done = deployment.change("--load_adapter", f"poems={models / 'poems'}", "--served_model_name", "chat")
+        assert done.returncode == 0, done.stderr
+        assert said(client, "poems").startswith("one poems")
+        with load(deployment, "poems").in_background() as running:
+            os.kill(deployment.wait_for(2, version)[0]["pids"][0], signal.SIGKILL)
+            wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
+            assert [r["adapters"] for r in deployment.wait_for(2, version)] == [["poems"], ["poems"]]
+            running.wait_for(len(running.answers) + 20)
+        assert not running.report.failures, running.report.describe()
+        assert "poems" in [model.id for model in client.models.list()]
+        assert deployment.change("--unload_adapter", "poems").returncode == 0
+        with pytest.raises(NotFoundError):
+            said(client, "poems")
+    assert not base.report.failures, base.report.describe()
+    assert [r["adapters"] for r in deployment.replicas(version)] == [[], []]
+
+
+def test_an_adapter_that_one_replica_refuses_is_on_none(deployment, models):
+    version = deployment.status()["models"][0]["versions"][0]["id"]
+    replicas = deployment.wait_for(2, version)
+    (models / "songs" / "refuse").write_text(str(replicas[1]["port"]))
+    done = deployment.change("--load_adapter", f"songs={models / 'songs'}", "--served_model_name", "chat")
+    assert done.returncode == 1
+    assert "rank too large" in done.stderr
+    for replica in replicas:
+        names = [m["id"] for m in httpx.get(f"http://127.0.0.1:{replica['port']}/v1/models").json()["data"]]
+        assert names == ["chat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "status"),
+    [
+        ("../poems", "poems", 400),
+        ("chat", "poems", 409),
+        ("poems", "../../../../etc", 403),
+        ("poems", "/etc", 403),
+        ("poems", "nothing", 400),
+    ],
+)
+def test_adapters_that_are_not_allowed(deployment, models, name, path, status):
+    body = {"lora_name": name, "lora_path": str(models / path), "model": "chat"}
+    control = deployment.folder.read()["control"]
+    headers = {"Authorization": f"Bearer {deployment.folder.token()}"}
+    answer = httpx.post(f"{control}/v1/load_lora_adapter", json=body, headers=headers)
+    assert (answer.status_code, list(answer.json())) == (status, ["error"])
+
+
+def test_changes_need_the_token(deployment):
+    control = deployment.folder.read()["control"]
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert httpx.get(f"{control}/control/status", headers=headers).status_code == 401
+        assert httpx.post(f"{control}/control/stop", headers=headers).status_code == 401
+    assert deployment.folder.token_path.stat().st_mode & 0o777 == 0o600
+    assert httpx.get(f"{deployment.url}/control/status").status_code == 404, "not through the front"
+
+
+def test_update_canary_promotion_and_rollback_fail_no_request(deployment, models, client):
+    with load(deployment).in_background() as running:
+        done = deployment.change("--update", str(models / "two"), "--canary", "0.5", "--served_model_name", "chat")
+        assert done.returncode == 0, done.stderr
+        running.wait_for(len(running.answers) + 200)
+        both = {answer.split()[0] for answer in (said(client, "chat") for _ in range(30))}
+        assert both == {"one", "two"}
+        assert deployment.change("--promote", "--served_model_name", "chat").returncode == 0
+        assert {said(client, "chat").split()[0] for _ in range(10)} == {"two"}
+        done = deployment.change("--rollback", "--served_model_name", "chat")
+        assert done.returncode == 0, done.stderr
+        assert {said(client, "chat").split()[0] for _ in range(10)} == {"one"}
+        old = deployment.status()["models"][0]["previous"]
+        wait_until(lambda: not [r for r in deployment.status()["replicas"] if r["version"] == old], 30, "old ones end")
+    assert not running.report.failures, running.report.describe()
+
+
+def test_a_new_version_that_does_not_start_leaves_the_old_one(deployment, models, client):
+    with load(deployment).in_background() as running:
+        done = deployment.change("--update", str(models / "broken"), "--served_model_name", "chat")
+        assert done.returncode == 1
+        assert "the weights are damaged" in done.stderr
+    assert not running.report.failures, running.report.describe()
+    assert said(client, "chat").startswith("one")
+
+
+def test_a_killed_controller_goes_on_where_it_was(deployment, client):
+    before = deployment.status()
+    with load(deployment).in_background() as running:
+        lines = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Controller" in p.read_bytes()]
+        ours = [p for p in lines if f"={deployment.mark}".encode() in (p.parent / "environ").read_bytes()]
+        os.kill(int(ours[0].parent.name), signal.SIGKILL)
+        wait_until(
+            lambda: "the controller was restarted" in deployment.stderr and client.models.list(), 60, "it is back"
+        )
+        running.wait_for(len(running.answers) + 100)
+    assert not running.report.failures, running.report.describe()
+    deployment.wait_for(2, before["replicas"][0]["version"])
+    assert {r["id"] for r in deployment.status()["replicas"]} == {r["id"] for r in before["replicas"]}
+
+
+def test_metrics(deployment, client):
+    said(client, "chat")
+    control = deployment.folder.read()["control"]
+    text = httpx.get(f"{control}/metrics").text
+    version = deployment.status()["models"][0]["versions"][0]["id"]
+    assert f'swift_dist:replicas{{model="chat",state="ready",version="{version}"}} 2.0' in text
+    samples = [line for line in text.splitlines() if line.startswith("swift_dist:num_requests_running{")]
+    assert len(samples) == 4 and all("replica=" in line for line in samples)
+
+
+def test_status_reads_well(deployment):
+    done = deployment.change("--status")
+    assert done.returncode == 0
+    assert "2 of 2 replicas ready" in done.stdout and "chat-v1  live" in done.stdout
+
+
+def test_it_ends_in_order_under_load(models, tmp_path):
+    """The last test of what was started for all: running requests are answered, then nothing is left."""
+    words = ["--model", str(models / "one"), *TOY, "--replicas", "1"]
+    with Deployment(tmp_path / "deployment", *words) as running:
+        running.wait_ready()
+        slow = Load(running.url, [chat_body("one", "hello")], concurrency=4, requests=4)
+        with slow.in_background() as requests:
+            wait_until(lambda: running.replicas()[0]["running"] > 0 or requests.answers, 10, "requests run")
+            running.stop()
+        assert not requests.report.failures, requests.report.describe()
+        assert running.process.returncode == 0, running.stderr
+        assert running.folder.read()["state"] == "stopped"

@@ -1,0 +1,102 @@
+"""What `swift-dist deploy` refuses before anything is started: exit code 2, one message, no folder."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from toy_engine import save_toy_adapter, save_toy_model
+
+from swift_dist.cli import main
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return save_toy_model(tmp_path / "model", "hello")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    toy = [] if "--infer_backend" in words else ["--infer_backend", "toy_engine:ENGINE"]
+    port = [] if "--port" in words else ["--port", str(free_port())]
+    assert main(["deploy", *words, *toy, *port]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "model: is not given"),
+        (("--model", "nothing/here"), "nothing/here"),
+        (("--model", "model", "--adapters", "a=nowhere"), "nowhere"),
+        (("--model", "model", "--adapters", "model=adapter"), "model"),
+        (("--model", "model", "--infer_backend", "vlm"), "did you mean vllm"),
+        (("--model", "model", "--replicas", "0"), "replicas"),
+        (("--model", "model", "--replicas", "100000"), "this machine has"),
+        (("--model", "model", "--autoscale", "3:1"), "min:max"),
+        (("--model", "model", "--autoscale", "1:3", "--replicas", "2"), "set by load"),
+        (("--model", "model", "--downscale_delay", "3"), "no meaning without autoscaling"),
+        (("--model", "model", "--models", "other"), "has no name"),
+        (("--model", "model", "--models", "model=model"), "two are called model"),
+        (("--model", "model", "--models", "a:b=model", "a/b=model"), "cannot tell apart"),
+        (("--models", "a=model", "--served_model_name", "b"), "belongs to --model"),
+        (("--model", "model", "--adapter_root", "nowhere"), "there is no folder nowhere"),
+        (("--model", "model", "--api_keys", "nowhere"), "api_keys"),
+        (("--model", "model", "--canary", "0.1"), "--update"),
+        (("--follow", "nowhere"), "there is no folder nowhere"),
+        (("--follow", "model"), "has no checkpoint yet"),
+        (("--model", "model", "--address", "127.0.0.1:1"), "no Ray cluster answers"),
+    ],
+)
+def test_refused(model, capsys, words, says):
+    save_toy_adapter(Path("adapter"))
+    assert says in refused(capsys, *words)
+
+
+def test_a_port_that_is_taken(model, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "port: cannot listen" in refused(capsys, "--model", "model", "--port", str(taken.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--status"], "no deployment runs below"),
+        (["--stop", "--output", "nowhere"], "no deployment runs in nowhere"),
+        (["--update", "model", "--replicas", "3"], "replicas: has no meaning with --update"),
+        (["--promote", "--rollback"], "rollback: is another change"),
+        (["--load_adapter", "poems"], "is not name=DIR"),
+        (["--load_adapter", "../poems=adapter"], "is not name=DIR"),
+        (["--status", "--canary", "0.1"], "canary: has no meaning"),
+    ],
+)
+def test_changes_of_nothing(model, capsys, words, says):
+    assert main(["deploy", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_plan_says_what_would_be_started_and_starts_nothing(model, capsys):
+    save_toy_adapter(Path("adapter"))
+    words = ["--model", "model", "--adapters", "poems=adapter", "--served_model_name", "chat", "--autoscale", "1:3"]
+    toy = ["--infer_backend", "toy_engine:ENGINE", "--port", str(free_port())]
+    assert main(["deploy", *words, *toy, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["replicas"] == {"least": 1, "most": 3}
+    assert list(plan["models"]["chat"]["adapters"]) == ["poems"]
+    assert "toy_engine.py chat" in plan["models"]["chat"]["command"]
+    assert toy[-1] in plan["haproxy_cfg"]
+    assert not Path("runs").exists()
