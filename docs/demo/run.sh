@@ -73,6 +73,8 @@ model       $folder/model        AutoModelForCausalLM.from_pretrained("$folder/m
 What to type next:
   $bin/swift-dist runs show $folder/run
   $bin/swift-dist pretrain $folder/run/job.yaml --train.steps 1000     # goes on where it ended
+  $bin/swift-dist infer --model $folder/model --prompt "import " --complete
+  $bin/swift-dist deploy --model $folder/model                         # an OpenAI API for it
   $bin/swift-dist recipes list                                         # jobs for real models on real clusters
   $bin/swift-dist pretrain --help                                      # every key of a job
 TXT
