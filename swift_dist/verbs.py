@@ -59,6 +59,15 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb("rlhf", "fine-tune a model on preferences (DPO, KTO, ...)", "swift_dist.config", "JobConfig", ""),
     Verb(
+        "infer",
+        "answer a dataset's rows, one prompt, or a conversation in the terminal",
+        "swift_dist.serving.infer",
+        "InferOptions",
+        "run",
+        (),
+        "render",
+    ),
+    Verb(
         "merge",
         "an adapter of any kind and its base -> one Hugging Face model",
         "swift_dist.tuners._merge_verb",

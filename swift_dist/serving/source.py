@@ -189,38 +189,30 @@ def _with_adapters(
     if merge_lora and len(found) != 1:
         problem = "there is no adapter to merge" if not found else f"{', '.join(found)}: only one can be merged"
         raise JobError("merge_lora", problem, "leave it out" if not found else "name one adapter")
-    only = next(iter(found.values())) if len(found) == 1 else None
-    reason = not_plain_lora(only.folder) if only else None
+    only_name, only = next(iter(found.items())) if len(found) == 1 else ("", None)
+    reason = not_plain_lora(only_name, only.folder) if only else None
     if only is not None and (merge_lora or (model_is_adapter and reason)):
         if reason and not merge_lora:
-            log.info(
-                "%s %s: it is merged into its model, since not every engine loads such adapters", only.said, reason
-            )
+            log.info("%s: it is merged into its model", reason)
         folder = _merged(source, only, rules)
         return replace(source, base_name=source.name, path=str(folder), description=f"{source.description}, merged")
     return replace(source, adapters={name: str(adapter.folder.absolute()) for name, adapter in found.items()})
 
 
-def not_plain_lora(folder: Path) -> str | None:
-    """Why an adapter is more than pairs A, B beside matrices, which is all that vLLM and LMDeploy load; None: it isn't.
+def not_plain_lora(name: str, folder: Path) -> str | None:
+    """Why vLLM and LMDeploy cannot load an adapter, whatever its rank; None: they can.
 
     Raises:
         JobError: its adapter_config.json cannot be read.
     """
-    config = _read_object(folder / ADAPTER_CONFIG, "adapters")
-    kind = str(config.get("peft_type"))
-    if kind != "LORA":
-        return f"is of type {kind}"
-    reasons = {
-        "uses DoRA": config.get("use_dora"),
-        f"also trains biases ({config.get('bias')})": config.get("bias") not in (None, "none"),
-        f"replaces whole modules ({', '.join(config.get('modules_to_save') or ())})": config.get("modules_to_save"),
-        "learns single tokens": config.get("trainable_token_indices"),
-        "changes tensors that are no module's": config.get("target_parameters"),
-        "adds biases": config.get("lora_bias"),
-        "has ranks of its own for some modules": config.get("rank_pattern") or config.get("alpha_pattern"),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    from swift_dist.serving.engines._adapters import check_lora, read_adapter
+
+    read_adapter(name, str(folder))
+    try:
+        check_lora("not every engine", name, str(folder), None)
+    except JobError as error:
+        return error.message
+    return None
 
 
 def _merged(source: Source, adapter: _Found, rules: _Rules) -> Path:

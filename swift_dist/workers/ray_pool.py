@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,27 @@ def _no_cluster(reason: str) -> JobError:
     return JobError("ray_address", f"no Ray cluster answers: {reason}", remedy)
 
 
+def connect(address: str | None) -> Callable[[], None]:
+    """Connect this process to a running cluster, unless it is; returns what ends the connection again if it was made.
+
+    Args:
+        address: of the cluster, or None: RAY_ADDRESS, else the one that runs on this machine.
+
+    Raises:
+        JobError: no cluster there.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return lambda: None
+    _require_listener(address or os.environ.get("RAY_ADDRESS"))
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _no_cluster(str(error).strip().splitlines()[0]) from None
+    return ray.shutdown
+
+
 class RayPool:
     """A connection to a running cluster, and actors spread over it.
 
@@ -108,13 +130,7 @@ class RayPool:
     def __init__(self, task: Task, address: str | None, num_workers: int | None, folder: Path) -> None:
         import ray
 
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            _require_listener(address or os.environ.get("RAY_ADDRESS"))
-            try:
-                ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise _no_cluster(str(error).strip().splitlines()[0]) from None
+        self._disconnect = connect(address)
         self.workers: list[RayWorker] = []
         try:
             self._start(task, num_workers or int(ray.cluster_resources().get("CPU", 1)), folder)
@@ -165,11 +181,9 @@ class RayPool:
         return [f"{done[node]} on {node[0]} ({count} workers)" for node, count in sorted(workers.items())]
 
     def close(self) -> None:
-        import ray
 
         if any(worker.done for worker in self.workers):
             logger.info("units of work: %s", ", ".join(self.shares()))
         for worker in self.workers:
             worker.close()
-        if self._ours:
-            ray.shutdown()
+        self._disconnect()
