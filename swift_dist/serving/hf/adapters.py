@@ -8,6 +8,7 @@ alone active.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ class Adapters:
         self._model, self._options, self._batched = model, options, batched
         self._peft: Any = None
         self._mixable: dict[str, bool] = {}
+        self._inner: dict[str, str] = {}  # name -> what PEFT calls it
+        self._number = itertools.count()
         self._retired: set[str] = set()
         self._active: str | None = None  # what PEFT's layers are set to: an adapter, "" for none; None: unknown
 
@@ -51,36 +54,33 @@ class Adapters:
         config = self._checked(name, path)
         from peft import PeftConfig, PeftModel
 
+        # A name of our own: PEFT finds weights by it, and takes those of an adapter called "a" for others' ("lora_A").
+        inner = f"served{next(self._number)}x"
         try:
             if self._peft is None:
                 # Not from_pretrained: were the weights wrong, the model would be wrapped and nobody could unwrap it.
-                self._peft = PeftModel(self._model, PeftConfig.from_pretrained(path), adapter_name=name)
-            found = self._peft.load_adapter(
-                path,
-                adapter_name=name,
-                is_trainable=False,
-                torch_device=str(self._model.device),
-                low_cpu_mem_usage=False,
-            )
-            lacking = [key for key in found.missing_keys if f".{name}." in key]
-            if odd := [*found.unexpected_keys, *lacking]:
+                self._peft = PeftModel(self._model, PeftConfig.from_pretrained(path), adapter_name=inner)
+            device = str(self._model.device)
+            found = self._peft.load_adapter(path, adapter_name=inner, is_trainable=False, torch_device=device)
+            if odd := [*found.unexpected_keys, *found.missing_keys]:
                 raise ValueError(f"weights that are not of this model, or are missing: {', '.join(odd[:3])}")
         except Exception as error:
-            self._forget(name)
+            self._forget(inner)
             raise JobError(
                 "adapters", f"{name}: {path} does not fit this model: {error}", "check which model it was trained on"
             ) from error
         self._peft.eval().requires_grad_(False)
+        self._inner[name] = inner
         self._mixable[name] = _mixable(config)
         self._active = None
 
     def _checked(self, name: str, path: str) -> dict[str, Any]:
         """The adapter's configuration, once it may be loaded."""
         remedy = "give the folder that PEFT's save_pretrained wrote"
-        if name in self._mixable or name == _BASE:
+        if name in self._mixable:
             raise JobError("adapters", f"{name} is taken", "unload it first, or choose another name")
-        if not name or "." in name or "/" in name:
-            raise JobError("adapters", f"{name!r} cannot be a module's name in torch", "use no dots and slashes")
+        if not name:
+            raise JobError("adapters", "an adapter has a name", "give it one")
         if self._options.max_loras == 0:
             raise JobError("max_loras", "0: no adapters can be loaded", "start with --max_loras 1 or more")
         folder = Path(path)
@@ -112,16 +112,16 @@ class Adapters:
 
     def unload(self, name: str) -> None:
         """Take a retired adapter out of the model; no row uses it any more."""
-        self._forget(name)
+        self._forget(self._inner.pop(name))
         self._mixable.pop(name)
         self._retired.discard(name)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, inner: str) -> None:
         """Take an adapter out of the model; the model's own modules are back once none is left."""
-        if self._peft is None or name not in self._peft.peft_config:
+        if self._peft is None or inner not in self._peft.peft_config:
             return
         if len(self._peft.peft_config) > 1:
-            self._peft.delete_adapter(name)
+            self._peft.delete_adapter(inner)
         else:
             self._peft.unload()
             self._peft = None
@@ -134,10 +134,11 @@ class Adapters:
             return
         together = self._batched and all(self._mixable.values())
         mixed = [at for at, name in enumerate(rows) if self._mixable.get(name or "", together)]
-        names = [rows[at] or _BASE for at in mixed]
-        if self._batched and len(set(names)) > 1:
-            self._activate(next(name for name in names if name != _BASE))
-            yield functools.partial(self._peft, adapter_names=names), mixed
+        names = {rows[at] for at in mixed}
+        if self._batched and len(names) > 1:
+            self._activate(next(name for name in names if name))
+            inner = [self._inner[name] if (name := rows[at]) else _BASE for at in mixed]
+            yield functools.partial(self._peft, adapter_names=inner), mixed
             rest = sorted(set(range(len(rows))) - set(mixed))
         else:
             rest = list(range(len(rows)))
@@ -152,7 +153,7 @@ class Adapters:
         if name:
             if self._active in ("", None):
                 self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(name, inference_mode=True)
+            self._peft.set_adapter(self._inner[name], inference_mode=True)
         else:
             self._peft.base_model.disable_adapter_layers()
         self._active = name

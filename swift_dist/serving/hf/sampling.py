@@ -70,7 +70,7 @@ def draw(logits: torch.Tensor, rows: Sequence[RowSampler], guides: Any) -> list[
     if changed:
         some = [rows[at] for at in changed]
         own = logits[torch.tensor(changed, device=logits.device)]
-        for at, token in zip(changed, _choose(_shaped(own, some, guides), some), strict=True):
+        for at, token in zip(changed, _choose(shaped(own, some, guides), some), strict=True):
             tokens[at] = token
     reports = report(logits, tokens, [row.options.logprobs for row in rows])
     return [Drawn(token, *found) for token, found in zip(tokens, reports, strict=True)]
@@ -99,7 +99,7 @@ def report(
     return found
 
 
-def _shaped(logits: torch.Tensor, rows: Sequence[RowSampler], guides: Any) -> torch.Tensor:
+def shaped(logits: torch.Tensor, rows: Sequence[RowSampler], guides: Any) -> torch.Tensor:
     """Logits after guide, bias, end tokens and penalties; a new tensor."""
     logits = logits.clone()
     guided = [at for at, row in enumerate(rows) if row.matcher is not None]
