@@ -196,6 +196,7 @@ class Front:
                 guard.send_signal(signal.SIGQUIT)
                 guard.wait()
             self._guard = self._pid = None
+            _drop_farewell(self.folder / "access.jsonl")
 
     def _clear(self) -> None:
         current = set(self._tables.shares.values())
@@ -247,6 +248,16 @@ class Front:
         if log.stat().st_size > _LOG_BYTES:
             shutil.copyfile(log, log.with_name("access.1.jsonl"))
             os.truncate(log, 0)
+
+
+def _drop_farewell(log: Path) -> None:
+    """Take out the lines at the end that are none of requests: HAProxy says where requests go that it has stopped."""
+    with log.open("r+b") as file:
+        begin = max(0, log.stat().st_size - 4096)
+        file.seek(begin)
+        end = file.read().find(b"Proxy api stopped")
+        if end >= 0:
+            file.truncate(begin + end)
 
 
 def _write_private(path: Path, content: str) -> None:

@@ -20,7 +20,11 @@ class FrontOptions(Section):
         None, description="file with a key a line that may load and unload adapters through this address"
     )
     max_request_bytes: int = Field(
-        4 << 20, ge=1024, le=256 << 20, description="largest body of a request; a larger one is answered with 413"
+        1 << 20,
+        ge=1024,
+        le=64 << 20,
+        description="largest body of a request; a larger one gets 413. As much memory is taken by each request that "
+        "waits for its first byte, as the copy that retries are made from",
     )
     max_concurrent: int = Field(256, gt=0, description="requests that one replica is given at a time; others wait")
     max_waiting: int = Field(256, gt=0, description="requests that wait, a replica; beyond that they get 429")
