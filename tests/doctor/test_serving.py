@@ -11,7 +11,7 @@ from swift_dist.doctor.values import Exam, Finding, Here, Node
 
 EXAM = Exam(token="t", folder="/share")
 GOOD = {
-    "engines": {"hf": None, "lmdeploy": "no CUDA device", "vllm": None},
+    "engines": {"vllm": None, "hf": None},
     "haproxy": {"version": "2.8.25"},
     "vllm": "0.29.0",
     "odd": [],
@@ -58,4 +58,4 @@ def test_packages_for_cuda_beside_torch_for_cpus(monkeypatch: pytest.MonkeyPatch
 def test_engines_that_only_some_nodes_can_run_are_counted():
     other = {**GOOD, "engines": {**GOOD["engines"], "vllm": "vLLM is not installed"}, "vllm": None}
     (found,) = serving.judge({"n1": GOOD, "n2": other}, EXAM)
-    assert found.found == "engines: hf, vllm 0.29.0 on 1 of 2 nodes; HAProxy 2.8.25"
+    assert found.found == "engines: vllm 0.29.0 on 1 of 2 nodes, hf; HAProxy 2.8.25"

