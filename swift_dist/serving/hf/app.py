@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _GONE = 499  # nginx' status of a client that has left: nobody reads it
+_STREAMED = {"description": "in one piece, or a stream of events", "content": {"text/event-stream": {}}}
 _STATUSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "the request is wrong"},
     404: {"description": "no such model"},
@@ -79,11 +80,11 @@ def create_app(serving: Serving) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/chat/completions", responses=_STATUSES)
+    @app.post("/v1/chat/completions", responses={**_STATUSES, 200: _STREAMED})
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await chat(serving, request, body, request.state.request_id)
 
-    @app.post("/v1/completions", responses=_STATUSES)
+    @app.post("/v1/completions", responses={**_STATUSES, 200: _STREAMED})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await complete(serving, request, body, request.state.request_id)
 
@@ -116,7 +117,7 @@ def _tokens(serving: Serving, body: Tokenize) -> list[int]:
 
 
 def _add_adapters(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/load_lora_adapter", responses=_STATUSES)
+    @app.post("/v1/load_lora_adapter", responses=_STATUSES, response_class=PlainTextResponse)
     async def load(body: LoadAdapter) -> Response:
         if body.lora_name in serving.names:
             raise bad_request(f"the name {body.lora_name!r} is taken", "lora_name")
@@ -128,7 +129,7 @@ def _add_adapters(app: FastAPI, serving: Serving) -> None:
             raise bad_request(str(error), "lora_path") from None
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter", responses=_STATUSES)
+    @app.post("/v1/unload_lora_adapter", responses=_STATUSES, response_class=PlainTextResponse)
     async def unload(body: UnloadAdapter) -> Response:
         try:
             await serving.generator.unload_adapter(body.lora_name)
@@ -158,13 +159,13 @@ def _add_rest(app: FastAPI, serving: Serving) -> None:
         ]
         return JSONResponse({"object": "list", "data": cards})
 
-    @app.get("/health", responses={503: _STATUSES[503]})
+    @app.get("/health", responses={503: _STATUSES[503]}, response_class=PlainTextResponse)
     async def health() -> Response:
         if serving.failed:
             raise RequestError(503, f"The engine has failed: {serving.failed}", code="engine_failed")
-        return Response()
+        return PlainTextResponse("")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

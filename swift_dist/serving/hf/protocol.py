@@ -24,7 +24,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,256}$")]
 class Body(BaseModel):
     """A part of a request."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class TextPart(Body):
@@ -35,7 +35,7 @@ class TextPart(Body):
 class OtherPart(BaseModel):
     """A picture, sound, video or file, which models of text cannot take: refused with its name."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     type: Literal["image_url", "input_audio", "video_url", "audio_url", "file", "refusal", "image", "video"]
 
 
@@ -45,7 +45,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # clients send back what a stream gave them, such as `index`
+    model_config = ConfigDict(extra="ignore", strict=True)  # clients send back what a stream gave them, such as `index`
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -54,7 +54,7 @@ class ToolCall(BaseModel):
 class Message(BaseModel):
     """A message of a conversation. Other fields of a message are given back by clients and are not read."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart | OtherPart] | None = None
     name: str | None = None
