@@ -351,8 +351,8 @@ def test_metrics_count(http):
 
 
 def test_sigterm_lets_answers_end_and_breaks_off_those_that_take_longer(folder, tmp_path):
-    """A short answer and one that would take longer than the grace of 2 s; none is refused that was taken."""
-    with running(folder, tmp_path / "log", engine_args=("--grace", "2")) as process:
+    """A short answer, and some that would take longer than the grace; none is refused that was taken."""
+    with running(folder, tmp_path / "log", engine_args=("--grace", "3")) as process:
         ended: dict[str, str] = {}
 
         def ask(name: str, count: int, times: int) -> None:
@@ -361,12 +361,12 @@ def test_sigterm_lets_answers_end_and_breaks_off_those_that_take_longer(folder, 
                 ended[name] = [line for line in answer.iter_lines() if line][-1]
 
         threads = [
-            threading.Thread(target=ask, args=("short", 30, 1)),
-            threading.Thread(target=ask, args=("long", 500, 120)),
+            threading.Thread(target=ask, args=("short", 20, 1)),
+            threading.Thread(target=ask, args=("long", 2000, 8)),
         ]
         for thread in threads:
             thread.start()
-        while process.load().running < 100:
+        while process.load().running < 8:
             time.sleep(0.01)
         begun = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)
@@ -374,4 +374,4 @@ def test_sigterm_lets_answers_end_and_breaks_off_those_that_take_longer(folder, 
             thread.join(30)
         assert ended["short"] == "data: [DONE]"
         assert "error" in json.loads(ended["long"].removeprefix("data: "))
-        assert time.monotonic() - begun < 10
+        assert 3 <= time.monotonic() - begun < 20
