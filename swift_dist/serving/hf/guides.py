@@ -13,8 +13,9 @@ import torch
 
 from swift_dist.serving.hf.requests import Guide
 
-# Any whitespace is valid JSON, and a model in doubt writes nothing but; this is what people and `json.dumps` write.
-_JSON_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,8}"}
+# JSON allows any whitespace, and a model in doubt writes nothing else until its tokens are used up; this is what
+# `json.dumps` writes, with or without its spaces. (llguidance's whitespace_pattern may repeat, so it limits nothing.)
+_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 
 
