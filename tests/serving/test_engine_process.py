@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_tree import gone_within
 
 from swift_dist.errors import RunError
 from swift_dist.lifetime import descendants
@@ -73,23 +74,6 @@ class Fake(Engine):
 def process(folder: Path, mode: str = "") -> EngineProcess:
     served = ServedModel("m", str(folder), EngineOptions())
     return EngineProcess(Fake(folder, mode), served, log=folder / "logs" / "engine.log")
-
-
-def exists(pid: int) -> bool:
-    """A zombie is not: it holds nothing, and its parent may be slow to ask for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone_within(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(exists(pid) for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @contextlib.contextmanager
@@ -166,7 +150,7 @@ def test_nothing_survives_a_killed_owner(tmp_path):
     code = f"""
         import sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
         from test_engine_process import process
         server = process(Path({str(tmp_path)!r})).start().wait_ready()
         print("ready", flush=True)

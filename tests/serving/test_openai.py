@@ -1,0 +1,102 @@
+"""Every engine answers the same: one suite over the servers of vllm and hf (LMDeploy's needs a GPU)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai_suite import CHECKS, EMBEDDING_CHECKS, Target, save_adapter, save_model
+from process_tree import gone_within
+
+from swift_dist.lifetime import descendants
+from swift_dist.serving.engines.choose import find_engine
+from swift_dist.serving.engines.process import EngineProcess
+from swift_dist.serving.options import EngineOptions, ServedModel
+
+ENGINES = ("vllm", "hf")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a start of vLLM takes minutes on a busy machine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [save_adapter(model, folder / f"a{seed}", seed) for seed in range(3)]
+
+
+def _start(name: str, served: ServedModel, folder: Path) -> EngineProcess:
+    engine = find_engine(name)
+    if why_not := engine.why_not():
+        pytest.skip(why_not)
+    engine.check(served)
+    return EngineProcess(engine, served, log=folder / "engine.log").start()
+
+
+def _target(process: EngineProcess, model: Path, adapters: list[Path]) -> Target:
+    named = {name: Path(path) for name, path in process.served.adapters.items()}
+    return Target(
+        process.url,
+        process.served.name,
+        model,
+        running=lambda: process.load().running,
+        adapters=named,
+        load_adapter=process.load_adapter,
+        unload_adapter=process.unload_adapter,
+        spare=adapters[2],
+    )
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def server(request, model, adapters, tmp_path_factory) -> Iterator[EngineProcess]:
+    options = EngineOptions(dtype="fp32", max_num_seqs=16, max_lora_rank=8, cpu_cache_gib=0.25)
+    served = ServedModel("tiny", str(model), options, {"first": str(adapters[0]), "second": str(adapters[1])})
+    with _start(request.param, served, tmp_path_factory.mktemp(request.param)) as process:
+        yield process.wait_ready()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def embedder(request, model, tmp_path_factory) -> Iterator[EngineProcess]:
+    quick = ("--enforce-eager",) if request.param == "vllm" else ()  # else it compiles first
+    options = EngineOptions(task="embed", dtype="fp32", cpu_cache_gib=0.25, engine_args=quick)
+    served = ServedModel("tiny", str(model), options)
+    with _start(request.param, served, tmp_path_factory.mktemp(f"{request.param}-embed")) as process:
+        yield process.wait_ready()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_chat_server(server, model, adapters, check):
+    check(_target(server, model, adapters))
+
+
+def test_a_killed_worker_of_the_engine_ends_all_of_it(server):
+    """The last test of a server: vLLM's EngineCore, or whatever is deepest in the tree."""
+    pids = [server.pid, *descendants(server.pid)]
+    core = [pid for pid in pids if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(core[0] if core else pids[-1], signal.SIGKILL)
+    assert gone_within(pids, 2)
+    assert not server.alive and server.exit_code == 137
+
+
+@pytest.mark.parametrize("check", EMBEDDING_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_embedding_server(embedder, model, check):
+    check(_target(embedder, model, [model] * 3))
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("victim", ["server", "guard"])
+def test_nothing_of_vllm_survives(model, tmp_path, victim):
+    """Of the tree that EngineProcess starts, kill -9 the server, or the process that would end the others."""
+    options = EngineOptions(dtype="fp32", cpu_cache_gib=0.25)
+    with _start("vllm", ServedModel("tiny", str(model), options), tmp_path) as process:
+        process.wait_ready()
+        pids = [process.pid, *descendants(process.pid)]
+        assert len(pids) >= 4  # guard, server, EngineCore, worker, and multiprocessing's tracker
+        os.kill(pids[0] if victim == "guard" else pids[1], signal.SIGKILL)
+        assert gone_within(pids, 2)
