@@ -17,7 +17,8 @@ from swift_dist.errors import JobError
 from swift_dist.serving.desired import ModelState, Refused
 
 if TYPE_CHECKING:
-    from swift_dist.serving.controller import Controller, Seen
+    from swift_dist.serving.controller import Controller
+    from swift_dist.serving.registry import Seen
 
 _LOAD_SECONDS = 120.0
 _AGAIN_SECONDS = 5.0  # after an engine refused
@@ -47,8 +48,10 @@ def require_folder(path: str, roots: Iterable[str]) -> str:
         roots: folders below which adapters may lie; links are followed before the comparison.
 
     Raises:
-        AdapterRefused: it lies elsewhere (403), or holds no adapter.
+        AdapterRefused: it is no absolute path, lies elsewhere (403), or holds no adapter.
     """
+    if not Path(path).is_absolute():
+        raise AdapterRefused(f"{path!r} is no absolute path")
     real = Path(path).resolve()
     if not any(real == (root := Path(r).resolve()) or root in real.parents for r in roots):
         raise AdapterRefused("the folder is not below one that --adapter_root names", 403)
@@ -120,12 +123,14 @@ class Adapters:
                 task = self._syncing.get(seen.report.id)
                 if (has is None or set(has) != set(model.adapters)) and (task is None or task.done()):
                     self._syncing[seen.report.id] = asyncio.create_task(self._sync(seen, model.name))
-        for gone in set(self._syncing) - set(self._controller.seen):
+        for gone in set(self._syncing) - set(self._controller.registry.seen):
             self._syncing.pop(gone).cancel()
 
     def _replicas(self, model: ModelState) -> list[Seen]:
         versions = {version.id for version in model.versions}
-        return [s for s in self._controller.seen.values() if s.report.version in versions and not s.is_draining]
+        return [
+            s for s in self._controller.registry.seen.values() if s.report.version in versions and not s.is_draining
+        ]
 
     async def _sync(self, seen: Seen, model_name: str) -> None:
         try:

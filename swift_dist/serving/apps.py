@@ -5,6 +5,8 @@ The applications answer no HTTP: Serve places the replicas, watches their health
 
 from __future__ import annotations
 
+import logging
+
 from swift_dist.serving.replica import EngineReplica, ReplicaSpec
 
 DEPLOYMENT = "replica"  # the name within each application
@@ -16,6 +18,7 @@ def start_serve() -> bool:
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of its start and of each application, else
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         return False

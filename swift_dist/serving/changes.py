@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
@@ -149,7 +150,7 @@ def load_adapter(options: DeployOptions) -> dict[str, Any]:
     if not equals or not NAME.fullmatch(name):
         raise JobError("load_adapter", f"{options.load_adapter!r} is not name=DIR", "--load_adapter poems=runs/poems")
     control = Control(running_folder(options.output))
-    body = {"lora_name": name, "lora_path": path, "model": options.served_model_name}
+    body = {"lora_name": name, "lora_path": str(Path(path).absolute()), "model": options.served_model_name}
     return {**control.ask("POST", "/v1/load_lora_adapter", body), "message": f"{name} is loaded"}
 
 

@@ -11,63 +11,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from swift_dist.serving import desired, scaling
 from swift_dist.serving.adapters import Adapters
-from swift_dist.serving.apps import Applications, actor_lives
+from swift_dist.serving.apps import Applications
 from swift_dist.serving.desired import ModelState, Refused
 from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.folder import DeploymentFolder
-from swift_dist.serving.front.state import FrontState, Replica
+from swift_dist.serving.front.state import FrontState
+from swift_dist.serving.registry import Registry
 from swift_dist.serving.replica import NAMESPACE, ReplicaSpec, Report
 from swift_dist.serving.spec import DeploymentSpec
 
 _LOOP_SECONDS = 0.5
-_STALE_SECONDS = 1.5  # without a report: is the actor still there?
-_SILENT_SECONDS = 15.0  # without a report: no more requests, although it is
 _ADOPT_SECONDS = 3.0  # after a restart: until every replica has reported
 _APPLY_SECONDS = 15.0  # for the front to take a new state
-_MAX_EVENTS = 1000
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Seen:
-    """A replica that reported."""
-
-    report: Report
-    at: float
-    is_ready: bool = False  # has every adapter
-    is_draining: bool = False
-    is_routed: bool = False  # the front sends it requests
-    adapters: dict[str, str] | None = None  # None: not asked yet
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one adapter at a time
-
-    @property
-    def url(self) -> str:
-        """The engine's."""
-        host = self.report.host
-        return f"http://[{host}]:{self.report.port}" if ":" in host else f"http://{host}:{self.report.port}"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that a person may want to know."""
-
-    number: int
-    time: float
-    text: str
-
-
-@dataclass
-class Losses:
-    """Of a version: when replicas were lost that have not been replaced, and how long the others took."""
-
-    open: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
 
 class Controller:
@@ -77,9 +38,7 @@ class Controller:
         self.spec = spec
         self.folder = DeploymentFolder(spec.folder)
         self.models: dict[str, ModelState] = {}
-        self.seen: dict[str, Seen] = {}
-        self.losses: dict[str, Losses] = {}
-        self.events: list[Event] = []
+        self.registry = Registry(self._notify, self.wake)
         self.control_port = 0
         self.began_at = int(time.time())
         self.control_task: asyncio.Task[None] | None = None
@@ -147,43 +106,22 @@ class Controller:
     async def report(self, report: Report) -> None:
         """A replica is alive."""
         await self.begin()
-        seen = self.seen.get(report.id)
-        if seen is None:
-            seen = self.seen[report.id] = Seen(report, time.monotonic())
-            self._count_start(report)
-            self.wake()
-        seen.report, seen.at = report, time.monotonic()
+        self.registry.report(report)
 
-    def _count_start(self, report: Report) -> None:
-        losses = self.losses.setdefault(report.version, Losses())
-        if losses.open:
-            took = time.time() - losses.open.pop(0)
-            losses.seconds.append(took)
-            self.tell(f"{report.version}: a replica answers again, {took:.1f} s after one was lost")
-
-    async def lost(self, replica_id: str, version: str, reason: str) -> None:
+    async def lost(self, replica_id: str, reason: str) -> None:
         """A replica is about to end itself."""
-        if replica_id in self.seen:
-            self._lose(replica_id, reason)
-
-    def _lose(self, replica_id: str, reason: str) -> None:
-        seen = self.seen.pop(replica_id)
-        version = seen.report.version
-        if not seen.is_draining:
-            self.losses.setdefault(version, Losses()).open.append(time.time())
-            self.tell(f"{version}: a replica was lost: {reason}")
-        self.wake()
+        self.registry.lose(replica_id, reason)
 
     async def draining(self, replica_id: str) -> None:
         """A replica is about to stop. Returns once the front sends it nothing more."""
-        seen = self.seen.get(replica_id)
+        seen = self.registry.seen.get(replica_id)
         if seen and not self.stopping:
             seen.is_draining = True
             await self.publish()
 
     async def gone(self, replica_id: str) -> None:
         """A replica has stopped in order."""
-        self.seen.pop(replica_id, None)
+        self.registry.forget(replica_id)
 
     async def start_failed(self, replica_id: str, version: str, message: str) -> None:
         """A replica could not start; Serve tries once more before it gives the version up."""
@@ -205,13 +143,13 @@ class Controller:
             self._applied = applied
             self._note_routed()
             self._notify()
-        if self._generation == applied and not self.stopping and not self._events_after(event):
+        if self._generation == applied and not self.stopping and not self.registry.events_after(event):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 1.0)
         return {
             "generation": self._generation,
             "state": self._state if self._generation != applied else None,
-            "events": self._events_after(event),
+            "events": self.registry.events_after(event),
             "ready": self.is_ready(),
             "failed": self._first_failure(),
             "stopping": self.stopping,
@@ -220,12 +158,8 @@ class Controller:
     def _note_routed(self) -> None:
         if self._state is None or self._applied != self._generation:
             return
-        routed = {r.id for route in self._state.routes for version in route.versions for r in version.replicas}
-        for replica_id, seen in self.seen.items():
-            seen.is_routed = replica_id in routed
-
-    def _events_after(self, number: int) -> list[Event]:
-        return [event for event in self.events if event.number > number]
+        versions = [version for route in self._state.routes for version in route.versions]
+        self.registry.note_routed(replica.id for version in versions for replica in version.replicas)
 
     def is_ready(self) -> bool:
         """Whether every model has its replicas, and the front sends requests to them."""
@@ -246,9 +180,7 @@ class Controller:
     def tell(self, text: str) -> None:
         """Note an event."""
         log.info("%s", text)
-        number = max(time.time_ns(), self.events[-1].number + 1 if self.events else 0)
-        self.events = [*self.events[-_MAX_EVENTS:], Event(number, time.time(), text)]
-        self._notify()
+        self.registry.tell(text)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -347,9 +279,9 @@ class Controller:
 
     async def _reconcile(self) -> None:
         """One turn. Applications that are wanted start before, those that are not end after the front has changed."""
-        await self._look_for_lost()
+        await self.registry.look_for_lost()
         self.adapters.reconcile()
-        ready = {version: len(replicas) for version, replicas in self.ready().items()}
+        ready = {version: len(replicas) for version, replicas in self.registry.ready().items()}
         for model in list(self.models.values()):
             settled = await self._give_up(desired.settle(model, ready))
             settled = self._scaled(settled)
@@ -363,14 +295,6 @@ class Controller:
         for version in set(self._apps) - set(wanted):
             await asyncio.to_thread(self.apps.delete, version)
             del self._apps[version]
-
-    async def _look_for_lost(self) -> None:
-        now = time.monotonic()
-        for replica_id, seen in list(self.seen.items()):
-            if now - seen.at < _STALE_SECONDS or await asyncio.to_thread(actor_lives, replica_id):
-                continue
-            if self.seen.get(replica_id) is seen:  # not said by itself meanwhile
-                self._lose(replica_id, "its process ended")
 
     async def _apply(self, wanted: dict[str, int]) -> None:
         """Tell Serve."""
@@ -420,25 +344,13 @@ class Controller:
         live, bounds = model.live, self.spec.bounds
         if live is None or bounds is None:
             return model
-        reports = [s.report for s in self.seen.values() if s.report.version == live.id and not s.is_draining]
-        load = sum(report.load.running + report.load.waiting for report in reports)
         wish = self._wishes.get(live.id, scaling.Wish())
         number, self._wishes[live.id] = scaling.decide(
-            live.num_replicas, load, time.monotonic(), wish, bounds, self.spec.scale
+            live.num_replicas, self.registry.load(live.id), time.monotonic(), wish, bounds, self.spec.scale
         )
         return desired.resize(model, live.id, number) if number != live.num_replicas else model
 
     # ---- the front
-
-    def ready(self) -> dict[str, list[Replica]]:
-        """Version -> replicas that requests may go to."""
-        now = time.monotonic()
-        ready: dict[str, list[Replica]] = {}
-        for seen in self.seen.values():
-            report = seen.report
-            if seen.is_ready and not seen.is_draining and now - seen.at < _SILENT_SECONDS:
-                ready.setdefault(report.version, []).append(Replica(report.id, report.host, report.port))
-        return ready
 
     async def publish(self) -> None:
         """Have the front route what is there. Returns once it does."""
@@ -452,7 +364,7 @@ class Controller:
         await self._front_has(self._generation)
 
     def _front_state(self) -> FrontState:
-        ready = self.ready()
+        ready = self.registry.ready()
         routes = tuple(desired.route(model, ready) for model in self.models.values())
         return FrontState(routes, ("127.0.0.1", self.control_port))
 

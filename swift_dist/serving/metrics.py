@@ -18,7 +18,7 @@ async def deployment_metrics(controller: Controller) -> str:
     """Text of ``/metrics``. An engine that does not answer within 3 s is left out."""
     import httpx
 
-    seen = list(controller.seen.values())
+    seen = list(controller.registry.seen.values())
     async with httpx.AsyncClient(timeout=_ENGINE_SECONDS, trust_env=False) as client:
         answers = await asyncio.gather(*(client.get(s.url + "/metrics") for s in seen), return_exceptions=True)
     engines = [
@@ -45,7 +45,7 @@ def _own(controller: Controller) -> list[Any]:
             for state, count in {"wanted": version.num_replicas, **states}.items():
                 replicas.add_metric([model.name, version.id, state], count)
             share.add_metric([model.name, version.id], version.share if version is model.candidate else 1 - part)
-    for name, losses in controller.losses.items():
+    for name, losses in controller.registry.losses.items():
         lost.add_metric([name], len(losses.open) + len(losses.seconds))
         restarts.add_metric([name], len(losses.seconds), sum(losses.seconds))
     return [replicas, share, lost, restarts]

@@ -192,7 +192,7 @@ class EngineReplica:
             return
         self._ending = True
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(_awaited(self._controller.lost.remote(self.id, self._spec.version, reason)), 2.0)
+            await asyncio.wait_for(_awaited(self._controller.lost.remote(self.id, reason)), 2.0)
         if self._process:
             await asyncio.to_thread(self._process.stop, 0.0)
         os._exit(1)

@@ -23,8 +23,8 @@ TOY = ("--infer_backend", "toy_engine:ENGINE")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    save_toy_model(folder / "one", "one", seconds=0.05)
-    save_toy_model(folder / "two", "two", seconds=0.05)
+    save_toy_model(folder / "one", "one", seconds=0.15)
+    save_toy_model(folder / "two", "two", seconds=0.15)
     save_toy_model(folder / "broken", "", fails="the weights are damaged")
     save_toy_model(folder / "other", "other")
     for name in ("poems", "songs"):
@@ -51,7 +51,7 @@ def said(client: OpenAI, model: str) -> str:
 
 
 def load(deployment: Deployment, model: str = "chat", **more: int) -> Load:
-    return Load(deployment.url, [chat_body(model, "hello")], concurrency=16, **more)
+    return Load(deployment.url, [chat_body(model, "hello")], concurrency=12, **more)
 
 
 def test_two_models_behind_one_address(deployment, client):
@@ -146,7 +146,7 @@ def test_update_canary_promotion_and_rollback_fail_no_request(deployment, models
     with load(deployment).in_background() as running:
         done = deployment.change("--update", str(models / "two"), "--canary", "0.5", "--served_model_name", "chat")
         assert done.returncode == 0, done.stderr
-        running.wait_for(len(running.answers) + 200)
+        running.wait_for(len(running.answers) + 50)
         both = {answer.split()[0] for answer in (said(client, "chat") for _ in range(30))}
         assert both == {"one", "two"}
         assert deployment.change("--promote", "--served_model_name", "chat").returncode == 0
@@ -171,9 +171,7 @@ def test_a_new_version_that_does_not_start_leaves_the_old_one(deployment, models
 def test_a_killed_controller_goes_on_where_it_was(deployment, client):
     before = deployment.status()
     with load(deployment).in_background() as running:
-        lines = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"ray::Controller" in p.read_bytes()]
-        ours = [p for p in lines if f"={deployment.mark}".encode() in (p.parent / "environ").read_bytes()]
-        os.kill(int(ours[0].parent.name), signal.SIGKILL)
+        os.kill(deployment.pids_of(b"ray::Controller")[0], signal.SIGKILL)
         wait_until(
             lambda: "the controller was restarted" in deployment.stderr and client.models.list(), 60, "it is back"
         )
@@ -199,15 +197,11 @@ def test_status_reads_well(deployment):
     assert "2 of 2 replicas ready" in done.stdout and "chat-v1  live" in done.stdout
 
 
-def test_it_ends_in_order_under_load(models, tmp_path):
-    """The last test of what was started for all: running requests are answered, then nothing is left."""
-    words = ["--model", str(models / "one"), *TOY, "--replicas", "1"]
-    with Deployment(tmp_path / "deployment", *words) as running:
-        running.wait_ready()
-        slow = Load(running.url, [chat_body("one", "hello")], concurrency=4, requests=4)
-        with slow.in_background() as requests:
-            wait_until(lambda: running.replicas()[0]["running"] > 0 or requests.answers, 10, "requests run")
-            running.stop()
-        assert not requests.report.failures, requests.report.describe()
-        assert running.process.returncode == 0, running.stderr
-        assert running.folder.read()["state"] == "stopped"
+def test_it_ends_in_order_under_load(deployment):
+    """The last test: running requests are answered, then nothing is left (the fixture looks for processes)."""
+    with load(deployment, requests=16).in_background() as running:
+        wait_until(lambda: sum(r["running"] for r in deployment.replicas()) or running.answers, 10, "requests run")
+        deployment.stop()
+    assert not running.report.failures, running.report.describe()
+    assert deployment.process.returncode == 0, deployment.stderr
+    assert deployment.folder.read()["state"] == "stopped"

@@ -97,6 +97,18 @@ class Deployment:
         variables = {**os.environ, "PYTHONPATH": str(SUPPORT)}
         return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=150)
 
+    def pids_of(self, title: bytes) -> list[int]:
+        """Its processes whose command line begins with `title`, as Ray titles its actors."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = f"{_MARK}={self.mark}".encode() in (entry / "environ").read_bytes()
+                if ours and (entry / "cmdline").read_bytes().startswith(title):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
     def processes(self) -> list[str]:
         """Command lines of all that were started for it, whoever their parents are now."""
         found = []
