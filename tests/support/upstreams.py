@@ -59,7 +59,7 @@ class Upstream:
 def main(name: str, host: str, port: int) -> None:
     from aiohttp import web
 
-    seen: dict[str, Any] = {"began": 0, "running": 0, "left": 0, "headers": {}}
+    seen: dict[str, Any] = {"began": 0, "running": 0, "left": 0, "others": 0, "headers": {}}
 
     async def generate(request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -100,10 +100,11 @@ def main(name: str, host: str, port: int) -> None:
         return web.json_response(seen)
 
     async def forget(request: web.Request) -> web.Response:
-        seen.update(began=0, left=0)
+        seen.update(began=0, left=0, others=0)
         return web.json_response(seen)
 
     async def models(request: web.Request) -> web.Response:
+        seen["others"] += 1
         return web.json_response({"object": "list", "data": [], "server": name, "path": request.path})
 
     async def start() -> None:

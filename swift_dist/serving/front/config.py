@@ -107,7 +107,6 @@ global
     nbthread {min(_THREADS, os.cpu_count() or 1)}
     fd-hard-limit 65536
     noreuseport
-    hard-stop-after {max(options.drain, 1)}s
     tune.bufsize {buffer}
     tune.memory.hot-size {_KEPT_BUFFERS * buffer}
     tune.maxrewrite 8192

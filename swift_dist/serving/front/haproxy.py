@@ -18,7 +18,7 @@ from swift_dist.errors import JobError, RunError
 from swift_dist.serving.front import config, keys, runtime
 from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.front.state import FrontState
-from swift_dist.serving.front.tables import Names, Tables, tables
+from swift_dist.serving.front.tables import Names, tables
 
 _SLOTS = 64  # versions that have requests at the same time
 _START_SECONDS = 15.0
@@ -81,7 +81,7 @@ class Front:
         self._guard: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
         self._names = Names(_SLOTS)
-        self._tables = Tables({}, {}, {}, {})
+        self._current: set[str] = set()  # slots that requests are sent to, or may be
         self._state: FrontState | None = None
         self._lock = threading.RLock()
 
@@ -134,8 +134,9 @@ class Front:
             wanted = tables(state, self._names)
             if self._state is not None and state.control != self._state.control:
                 self._runtime.move_control(*state.control)
+            self._current |= set(wanted.shares.values())
             self._runtime.apply(wanted)
-            self._tables, self._state = wanted, state
+            self._current, self._state = set(wanted.shares.values()), state
 
     def ensure(self) -> bool:
         """Start HAProxy again if it has ended, and tidy up. To be called every second or so.
@@ -199,8 +200,7 @@ class Front:
             _drop_farewell(self.folder / "access.jsonl")
 
     def _clear(self) -> None:
-        current = set(self._tables.shares.values())
-        for slot in self._runtime.clear(current):
+        for slot in self._runtime.clear(self._current):
             self._names.forget(slot)
 
     def _launch(self, state: FrontState) -> None:
@@ -212,7 +212,7 @@ class Front:
         files |= {name: "".join(f"{digest}\n" for digest in digests) for name, digests in self._digests.items()}
         for name, content in files.items():
             _write_private(self.folder / name, content)
-        self._names, self._tables, self._state = names, wanted, state
+        self._names, self._current, self._state = names, set(wanted.shares.values()), state
         self._run()
 
     def _run(self) -> None:

@@ -103,7 +103,7 @@ def test_a_killed_replica_loses_no_request(make_upstream, make_front) -> None:
     replicas = [make_upstream(name) for name in "abc"]
     front = make_front(routed(version("v1", *replicas)))
     with Load(front.url, [chat_body("m", "x", delay=0.1)], concurrency=64, requests=1000).in_background() as running:
-        running.wait_for(300)
+        running.wait_for(200)
         wait_for(lambda: replicas[0].seen()["running"] > 5)
         replicas[0].kill()
     report = running.report
@@ -248,6 +248,30 @@ def test_silence_has_an_end(make_upstream, make_front) -> None:
     assert post(front, stream=True, delay=0.4).text.endswith("data: [DONE]\n\n")  # 2 seconds in all
 
 
+def test_a_client_that_waits_is_not_silent(make_upstream, make_front) -> None:
+    """`timeout_client` is of clients that are to send or to read something."""
+    front = make_front(routed(version("v1", make_upstream("a"))), timeout_client=1)
+    report = Load(
+        front.url, [chat_body("m", "x", delay=2.5), chat_body("m", "x", stream=True, delay=2.5, events=2)], 2, 2
+    )
+    answers = report.run()
+    assert not answers.failures, answers.describe()
+    with socket.create_connection(("127.0.0.1", front.options.port)) as client:
+        client.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
+        )
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_the_control_api_may_move(make_upstream, make_front) -> None:
+    one, two = make_upstream("one"), make_upstream("two")
+    state = routed(version("v1", one))
+    front = make_front(FrontState(state.routes, (one.host, one.port)))
+    assert httpx.get(front.url + "/v1/models").status_code == 200 and one.seen()["others"] == 1
+    front.update(FrontState(state.routes, (two.host, two.port)))
+    assert httpx.get(front.url + "/v1/models/m").json()["path"] == "/v1/models/m" and two.seen()["others"] == 1
+
+
 def test_no_replica_is_ready(make_upstream, make_front) -> None:
     front = make_front(routed(version("v1")))
     answer = post(front)
@@ -266,17 +290,17 @@ def test_updates_under_load_fail_nothing(make_upstream, make_front) -> None:
     """Versions come and go while requests run and wait; each update is in force when it returns."""
     upstreams = [make_upstream(name) for name in "abcd"]
     front = make_front(routed(version("v0", *upstreams[:2])), max_concurrent=4)
-    with Load(front.url, [chat_body("m", "x", delay=0.01)], concurrency=32).in_background() as running:
-        for number in range(1, 31):
+    with Load(front.url, [chat_body("m", "x", delay=0.05)], concurrency=16).in_background() as running:
+        for number in range(1, 13):
             pair = upstreams[number % 4], upstreams[(number + 1) % 4]
             front.update(routed(version(f"v{number}", *pair)))
             assert post(front).headers["x-swift-version"] == f"v{number}"
             front.ensure()
     assert not running.report.failures, running.report.describe()
-    assert len(running.report.count("x-swift-version")) > 25
-    wait_for(lambda: front.ensure() or all(front.running(f"v{n}") == 0 for n in range(30)))
+    assert len(running.report.count("x-swift-version")) > 8
+    wait_for(lambda: front.ensure() or all(front.running(f"v{n}") == 0 for n in range(12)))
     front.ensure()
-    assert list(front._names.used) == ["v30"]
+    assert list(front._names.used) == ["v12"]
 
 
 def test_what_waits_for_a_version_that_goes_is_answered_by_the_next(make_upstream, make_front) -> None:
