@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.errors import JobError
+from swift_dist.serving.agents import FORMATS, agent_template
 from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
 from swift_dist.serving.engines._parsers import reasoning_parser, tool_parser
@@ -54,10 +55,19 @@ class Vllm(Engine):
             raise JobError("max_loras", "0, with which no adapter can be loaded", "Add --max_loras 1, or more.")
         for name, path in served.adapters.items():
             check_lora(self.name, name, path, options.max_lora_rank)
-        if options.agent_format is not None and not template:
+        self._check_agent_format(options, template)
+
+    def _check_agent_format(self, options: EngineOptions, template: str) -> None:
+        if options.agent_format is None:
+            return
+        if options.agent_format not in FORMATS:
+            raise JobError("agent_format", f"{options.agent_format} is none", f"Use one of {', '.join(FORMATS)}.")
+        if not template:
             raise JobError(
                 "agent_format", "is written into a chat template, and this model has none", "Add --chat_template FILE."
             )
+        if options.tool_call_parser is not None:
+            raise JobError("tool_call_parser", "agent_format says how calls are read", "Leave --tool_call_parser out.")
 
     def _check_model(self, served: ServedModel) -> None:
         """Refuse what would start, call itself ready, and end at the first request."""
@@ -104,11 +114,13 @@ class Vllm(Engine):
         options, words = served.options, []
         template = template_of(served.path, options)
         if options.agent_format is not None:
-            from swift_dist.serving.agents import TOOL_PARSERS, agent_template
+            from swift_dist.serving import agents
 
             # the text itself, which vLLM takes as well as a file's name
-            words += ["--chat-template", agent_template(options.agent_format, template)]
-            parser: str | None = options.tool_call_parser or TOOL_PARSERS[options.agent_format]
+            words += ["--chat-template", agents.agent_template(options.agent_format, template)]
+            parser: str | None = options.tool_call_parser or agents.TOOL_PARSERS[options.agent_format]
+            if parser != "hermes":  # which vLLM has itself
+                words += ["--tool-parser-plugin", str(Path(agents.__file__).with_name("vllm_agents.py"))]
         else:
             if options.chat_template is not None:
                 words += ["--chat-template", str(Path(options.chat_template).absolute())]
