@@ -18,10 +18,11 @@ from swift_dist.errors import JobError, RunError
 from swift_dist.serving.front import config, keys, runtime
 from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.front.state import FrontState
-from swift_dist.serving.front.tables import Names, tables
+from swift_dist.serving.front.tables import Names, Tables, tables
 
 _SLOTS = 64  # versions that have requests at the same time
 _START_SECONDS = 15.0
+_NOTICE_SECONDS = 1.0
 _LOG_BYTES = 64 << 20
 _LUA = Path(__file__).with_name("stream.lua")
 
@@ -130,13 +131,15 @@ class Front:
                     raise RuntimeError("not started")
                 self._launch(state)
                 return
-            self._clear()
+            with contextlib.suppress(OSError):  # it may end at any time, here too
+                self._clear()
             wanted = tables(state, self._names)
-            if self._state is not None and state.control != self._state.control:
-                self._runtime.move_control(*state.control)
-            self._current |= set(wanted.shares.values())
-            self._runtime.apply(wanted)
-            self._current, self._state = set(wanted.shares.values()), state
+            try:
+                self._apply(state, wanted)
+            except RunError:
+                if not self._ends():
+                    raise
+                self._launch(state)
 
     def ensure(self) -> bool:
         """Start HAProxy again if it has ended, and tidy up. To be called every second or so.
@@ -198,6 +201,21 @@ class Front:
                 guard.wait()
             self._guard = self._pid = None
             _drop_farewell(self.folder / "access.jsonl")
+
+    def _apply(self, state: FrontState, wanted: Tables) -> None:
+        if self._state is not None and state.control != self._state.control:
+            self._runtime.move_control(*state.control)
+        slots = set(wanted.shares.values())
+        self._current |= slots
+        self._runtime.apply(wanted)
+        self._current, self._state = slots, state
+
+    def _ends(self) -> bool:
+        """Whether HAProxy has ended, or is about to: its guard notices a little later."""
+        deadline = time.monotonic() + _NOTICE_SECONDS
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not self.alive
 
     def _clear(self) -> None:
         for slot in self._runtime.clear(self._current):

@@ -88,9 +88,10 @@ function Streams:tcp_payload(txn, channel)
         end
     end
     if self.streaming and not channel:may_recv() then
-        self.streaming = false
-        if self.left == 0 and self.size == "" then
-            channel:append(string.format("%x\r\n%s\r\n0\r\n\r\n", #BROKEN, BROKEN))
+        if self.left > 0 or self.size ~= "" then
+            self.streaming = false -- within a chunk: nothing can be said any more
+        elseif channel:append(string.format("%x\r\n%s\r\n0\r\n\r\n", #BROKEN, BROKEN)) ~= -1 then
+            self.streaming = false -- otherwise there is no room; tried again when the client has read on
         end
     end
 end

@@ -336,10 +336,12 @@ def test_a_killed_front_is_started_again(make_upstream, make_front) -> None:
     assert post(front).headers["x-swift-version"] == "v2"
 
 
-def test_an_update_starts_a_killed_front(make_upstream, make_front) -> None:
+@pytest.mark.parametrize("noticed", [True, False])
+def test_an_update_starts_a_killed_front(make_upstream, make_front, noticed: bool) -> None:
     front = make_front(routed(version("v1", make_upstream("a"))))
     os.kill(front.pids[0], signal.SIGKILL)
-    wait_for(lambda: not front.alive)
+    if noticed:
+        wait_for(lambda: not front.alive)
     front.update(routed(version("v2", make_upstream("b"))))
     assert post(front).headers["x-swift-version"] == "v2"
 
