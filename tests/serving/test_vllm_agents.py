@@ -1,7 +1,8 @@
-"""The agent formats' calls read by vLLM: what a model would write is prescribed by a regular expression."""
+"""Calls as vLLM reads them: the agent formats through our plug-in, the families' own notations as ours do."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from swift_dist.plugins import find
 from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.options import EngineOptions, ServedModel
 from tests.support.chat_model import save_chat_model
+from tests.support.tool_call_answers import ANSWERS, SCHEMAS
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 ANSWER = r'Thought: hm\nAction: weather\nAction Input: \{"city": "Bonn"\}\nObservation: \{\}'
@@ -35,6 +37,7 @@ def server(request, tmp_path_factory) -> Iterator[EngineProcess]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stream", [False, True])
 def test_react(server, stream):
+    """What the model writes is prescribed by a regular expression."""
     body = {"messages": [{"role": "user", "content": "the moon?"}], "tools": [TOOL], "max_tokens": 300}
     body |= {"stream": stream, "structured_outputs": {"regex": ANSWER.replace(r"\n", "\n")}}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
@@ -52,3 +55,30 @@ def test_react(server, stream):
     assert [call["function"]["name"] for call in calls] == ["weather"]
     assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Bonn"}
     assert reason == "tool_calls"
+
+
+# Which of its two notations vLLM reads goes by the version of Mistral's own tokenizer, which the others do not have.
+FAMILIES = [name for name in ANSWERS if name.split()[0] not in ("mistral", "react", "qwen_agent")]
+MARKERS = ["<|python_tag|>", "<tool_call>", "</tool_call>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"]
+MARKERS += ["<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"]
+
+
+@pytest.mark.table
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vllm_reads_the_same_calls(name, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda of: "0.29.0+cpu" if of == "vllm" else version(of))
+    from transformers import AutoTokenizer
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers.abstract_tool_parser import ToolParserManager
+
+    tokenizer = AutoTokenizer.from_pretrained(save_chat_model(tmp_path / "model"))
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    tools = [{"type": "function", "function": {"name": key, "parameters": value}} for key, value in SCHEMAS.items()]
+    request = ChatCompletionRequest(messages=[{"role": "user", "content": "x"}], tools=tools, tool_choice="auto")
+    answer, before, calls = ANSWERS[name]
+    found = ToolParserManager.get_tool_parser(name)(tokenizer, request.tools).extract_tool_calls(answer, request)
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in found.tool_calls] == calls
+    assert (found.content or "").strip() == before
