@@ -7,11 +7,22 @@ engine writes checkpoints that convert, serve and resume anywhere.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "from_pretrained", "job_config", "prepare_model", "pretrain", "rlhf", "sft"]
+__all__ = [
+    "Engine",
+    "__version__",
+    "from_pretrained",
+    "infer",
+    "job_config",
+    "prepare_model",
+    "pretrain",
+    "rlhf",
+    "sft",
+]
 
 if TYPE_CHECKING:
     from swift_dist.api import job_config, pretrain, rlhf, sft
     from swift_dist.mixing import from_pretrained, prepare_model
+    from swift_dist.serving.engine import Engine, infer
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from swift_dist import mixing
 
         return getattr(mixing, name)
+    if name in ("Engine", "infer"):
+        from swift_dist.serving import engine
+
+        return getattr(engine, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -102,6 +102,31 @@ def _on_devices(engine: Engine, devices: str | None) -> Engine:
     return OnDevices()
 
 
+class OwnedReplica:
+    """A server that somebody else started, and will end: for one pass over it."""
+
+    is_ours = True
+
+    def __init__(self, replica: LocalReplica) -> None:
+        self.name, self._replica, self._begun = replica.name, replica, False
+
+    def start(self) -> str:
+        begun, self._begun = self._begun, True
+        return self._replica.start() if begun or not self._replica.alive() else self._replica.process.url
+
+    def alive(self) -> bool:
+        return self._replica.alive()
+
+    def answers(self) -> bool:
+        return self._replica.answers()
+
+    def end(self) -> None:
+        self._replica.end()
+
+    def stop(self) -> None:
+        """It goes on."""
+
+
 class RemoteReplica:
     """A server that runs already."""
 

@@ -1,0 +1,250 @@
+"""What a user names -> what is served: every kind of source, made by real runs and conversions of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import chat_model
+import pytest
+
+from swift_dist.errors import JobError
+from swift_dist.serving.source import Source, name_of, named_adapters, resolve_model
+
+MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())"]
+
+
+def command(*words: str | Path) -> None:
+    done = subprocess.run(
+        [*MAIN, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and runs of it: ``full`` and ``lora`` of two steps each."""
+    home = tmp_path_factory.mktemp("home")
+    chat_model.save_chat_model(home / "base")
+    rows = chat_model.save_rows(home / "rows.jsonl", chat_model.conversations(16))
+    for tuner in ("lora", "full"):
+        words = ["--tuner_type", tuner, "--max_length", "128", "--train.steps", "2", "--checkpoint.interval", "1"]
+        words += ["--nproc_per_node", "1", "--launcher", "torchrun", "--optimizer.lr", "0.01"]
+        command("sft", "--model", home / "base", "--dataset", rows, "--output", home / tuner, *words)
+    return home
+
+
+def weights(folder: str | Path, name: str = "model") -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / f"{name}.safetensors")
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_model_folder_is_served_as_it_is(home: Path) -> None:
+    assert resolve_model(str(home / "base")) == Source("base", "base", str(home / "base"), {}, str(home / "base"))
+
+
+def test_a_finished_run_is_its_export(home: Path) -> None:
+    full, lora = resolve_model(str(home / "full")), resolve_model(str(home / "lora"))
+    assert (full.name, full.path, full.adapters) == ("full", str(home / "full" / "model"), {})
+    assert (lora.name, lora.base_name, lora.path) == ("lora", "base", str(home / "base"))
+    assert lora.adapters == {"lora": str(home / "lora" / "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "exported", "file"), [("full", "model", "model"), ("lora", "adapter", "adapter_model")]
+)
+def test_a_step_is_what_the_run_would_have_exported_there(home: Path, tuner: str, exported: str, file: str) -> None:
+    """The last step's weights are the export's bit for bit; an earlier step's are others, under the same names."""
+    of_run = weights(home / tuner / exported, file)
+    steps = {step: resolve_model(str(home / tuner / "checkpoints" / f"step_{step}")) for step in (1, 2)}
+    folders = {step: source.adapters.get("lora", source.path) for step, source in steps.items()}
+    assert equal(weights(folders[2], file), of_run)
+    assert not equal(weights(folders[1], file), of_run)
+    assert weights(folders[1], file).keys() == of_run.keys()
+    assert {path.name for path in Path(folders[1]).iterdir()} == {
+        path.name for path in (home / tuner / exported).iterdir()
+    }
+    assert Path(folders[1]).parent == home / ".cache" / "serving"
+
+
+def test_a_run_that_goes_on_is_its_newest_whole_checkpoint(home: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "going"
+    shutil.copytree(home / "full", run)
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    assert equal(weights(resolve_model(str(run)).path), weights(home / "full" / "model"))
+    next((run / "checkpoints" / "step_2").glob("*.distcp")).write_bytes(b"torn")
+    source = resolve_model(str(run))
+    assert source.description == f"step 1 of {run}"
+    with pytest.raises(JobError, match="is not a whole checkpoint"):
+        resolve_model(str(run / "checkpoints" / "step_2"))
+
+
+def test_what_was_made_is_found_again(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Made once by two at the same time, and once more when the checkpoint's files change."""
+    step, cache, found = home / "lora" / "checkpoints" / "step_1", tmp_path / "cache", []
+    caplog.set_level("INFO")
+    threads = [threading.Thread(target=lambda: found.append(resolve_model(str(step), cache=cache))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] and caplog.text.count("exporting step 1") == 1
+    os.utime(step / "common.pt")
+    assert resolve_model(str(step), cache=cache).adapters != found[0].adapters
+    assert not [path for path in cache.iterdir() if "new" in path.name]
+
+
+def test_an_adapter_is_merged_when_asked(home: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_model(str(home / "lora"), merge_lora=True)
+    assert (source.name, source.base_name, source.adapters) == ("lora", "lora", {})
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    by_peft = peft.PeftModel.from_pretrained(base, home / "lora" / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    merged = AutoModelForCausalLM.from_pretrained(source.path)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, by_peft(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (Path(source.path) / "tokenizer.json").is_file()
+    beside = resolve_model(str(home / "base"), adapters={"a": str(home / "lora")}, merge_lora=True)
+    assert equal(weights(beside.path), weights(source.path)) and beside.name == "base"
+
+
+def test_an_adapter_that_engines_cannot_load_is_merged_where_it_is_the_model(home: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    dora = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    dora.save_pretrained(tmp_path / "dora")
+    source = resolve_model(str(tmp_path / "dora"))
+    assert source.adapters == {} and Path(source.path).name.startswith("dora-merged-")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(source.path)(ids).logits
+        torch.testing.assert_close(merged, dora.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    named = resolve_model(str(home / "base"), adapters={"d": str(tmp_path / "dora")})  # the engine says whether it can
+    assert named.adapters == {"d": str(tmp_path / "dora")}
+
+
+def test_a_megatron_checkpoint_is_converted(home: Path, tmp_path: Path) -> None:
+    command("convert", "hf-to-megatron", home / "base", tmp_path / "mega", "--workers", "1")
+    source = resolve_model(str(tmp_path / "mega"))
+    assert equal(weights(source.path), weights(home / "base"))
+    assert (Path(source.path) / "tokenizer.json").is_file() and source.name == "mega"
+    with pytest.raises(JobError, match="tokenizer: there is no"):
+        resolve_model(str(tmp_path / "mega"), tokenizer=str(tmp_path / "none"))
+    (tmp_path / "mega" / ".metadata").write_bytes(b"torn")
+    with pytest.raises(JobError):
+        resolve_model(str(tmp_path / "mega"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer: .* holds no tokenizer"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no .*safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "model.safetensors",
+        ),
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "weights but no config.json"),
+        (lambda f: _change(f, architectures=["LlamaForSequenceClassification"]), "scores text and generates none"),
+        (lambda f: _change(f, auto_map={"AutoModel": "m.M"}, model_type="mine"), "code of its own"),
+    ],
+)
+def test_a_folder_that_would_fail_late_or_answer_nonsense_is_refused(
+    home: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    import shutil
+
+    shutil.copytree(home / "base", tmp_path / "broken")
+    change(tmp_path / "broken")
+    with pytest.raises(JobError, match=message):
+        resolve_model(str(tmp_path / "broken"))
+
+
+def _shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def _change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_names_that_are_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for named, message in [
+        (str(home / "lor"), f"did you mean {home / 'lora'}"),
+        (str(tmp_path / "x" / "y"), "there is no"),
+        (str(home / "rows.jsonl"), "is a file"),
+        (str(home), "name one of its runs"),
+        ("owner/name", "could not be had from the Hugging Face hub: it is not in the local cache"),
+    ]:
+        with pytest.raises(JobError, match=message):
+            resolve_model(named)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "job.yaml").write_text("task: sft\n")
+    with pytest.raises(JobError, match="has no checkpoint yet"):
+        resolve_model(str(tmp_path / "run"))
+
+
+def test_adapters_that_cannot_be(home: Path, tmp_path: Path) -> None:
+    base, lora = str(home / "base"), str(home / "lora")
+    with pytest.raises(JobError, match="is a model, not an adapter"):
+        resolve_model(base, adapters={"a": base})
+    with pytest.raises(JobError, match="what the model itself is called"):
+        resolve_model(base, adapters={"base": lora})
+    with pytest.raises(JobError, match="there is no adapter to merge"):
+        resolve_model(base, merge_lora=True)
+    with pytest.raises(JobError, match="a, b: only one can be merged"):
+        resolve_model(base, adapters={"a": lora, "b": lora}, merge_lora=True)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for file in (home / "lora" / "adapter").iterdir():
+        (gone / file.name).write_bytes(file.read_bytes())
+    config = json.loads((gone / "adapter_config.json").read_text())
+    (gone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/base"}))
+    with pytest.raises(JobError, match=r"the base of the adapter .* is not here"):
+        resolve_model(str(gone))
+    assert resolve_model(base, adapters={"a": str(gone)}).adapters == {"a": str(gone)}
+    (gone / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(JobError, match="is not a whole weight file"):
+        resolve_model(base, adapters={"a": str(gone)})
+
+
+def test_names_of_adapters(home: Path) -> None:
+    assert named_adapters([f"a={home}/x=y", str(home / "lora" / "adapter")]) == {
+        "a": f"{home}/x=y",
+        "lora": str(home / "lora" / "adapter"),
+    }
+    for words in (["a=x", "a=y"], ["../a=x"], ["=x"], ["a b=x"]):
+        with pytest.raises(JobError, match="adapters"):
+            named_adapters(words)
+    assert name_of(str(home / "lora" / "checkpoints" / "step_1")) == "lora" and name_of("owner/Name-1") == "Name-1"
