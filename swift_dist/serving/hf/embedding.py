@@ -63,7 +63,7 @@ class Embedder:
 
     @property
     def waiting(self) -> int:
-        return self._asked - self._computing
+        return max(self._asked - self._computing, 0)
 
     def submit(self, prompt: list[int], sampling: Sampling, adapter: str | None = None) -> AsyncIterator[Event]:
         raise ValueError("this model is served for embeddings; start it with --task generate for text")
@@ -89,6 +89,10 @@ class Embedder:
                 found = await asyncio.get_running_loop().run_in_executor(
                     self._worker, self._vectors, [prompts[at] for at in places], pooled
                 )
+            except RuntimeError as error:
+                if not self._closed:
+                    raise
+                raise GeneratorFailed("the engine is closed") from error
             finally:
                 self._asked -= 1
             for at, vector in zip(places, found, strict=True):
@@ -102,9 +106,9 @@ class Embedder:
         raise KeyError(name)
 
     def close(self) -> None:
-        """End the thread, after the batch that it computes."""
+        """End the thread, after the batches that are asked of it."""
         self._closed = True
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._worker.shutdown(wait=True)
 
     def _check(self, prompts: list[list[int]]) -> None:
         for prompt in prompts:

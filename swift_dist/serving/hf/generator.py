@@ -78,6 +78,7 @@ class Generator:
         )
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
+        self._retired: dict[str, Future[None]] = {}  # adapters that go once no sequence uses them
         self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="hf-generator", daemon=True)
@@ -136,10 +137,10 @@ class Generator:
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter once its sequences are done; see `requests.TextGenerator`."""
         self._check_alive()
-        await self._call(lambda: self._adapters.retire(name))
-        while await self._call(lambda: self._scheduler.uses(name)):
-            await asyncio.sleep(0.02)
-        await self._call(lambda: self._adapters.unload(name))
+        # It goes on by itself once begun: a caller that leaves does not keep the adapter half unloaded.
+        gone: Future[None] = Future()
+        await self._call(lambda: self._retire(name, gone))
+        await asyncio.shield(asyncio.wrap_future(gone))
 
     def close(self) -> None:
         """End the thread; requests that are not finished get GeneratorFailed."""
@@ -215,6 +216,8 @@ class Generator:
         done: Future[Any] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # whoever asked has left
             try:
                 done.set_result(task())
             except BaseException as error:
@@ -225,6 +228,7 @@ class Generator:
 
     def _send(self, task: Callable[[], None]) -> None:
         with self._wake:
+            self._check_alive()
             self._inbox.append(task)
             self._wake.notify()
 
@@ -237,6 +241,7 @@ class Generator:
                 while self._receive():
                     if self._scheduler.busy:
                         self._scheduler.step()
+                    self._unload_unused()
         except BaseException as failure:
             log.exception("the engine's thread ends")
             self._error = failure
@@ -247,6 +252,17 @@ class Generator:
         for task in tasks:
             task()
         self._scheduler.fail(error)
+        for gone in self._retired.values():
+            gone.set_exception(error)
+
+    def _retire(self, name: str, gone: Future[None]) -> None:
+        self._adapters.retire(name)
+        self._retired[name] = gone
+
+    def _unload_unused(self) -> None:
+        for name in [name for name in self._retired if not self._scheduler.uses(name)]:
+            self._adapters.unload(name)
+            self._retired.pop(name).set_result(None)
 
     def _receive(self) -> bool:
         """Do what came in, after waiting for it where there is nothing else to do; False once closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,33 @@ def test_loaded_and_unloaded_while_others_generate(generator: Generator, folders
     assert not [name for name, _ in generator._loaded.model.named_modules() if "lora" in name]
     with pytest.raises(KeyError):
         asyncio.run(generator.unload_adapter("one"))
+
+
+def test_a_caller_that_leaves_breaks_nothing(generator: Generator, folders: dict[str, Path], alone: dict) -> None:
+    """Its task is cancelled before, while and after the engine's thread does what it asked."""
+    long = Sampling(temperature=0, max_tokens=150, ignore_eos=True)
+
+    async def left() -> None:
+        for _ in range(3):
+            loading = asyncio.create_task(generator.load_adapter("one", str(folders["one"])))
+            await asyncio.sleep(0.01)
+            loading.cancel()
+            await asyncio.wait([loading])
+            while "one" not in generator.adapters:
+                with contextlib.suppress(JobError):
+                    await generator.load_adapter("one", str(folders["one"]))
+            using = asyncio.create_task(asked(generator, prompts(4, 30)[1], long, "one"))
+            await asyncio.sleep(0)
+            unloading = asyncio.create_task(generator.unload_adapter("one"))
+            while generator.adapters:
+                await asyncio.sleep(0.001)
+            unloading.cancel()
+            assert (await using).ids[:12] == alone["one"][1]
+            await generator._call(lambda: None)
+            assert not generator._adapters._mixable
+
+    asyncio.run(left())
+    check(generator, alone, [None])
 
 
 def test_names_that_are_part_of_peft_s_own(base: Path, folders: dict[str, Path], alone: dict) -> None:
