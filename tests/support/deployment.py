@@ -59,7 +59,7 @@ class Deployment:
     def stderr(self) -> str:
         return self._stderr.read_text()
 
-    def wait_ready(self, seconds: float = 120.0) -> Deployment:
+    def wait_ready(self, seconds: float = 240.0) -> Deployment:
         def ready() -> bool:
             assert self.process.poll() is None, self.stderr
             return self.folder.exists() and self.folder.read()["state"] == "ready"

@@ -53,7 +53,7 @@ def save_toy_adapter(folder: Path) -> Path:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
     save_file({"weight": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
     return folder
 
