@@ -113,7 +113,8 @@ def test_adapters_lie_below_a_root_also_through_links(tmp_path):
 
 
 def test_metrics_of_several_engines_are_one_text():
-    text = '# HELP x:running Running\n# TYPE x:running gauge\nx:running{{model="m"}} {}\n# TYPE n_total counter\nn_total 4\n'
+    text = '# HELP x:running Running\n# TYPE x:running gauge\nx:running{{model="m"}} {}\n'
+    text += "# TYPE n_total counter\nn_total 4\n"
     families = relabelled([({"replica": "a"}, text.format(1)), ({"replica": "b"}, text.format(2))])
     assert [family.name for family in families] == ["x:running", "n"]
     assert [(s.labels, s.value) for s in families[0].samples] == [
