@@ -7,8 +7,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai_suite
 import pytest
-from openai_suite import CHECKS, EMBEDDING_CHECKS, Target, save_adapter, save_model
+from openai_reference import save_adapter, save_model
+from openai_suite import CHECKS, EMBEDDING_CHECKS, Target
 from process_tree import gone_within
 
 from swift_dist.lifetime import descendants
@@ -100,3 +102,17 @@ def test_nothing_of_vllm_survives(model, tmp_path, victim):
         assert len(pids) >= 4  # guard, server, EngineCore, worker, and multiprocessing's tracker
         os.kill(pids[0] if victim == "guard" else pids[1], signal.SIGKILL)
         assert gone_within(pids, 2)
+
+
+@pytest.mark.table
+def test_vllm_on_two_ranks(model, adapters, tmp_path):
+    """--tensor_parallel_size 2, on a CPU: two workers, the same tokens."""
+    options = EngineOptions(dtype="fp32", cpu_cache_gib=0.25, tensor_parallel_size=2, max_lora_rank=8)
+    served = ServedModel("tiny", str(model), options, {"first": str(adapters[0])})
+    with _start("vllm", served, tmp_path) as process:
+        target = _target(process.wait_ready(), model, adapters)
+        for check in (openai_suite.check_greedy_is_transformers, openai_suite.check_adapters):
+            check(target)
+        pids = [process.pid, *descendants(process.pid)]
+        workers = [pid for pid in pids if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 2

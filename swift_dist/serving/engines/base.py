@@ -67,7 +67,11 @@ class Engine:
         """
 
     def adapter_request(self, name: str, path: str | None) -> tuple[str, dict[str, Any]]:
-        """What to POST (path, JSON) so that adapter `name` is loaded from folder `path`, or unloaded (None)."""
+        """What to POST (path, JSON) so that adapter `name` is loaded from folder `path`, or unloaded (None).
+
+        Raises:
+            JobError: the engine cannot apply that adapter, or loads none while it runs.
+        """
         if path is None:
             return "/v1/unload_lora_adapter", {"lora_name": name}
         return "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}

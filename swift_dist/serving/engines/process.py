@@ -148,7 +148,8 @@ class EngineProcess:
         """Serve the PEFT folder `path` as model `name`, from when this returns.
 
         Raises:
-            RunError: the engine refused, with its words.
+            JobError: the engine cannot apply it.
+            RunError: the server refused, with its words.
         """
         where, body = self.engine.adapter_request(name, str(path))
         self._ask("POST", where, timeout, body)
