@@ -118,6 +118,7 @@ def _defaults(options: FrontOptions) -> str:
     busy = "No replica could take this request in time. Try again later."
     failed = "The replicas that were given this request failed before they answered."
     slow = "The model did not answer within the time limit."
+    # HAProxy answers what its parser refuses with a page of its own, whatever is said here.
     errors = [
         (400, "The request is not valid HTTP.", "invalid_request_error", "bad_request", ""),
         (408, "The request did not arrive in time.", "invalid_request_error", "request_timeout", ""),

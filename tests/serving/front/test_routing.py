@@ -202,6 +202,31 @@ def test_a_body_that_is_too_large(stage: Stage) -> None:
         assert answer.status_code == status, size
 
 
+def raw(stage: Stage, text: bytes) -> bytes:
+    """Whatever is answered to these bytes until the connection ends."""
+    with socket.create_connection(("127.0.0.1", stage.front.options.port), timeout=10) as client:
+        client.sendall(text)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_other_clients(stage: Stage) -> None:
+    """HTTP/1.0, one that waits for ``100 Continue``, several requests at once, and no HTTP (HAProxy's own page)."""
+    body = json.dumps({"model": "other", "stream": True}).encode()
+    head = f"Host: x\r\nAuthorization: Bearer {KEYS[0]}\r\nContent-Type: application/json\r\n"
+    request = f"POST {CHAT} HTTP/1.%d\r\n{head}Content-Length: {len(body)}\r\n%s\r\n"
+    old = raw(stage, (request % (0, "")).encode() + body)
+    assert old.startswith(b"HTTP/1.") and old.endswith(b"data: [DONE]\n\n") and b"chunked" not in old
+    patient = raw(stage, (request % (1, "Expect: 100-continue\r\nConnection: close\r\n")).encode() + body)
+    assert patient.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200") and patient.endswith(b"\r\n0\r\n\r\n")
+    first, last = (request % (1, "")).encode() + body, (request % (1, "Connection: close\r\n")).encode() + body
+    together = raw(stage, first + first + last)
+    assert together.count(b"HTTP/1.1 200") == together.count(b"data: [DONE]") == together.count(b"\r\n0\r\n\r\n") == 3
+    assert b"stream_interrupted" not in together + patient + old
+    for text in (b"nonsense\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        answer = raw(stage, text)
+        assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400")), answer
+
+
 def test_headers_that_are_too_long(stage: Stage) -> None:
     answer = stage.post(chat_body("chat", "x"), headers={"x-more": "y" * 40_000})
     assert answer.status_code == 431 and error(answer)["code"] == "headers_too_large"
