@@ -52,6 +52,12 @@ def load(served: ServedModel) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(served.path, trust_remote_code=trust)
         if getattr(config, "is_encoder_decoder", False):
             raise JobError("model", f"{config.model_type} is an encoder-decoder", "serve a decoder-only model")
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise JobError(
+                "model",
+                f"{type(tokenizer).__name__} is no tokenizer of the tokenizers library",
+                "save a tokenizer.json",
+            )
         auto = AutoModelForCausalLM if served.options.task == "generate" else AutoModel
         model = auto.from_pretrained(
             served.path, dtype=_DTYPES[served.options.dtype], trust_remote_code=trust, local_files_only=True

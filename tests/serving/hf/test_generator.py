@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from chat_model import save_tokenizer
 from generating import VOCABULARY, answers, asked, generated, prompts, save_model
 
 from swift_dist.errors import JobError, RunError
@@ -259,6 +260,21 @@ def test_a_model_whose_state_is_no_sequence_s_own_is_refused(tmp_path: Path) -> 
     config = transformers.RecurrentGemmaConfig(**values, lru_width=32, attention_window_size=16)
     with pytest.raises(RunError, match="get other logits"):
         started(save_model(tmp_path / "recurrent", config))
+
+
+def test_folders_that_hold_no_decoder_or_no_fast_tokenizer(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4, "vocab_size": VOCABULARY}
+    save_tokenizer(tmp_path / "t5")
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(JobError, match="encoder-decoder"):
+        started(tmp_path / "t5")
+    with pytest.raises(RunError, match="cannot be loaded"):
+        started(tmp_path / "nothing")
+    slow = save_model(tmp_path / "slow", transformers.LlamaConfig(**DECODER))
+    (slow / "tokenizer.json").unlink()
+    transformers.ByT5Tokenizer().save_pretrained(slow)
+    with pytest.raises(JobError, match="ByT5Tokenizer is no tokenizer of"):
+        started(slow)
 
 
 def test_bf16_as_saved(tmp_path: Path) -> None:
