@@ -92,7 +92,7 @@ class Controller:
             self.tell("the controller was restarted and goes on")
         earlier = self.folder.read().get("control_port") if self.folder.exists() else None
         self.control_port = await serve_control(self, earlier)
-        self.folder.write(control_port=self.control_port)
+        self.folder.write(control_port=self.control_port, control=f"http://127.0.0.1:{self.control_port}")
         self._task = asyncio.create_task(self._run())
 
     # ---- what replicas say

@@ -16,11 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from swift_dist.errors import JobError, RunError
+from swift_dist.serving.front.state import FrontState
 from swift_dist.serving.plan import SURGE, Plan, check_models
 
 log = logging.getLogger(__name__)
 
 _CONTROLLER_SECONDS = 60.0  # without a word from it
+_AGAIN_SECONDS = 0.5  # after the front refused
 
 
 def serve(plan: Plan) -> dict[str, Any]:
@@ -123,9 +125,8 @@ class _Deployment:
         starts_serve = start_serve()
         self._controller = start_controller(self._spec)
         try:
-            port = ray.get(self._controller.begin.remote())
+            ray.get(self._controller.begin.remote())
             log.info("serving %s; logs in %s", ", ".join(m.name for m in self._plan.models), self._folder.logs)
-            self._folder.write(control=f"http://127.0.0.1:{port}")
             with self._following():
                 self._loop()
         finally:
@@ -190,8 +191,12 @@ class _Deployment:
                 return
 
     def _keep_front(self) -> None:
-        if self._front_runs and self._front.ensure():
-            log.warning("the front was restarted")
+        try:
+            if self._front_runs and self._front.ensure():
+                log.warning("the front was restarted")
+        except RunError as error:  # such as a port that is taken for a moment: the next turn tries again
+            log.warning("the front has ended and does not start again yet: %s", error)
+            time.sleep(_AGAIN_SECONDS)
 
     def _take(self, news: dict[str, Any]) -> bool:
         """Act on what the controller says; whether to go on."""
@@ -201,17 +206,26 @@ class _Deployment:
         if news["failed"]:
             self._failure = news["failed"]
             return False
-        if news["state"] is not None:
-            if self._front_runs:
-                self._front.update(news["state"])
-            else:
-                self._front.start(news["state"])
-                self._front_runs = True
+        if news["state"] is not None and self._route(news["state"]):
             self._applied = news["generation"]
         if news["ready"] and not self._ready:
             self._ready = True
             self._say_ready()
         return not news["stopping"]
+
+    def _route(self, state: FrontState) -> bool:
+        """Whether the front routes by `state` now. Where it does not the controller will say it again."""
+        if not self._front_runs:
+            self._front.start(state)
+            self._front_runs = True
+            return True
+        try:
+            self._front.update(state)
+        except (RunError, ValueError) as error:
+            log.warning("the front does not take its new state yet: %s", error)
+            time.sleep(_AGAIN_SECONDS)
+            return False
+        return True
 
     def _say_ready(self) -> None:
         first = self._plan.models[0].name

@@ -48,7 +48,7 @@ def kill_server(deployment: Deployment) -> None:
 
 
 def kill_core(deployment: Deployment) -> None:
-    """vLLM's EngineCore; of an engine of one process that process."""
+    """The last process that vLLM started."""
     os.kill(deployment.engine_pids(deployment.replicas()[0])[-1], signal.SIGKILL)
 
 
@@ -64,7 +64,7 @@ KILLS: dict[str, Callable[[Deployment], None]] = {
     "replica (Ray's actor)": kill_replica,
     "guard of an engine": kill_guard,
     "engine's server": kill_server,
-    "engine's last process (vLLM: EngineCore)": kill_core,
+    "vLLM's EngineCore": kill_core,
     "Serve's controller": kill_serve,
     "the deployment's controller": kill_controller,
 }
@@ -106,6 +106,8 @@ def test_recovery_times(tmp_path):
         with Deployment(tmp_path / engine, *words, "--max_model_len", "256") as deployment:
             deployment.wait_ready(600)
             for name, kill in KILLS.items():
+                if engine == "hf" and kill is kill_core:
+                    continue  # a single process
                 row = one_kill(deployment, name, kill)
                 lines.append(
                     f"| {engine} | {row['name']} | {row['answers']} | 0 | {row['slowest']:.1f} | {row['seconds']:.1f} |"
