@@ -142,6 +142,7 @@ class Engine:
             openai.APIError: one was refused; RunError: the engine was lost again and again.
         """
         import asyncio
+        import functools
 
         from swift_dist.serving.batch import Asking, as_prompts, ask, run_async
         from swift_dist.serving.pool import EnginePool, LostError
@@ -153,10 +154,8 @@ class Engine:
 
         async def ask_all() -> list[ChatCompletion]:
             async with EnginePool([OwnedReplica(self._replica)], concurrency) as pool, asyncio.TaskGroup() as tasks:
-                asked = [
-                    tasks.create_task(pool.ask(lambda client, prompt=prompt: ask(client, prompt, asking)))
-                    for prompt in as_prompts(items)
-                ]
+                sends = [functools.partial(ask, prompt=prompt, asking=asking) for prompt in as_prompts(items)]
+                asked = [tasks.create_task(pool.ask(send)) for send in sends]
             return [task.result() for task in asked]
 
         self.client  # noqa: B018 - starts an engine that has ended
