@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from swift_dist.errors import JobError
 from swift_dist.serving.engines.base import Engine
@@ -34,8 +35,11 @@ class HfEngine(Engine):
             raise JobError(
                 "agent_format", f"{served.path} has no chat template to write the tools into", "give --chat_template"
             )
-        if served.adapters and options.task == "embed":
-            raise JobError("adapters", "embeddings are the model's own", "merge the adapter, or leave it out")
+        _check_adapters(served)
+        if options.task == "embed":
+            for key in ("tool_call_parser", "reasoning_parser", "agent_format"):
+                if getattr(options, key) is not None:
+                    raise JobError(key, "a model that is served for embeddings writes no text", f"leave out --{key}")
         try:
             parser().parse_args(["--served", "{}", "--host", "h", "--port", "1", *options.engine_args])
         except ValueError as error:
@@ -46,6 +50,20 @@ class HfEngine(Engine):
         module = "swift_dist.serving.hf.server"
         words = ["--served", json.dumps(given), "--host", host, "--port", str(port)]
         return [sys.executable, "-P", "-m", module, *words, *served.options.engine_args]
+
+
+def _check_adapters(served: ServedModel) -> None:
+    if not served.adapters:
+        return
+    if served.options.task == "embed":
+        raise JobError("adapters", "embeddings are the model's own", "merge the adapter, or leave it out")
+    if not served.options.max_loras:
+        raise JobError("max_loras", "0, with which no adapter can be loaded", "give --max_loras 1, or more")
+    for name, path in served.adapters.items():
+        if name == served.name:
+            raise JobError("adapters", f"{name!r} is the model's own name", "give the adapter another one")
+        if not (Path(path) / "adapter_config.json").is_file():
+            raise JobError("adapters", f"{name}: no adapter_config.json in {path}", "give a folder that PEFT saved")
 
 
 ENGINE = HfEngine()

@@ -75,10 +75,10 @@ def choices_of(sampling: Sampling, count: int) -> list[Sampling]:
     return [replace(sampling, seed=(sampling.seed + k + top) % (2 * top) - top) for k in range(count)]
 
 
-def checked_length(prompt: int, max_tokens: int | None, limit: int) -> None:
-    """Refuse what the context has no room for."""
+def checked_length(prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
+    """Refuse what the context has no room for; `param` is the request's field that the prompt comes from."""
     if prompt >= limit or (max_tokens is not None and prompt + max_tokens > limit):
-        raise too_long(prompt, max_tokens, limit)
+        raise too_long(prompt, max_tokens, limit, param)
 
 
 def guide_of(body: SamplingBody) -> Guide | None:

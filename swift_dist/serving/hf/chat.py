@@ -80,7 +80,7 @@ def _plan(serving: Serving, body: ChatRequest) -> Plan:
         )
     prompt = serving.prompts.render(body, tools)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    checked_length(len(prompt.ids), max_tokens, serving.generator.model_max_length)
+    checked_length(len(prompt.ids), max_tokens, serving.generator.model_max_length, "messages")
     parser = _parser(serving, choice, tools)
     sampling = sampling_of(
         body,

@@ -112,7 +112,7 @@ def _plan(serving: Serving, body: CompletionRequest) -> Plan:
     max_tokens = max(body.max_tokens, 1) if body.max_tokens is not None else None
     limit = serving.generator.model_max_length
     for ids in prompts:
-        checked_length(len(ids), body.max_tokens, limit)
+        checked_length(len(ids), body.max_tokens, limit, "prompt")
     ranked = count > (body.n or 1)
     sampling = sampling_of(
         body, serving.defaults, max_tokens=max_tokens, logprobs=0 if ranked and body.logprobs is None else body.logprobs

@@ -32,7 +32,7 @@ async def embed(serving: Serving, request: Request, body: EmbeddingRequest) -> R
     limit = serving.generator.model_max_length
     for ids in prompts:
         if len(ids) > limit:
-            raise too_long(len(ids), None, limit)
+            raise too_long(len(ids), None, limit, "input")
     if body.dimensions is not None:
         _check_dimensions(serving, body.dimensions)
     try:

@@ -36,11 +36,11 @@ def model_not_found(name: str, known: tuple[str, ...]) -> RequestError:
     return RequestError(404, message, "model", "model_not_found")
 
 
-def too_long(prompt: int, answer: int | None, limit: int) -> RequestError:
+def too_long(prompt: int, answer: int | None, limit: int, param: str) -> RequestError:
     """A prompt, or a prompt and the answer asked for, that the context has no room for."""
     asked = f"{prompt} in the prompt" + (f" and {answer} for the answer" if answer is not None else "")
     message = f"This model's maximum context length is {limit} tokens. However, you requested {asked}."
-    return bad_request(message, "messages", "context_length_exceeded")
+    return bad_request(message, param, "context_length_exceeded")
 
 
 def from_validation(errors: Any) -> RequestError:

@@ -277,6 +277,7 @@ def test_the_models_own_defaults(tmp_path):
         ({"tensor_parallel_size": 2}, "tensor_parallel_size", "one device"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size", "one device"),
         ({"chat_template": "/nowhere"}, "chat_template", "no file"),
+        ({"task": "embed", "agent_format": "react"}, "agent_format", "no text"),
         ({"engine_args": ("--max-speed", "9")}, "engine_args", "--max-speed"),
         ({"engine_args": ("--grace", "long")}, "engine_args", "long"),
     ],
@@ -286,6 +287,21 @@ def test_what_the_engine_refuses_before_it_starts(folder, options, key, said):
         ENGINE.check(served(folder, **options))
     assert refused.value.key == key
     assert said in str(refused.value)
+
+
+def test_adapters_are_looked_at_before_the_start(folder, tmp_path):
+    given = ServedModel("tiny", str(folder), EngineOptions(), adapters={"a": str(tmp_path)})
+    with pytest.raises(JobError, match=r"no adapter_config\.json"):
+        ENGINE.check(given)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    ENGINE.check(given)
+    for wrong in (
+        ServedModel("tiny", str(folder), EngineOptions(max_loras=0), adapters=given.adapters),
+        ServedModel("tiny", str(folder), EngineOptions(task="embed"), adapters=given.adapters),
+        ServedModel("a", str(folder), EngineOptions(), adapters=given.adapters),
+    ):
+        with pytest.raises(JobError):
+            ENGINE.check(wrong)
 
 
 def test_the_command_hands_everything_over(folder):
