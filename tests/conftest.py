@@ -13,6 +13,8 @@ sys.path.insert(0, str(TESTS / "support"))  # importlib import mode has no packa
 import interpreted_kernels  # noqa: E402, F401
 
 LONG = (
+    *("serving/test_openai.py", "serving/test_deploy.py", "serving/test_deploy_hf.py", "serving/test_source.py"),
+    *("serving/test_infer.py", "serving/hf/test_server.py", "serving/hf/test_generator.py"),
     *("checkpoint/test_resume.py", "system/test_kill.py", "engines/test_state.py", "system/test_failing_runs.py"),
     *("test_docs.py", "engines/test_engine.py", "cluster/test_gang.py", "system/test_torchrun.py"),
     *("golden/test_parity.py", "cluster/test_driver.py", "data/test_prepare_resume.py", "doctor/test_cluster.py"),

@@ -89,11 +89,13 @@ class _AgentParser(VllmToolParser):
         return DeltaMessage(content=content or None, tool_calls=deltas) if content or deltas else None
 
 
-@ToolParserManager.register_module("react")
 class ReActParser(_AgentParser):
     make = staticmethod(react.PARSER)
 
 
-@ToolParserManager.register_module("qwen_agent")
 class QwenAgentParser(_AgentParser):
     make = staticmethod(qwen_agent.PARSER)
+
+
+ToolParserManager.register_module("react", module=ReActParser)
+ToolParserManager.register_module("qwen_agent", module=QwenAgentParser)
