@@ -113,7 +113,7 @@ class Scheduler:
         if prompts:
             self._compute(*prompts)
         # A sequence whose prompt was completed just now has its first token: it goes on with the others.
-        answers = self._with_room([s for s in self.running if s.pending == 1])
+        answers = self._with_room([s for s in self.running if s.pending == 1 and not s.scoring])
         if answers:
             self._compute(answers, [1] * len(answers))
 
@@ -151,6 +151,8 @@ class Scheduler:
                 youngest = self.running[-1]
                 self._leave(youngest)
                 youngest.cached = 0
+                if youngest.scoring:  # of a prompt that was told already nothing is told again
+                    youngest.scored.clear()
                 self.waiting.appendleft(youngest)
         return [s for s in sequences if s in self.running]
 
@@ -163,11 +165,11 @@ class Scheduler:
     # what is computed
 
     def _prompts(self) -> tuple[list[Running], list[int]] | None:
-        """Sequences with more than one token to compute, the oldest first, and how many tokens of each."""
+        """Sequences with more than one token to compute or to score, the oldest first, and how many tokens of each."""
         rows: list[Running] = []
         new: list[int] = []
         for sequence in self.running:
-            if sequence.pending < 2:
+            if sequence.pending < 2 and not sequence.scoring:
                 continue
             number = min(sequence.pending, PROMPT_TOKENS) if self._runner.batched else sequence.pending
             if rows and (sequence.scoring or (len(rows) + 1) * max(*new, number) > PROMPT_TOKENS):

@@ -136,6 +136,40 @@ def test_a_cache_that_is_too_small_for_all_delays_and_changes_nothing(folder: Pa
         assert answer.ids == generated(model, prompt, 60)
 
 
+def scores(model: torch.nn.Module, prompt: list[int]) -> list[float]:
+    """Log-probabilities of a prompt's tokens after its first."""
+    with torch.inference_mode():
+        found = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    return [float(found[at, token]) for at, token in enumerate(prompt[1:])]
+
+
+def test_prompts_of_one_token_are_scored_beside_others(generator: Generator, model: torch.nn.Module) -> None:
+    requests = [([token], greedy(3, prompt_logprobs=1)) for token in (5, 6, 7)] + [([8, 9], greedy(3))]
+    *scored, plain = answers(generator, requests)
+    assert [answer.prompt and [token.id for token in answer.prompt.tokens] for answer in scored] == [[5], [6], [7]]
+    assert plain.prompt is None
+    for (prompt, _), answer in zip(requests, [*scored, plain], strict=True):
+        assert answer.ids == generated(model, prompt, 3)
+
+
+def test_a_prompt_that_is_put_back_half_scored_is_scored_once(
+    folder: Path, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS", 16)
+    generator = started(folder, cpu_cache_gib=3 * 2 * 2 * 8 * 4 * 256 / 2**30)
+    try:
+        put_back: list[int] = []
+        leave = generator._scheduler._leave
+        generator._scheduler._leave = lambda s: (put_back.append(len(s.scored)), leave(s))
+        long = prompts(1, 1, seed=3)[0] * 200 + [9, 8, 7] * 13  # 15 of the 16 blocks: none for the other's 17th token
+        _, answer = answers(generator, [([5, 6], greedy(30, ignore_eos=True)), (long, greedy(1, prompt_logprobs=0))])
+    finally:
+        generator.close()
+    assert 0 < put_back[0] < len(long)
+    assert [token.id for token in answer.prompt.tokens] == long
+    assert [token.logprob for token in answer.prompt.tokens[1:]] == pytest.approx(scores(model, long), abs=1e-4)
+
+
 def test_a_context_that_the_cache_cannot_hold(folder: Path) -> None:
     small = {"cpu_cache_gib": 64 * 384 / 2**30}
     with pytest.raises(RunError, match="only 64 tokens fit"):
