@@ -28,9 +28,13 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def template_of(folder: str, options: EngineOptions) -> str:
-    """The chat template that a model's folder is served with; "" where there is none."""
+    """The chat template that a model's folder is served with; "" where there is none.
+
+    Raises:
+        JobError: --chat_template names no file that can be read.
+    """
     if options.chat_template:
-        return Path(options.chat_template).read_text()
+        return given_template(options.chat_template)
     own = Path(folder) / "chat_template.jinja"
     if own.is_file():
         return own.read_text()
@@ -39,6 +43,17 @@ def template_of(folder: str, options: EngineOptions) -> str:
     if isinstance(template, list):  # some models have one for tools beside the default
         return "\n".join(str(one.get("template", "")) for one in template)
     return template or ""
+
+
+def given_template(file: str) -> str:
+    """The text of --chat_template. Raises JobError where it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise JobError(
+            "chat_template", f"no file to read at {file}: {reason}", "give the path of a Jinja chat template"
+        ) from None
 
 
 def tool_parser_of(options: EngineOptions, template: str) -> str | None:
@@ -82,5 +97,5 @@ def check_parsers(options: EngineOptions) -> None:
             f"{options.tool_call_parser} does not read what agent_format {options.agent_format} writes",
             "leave tool_call_parser out",
         )
-    if options.chat_template and not Path(options.chat_template).is_file():
-        raise JobError("chat_template", f"no file {options.chat_template}", "give the path of a Jinja chat template")
+    if options.chat_template:
+        given_template(options.chat_template)

@@ -213,6 +213,7 @@ def test_plain_lora_is_asked_for_by_name(tmp_path):
         ("max_lora_rank", {"max_lora_rank": 1024}),
         ("tool_call_parser", {"task": "embed", "tool_call_parser": "hermes"}),
         ("infer_backend", {"gpu": True}),  # a build for CPUs
+        ("chat_template", {"chat_template": "missing.jinja"}),
     ],
 )
 @pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")
