@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -85,7 +86,9 @@ class ChatPrompts:
 
     def _plain(self, message: Message, place: int) -> dict[str, Any]:
         """A message as chat templates take it."""
-        plain: dict[str, Any] = {"role": message.role, "content": _text(message, place)}
+        # Templates skip roles that they do not know, and what the developer says would be lost (vLLM does the same).
+        unknown = message.role == "developer" and not re.search("""["']developer["']""", self.template)
+        plain: dict[str, Any] = {"role": "system" if unknown else message.role, "content": _text(message, place)}
         if message.name is not None:
             plain["name"] = message.name
         if message.tool_call_id is not None:

@@ -18,6 +18,8 @@ from swift_dist.errors import JobError
 from swift_dist.serving.engines.hf import ENGINE
 from swift_dist.serving.hf.app import create_app
 from swift_dist.serving.hf.generation import Serving
+from swift_dist.serving.hf.prompts import ChatPrompts
+from swift_dist.serving.hf.protocol import ChatRequest
 from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Sampling, Token
 from swift_dist.serving.hf.server import load, read_served
 from swift_dist.serving.options import EngineOptions, ServedModel
@@ -158,6 +160,18 @@ def test_a_conversation_with_calls_goes_back_to_the_model(real):
     assert '{"name": "weather", "arguments": {"a": "ü"}}' in prompt
     assert "<tool_response>\nsun\n</tool_response>" in prompt
     assert adapter == "pirate"
+
+
+@pytest.mark.parametrize(("known", "role"), [("", "system"), ("{# 'developer' #}", "developer")])
+def test_what_the_developer_says_reaches_templates_that_do_not_know_that_role(folder, tmp_path, known, role):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    file = tmp_path / "template"
+    file.write_text(known + tokenizer.chat_template)
+    request = ChatRequest(messages=[{"role": "developer", "content": "Be brief."}, *USER])
+    rendered = ChatPrompts(tokenizer, EngineOptions(chat_template=str(file)), "tiny").render(request, [])
+    assert rendered.text.startswith(f"<|im_start|>{role}\nBe brief.")
 
 
 def test_generation_stops_where_a_result_would_stand(folder):
