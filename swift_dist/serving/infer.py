@@ -5,6 +5,8 @@ It starts engines of its own, or asks a server that runs (``--url``).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import signal
 import sys
@@ -258,16 +260,13 @@ def answer_rows(options: InferOptions) -> dict[str, Any]:
 
     rows = PromptSource(options.dataset, options.format, options.columns, "dataset")
     if options.url:
-        name, model = remote_name(options)[0], str(options.url)
-        source = None
+        name, source = remote_name(options)[0], None
     else:
         from swift_dist.serving.source import resolve_options
 
         source = resolve_options(options, trust_remote_code=options.trust_remote_code)
-        name, model = chosen_name(options, source), source.path
-        if name in source.adapters:
-            model = f"{source.path} with {source.adapters[name]}"
-    identity = identity_of(options, rows, model, name)
+        name = chosen_name(options, source)
+    identity = identity_of(options, rows, source, name)
     assert options.output is not None
     journal = Journal(Path(options.output), identity, resume=options.resume == "auto")
     journal.check()
@@ -323,8 +322,20 @@ def _summary(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "of"}
 
 
-def identity_of(options: InferOptions, rows: PromptSource, model: str, name: str) -> dict[str, Any]:
-    """All that answers depend on; the engine, its replicas and its address may change on the way."""
+def identity_of(options: InferOptions, rows: PromptSource, source: Source | None, name: str) -> dict[str, Any]:
+    """All that answers depend on; the engine, its replicas and its address may change on the way.
+
+    Args:
+        source: None: `name` of a server that runs, whose weights cannot be seen.
+    """
+    from swift_dist.serving.families import given_template
+    from swift_dist.serving.journal import files_of
+    from swift_dist.serving.made import facts
+
+    folders = [] if source is None else [source.path, *([source.adapters[name]] if name in source.adapters else [])]
+    own = files_of(Path(options.output or ""))  # which may lie in one of them
+    files = json.dumps([facts(Path(folder), but=own) for folder in folders]).encode()
+    template = given_template(options.chat_template).encode() if options.chat_template else None
     asked = (
         "temperature",
         "top_p",
@@ -337,11 +348,14 @@ def identity_of(options: InferOptions, rows: PromptSource, model: str, name: str
         "presence_penalty",
     )
     more = ("repetition_penalty", "logprobs", "top_logprobs", "system", "complete", "format", "columns", "usage")
-    settings = {key: getattr(options, key) for key in (*asked, *more, "dtype", "agent_format", "chat_template")}
+    of_engine = ("dtype", "agent_format", "tool_call_parser", "reasoning_parser", "engine_args")
+    settings = {key: getattr(options, key) for key in (*asked, *more, *of_engine)}
     schema = request_fields(options).get("response_format")
     return {
         "dataset": rows.fingerprint(),
-        "model": name if options.url else model,
+        "model": " with ".join(folders) or name,
+        "weights": hashlib.sha256(files).hexdigest()[:16] if folders else None,
+        "chat_template": template and hashlib.sha256(template).hexdigest()[:16],
         "seed": options.seed if "seed" in options.model_fields_set else None,
         "json_schema": schema and schema["json_schema"]["schema"],
         **settings,

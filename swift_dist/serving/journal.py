@@ -43,9 +43,8 @@ class Journal:
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-        self.output, self.identity = output.absolute(), json.loads(json.dumps(identity))
-        self.partial = self.output.with_name(f"{output.name}.partial")
-        self.record_path = self.output.with_name(f"{output.name}.infer.json")
+        self.identity = json.loads(json.dumps(identity))
+        self.output, self.partial, self.record_path, self._new = files_of(output)
         self.done: dict[int, tuple[int, int]] = {}
         self.failed: set[int] = set()
         self.is_finished = False
@@ -182,9 +181,8 @@ class Journal:
             RunError: the disk does not take it.
         """
         assert self._stream is not None and len(self.done) == count, (len(self.done), count)
-        new = self.output.with_name(f".{self.output.name}.new")
         try:
-            with new.open("wb") as stream:
+            with self._new.open("wb") as stream:
                 for index in range(count):
                     offset, length = self.done[index]
                     self._stream.seek(offset)
@@ -193,7 +191,7 @@ class Journal:
                 stream.flush()
                 os.fsync(stream.fileno())
             write_json(self.record_path, {"of": self.identity, "rows": count, "failed": len(self.failed), **numbers})
-            new.replace(self.output)
+            self._new.replace(self.output)
             self.partial.unlink()
         except OSError as error:
             raise RunError(f"{self.output}: {error.strerror}", "make room; the same command goes on") from error
@@ -201,6 +199,14 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
             self._stream.close()
+
+
+def files_of(output: Path) -> tuple[Path, Path, Path, Path]:
+    """(the output, what is partial, the record, the output until it has its name): all that is written of one."""
+    output = output.absolute()
+    names = (output.name, f"{output.name}.partial", f"{output.name}.infer.json", f".{output.name}.new")
+    whole, partial, record, new = (output.parent / name for name in names)
+    return whole, partial, record, new
 
 
 def _hold(stream: BinaryIO, output: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def made_once(
         JobError: the cache cannot be written. Whatever `make` raises.
     """
     sources = [source.absolute() for source in sources]
-    identity = {"version": __version__, "options": dict(options), "files": [_facts(source) for source in sources]}
+    identity = {"version": __version__, "options": dict(options), "files": [facts(source) for source in sources]}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     root = (cache or beside(sources[0])).absolute()
     folder = root / f"{name}-{digest}"
@@ -86,8 +86,12 @@ def _wait_for(descriptor: int, folder: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _facts(source: Path) -> list[Any]:
-    """What tells a folder's (or file's) content from another's without reading it."""
+def facts(source: Path, but: Container[Path] = ()) -> list[Any]:
+    """What tells a folder's (or file's) content from another's without reading it.
+
+    Args:
+        but: files that are left out.
+    """
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    stats = [(str(file), file.stat()) for file in files]
+    stats = [(str(file), file.stat()) for file in files if file not in but]
     return [str(source), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]

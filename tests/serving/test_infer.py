@@ -19,9 +19,11 @@ import pytest
 
 import swift_dist
 from swift_dist.data.rows._formats import formats
-from swift_dist.data.rows.prompts import read_prompt
+from swift_dist.data.rows.prompts import PromptSource, read_prompt
 from swift_dist.errors import JobError
+from swift_dist.serving.infer import InferOptions, identity_of
 from swift_dist.serving.journal import Journal
+from swift_dist.serving.source import Source
 
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())", "infer"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -293,3 +295,31 @@ def test_an_output_is_held_by_one_command(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("{}\n")
     with pytest.raises(JobError, match="nothing says that infer wrote it"):
         Journal(tmp_path / "mine.jsonl", {"a": 1}, resume=True).check()
+
+
+def test_answers_are_of_the_files_that_gave_them(tmp_path: Path) -> None:
+    """What is trained again in its place, and every key that changes what is said, gives other answers."""
+    folder, lora, template = tmp_path / "model", tmp_path / "lora", tmp_path / "own.jinja"
+    for file in (folder / "model.safetensors", lora / "adapter_model.safetensors", template):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("as it was")
+    data, out = chat_model.save_rows(tmp_path / "rows.jsonl", [{"query": "moon"}]), folder / "model"
+    source = Source("a", "model", str(folder), {"a": str(lora)})
+
+    def identity(name: str = "a", **more: Any) -> dict[str, Any]:
+        options = InferOptions(model="model", dataset=(str(data),), output=str(out), **more)
+        return identity_of(options, PromptSource(options.dataset, "auto", {}, "dataset"), source, name)
+
+    first, base, asked = identity(), identity("model"), identity(chat_template=str(template))
+    with Journal(out, first, resume=True):  # its files in the model's own folder change nothing
+        assert identity() == first
+    (lora / "adapter_model.safetensors").write_text("trained again")
+    assert identity() != first and identity("model") == base
+    with pytest.raises(JobError, match="another weights"):
+        Journal(out, identity(), resume=True).check()
+    (folder / "model.safetensors").write_text("trained again")
+    assert identity("model") != base
+    template.write_text("another")
+    assert identity(chat_template=str(template))["chat_template"] != asked["chat_template"]
+    for key, value in (("tool_call_parser", "hermes"), ("reasoning_parser", "qwen3"), ("engine_args", ("--x",))):
+        assert identity(**{key: value}) != identity()
