@@ -69,7 +69,9 @@ class Journal:
             self.is_finished = not self.record.get("failed")
         elif self.partial.exists():
             with self.partial.open("rb") as stream:
-                self._require_same(_header(stream.readline()), self.partial)
+                line = stream.readline()
+            if not _line({"of": self.identity}).startswith(line):  # a part of it: killed as it wrote that
+                self._require_same(_header(line), self.partial)
 
     def _read_record(self) -> dict[str, Any]:
         try:
@@ -161,7 +163,7 @@ class Journal:
         self._note(entry, offset, length)
 
     def _append(self, stream: BinaryIO, entry: Mapping[str, Any]) -> int:
-        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+        line = _line(entry)
         stream.write(line)
         stream.flush()
         self._end += len(line)
@@ -190,8 +192,11 @@ class Journal:
                     stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
                 stream.flush()
                 os.fsync(stream.fileno())
-            write_json(self.record_path, {"of": self.identity, "rows": count, "failed": len(self.failed), **numbers})
+            # Of a command that is killed between these lines the record never says more than the output holds: it
+            # is not whole, and the next command finds all its rows in the partial one.
+            write_json(self.record_path, {"of": self.identity, "failed": count})
             self._new.replace(self.output)
+            write_json(self.record_path, {"of": self.identity, "rows": count, "failed": len(self.failed), **numbers})
             self.partial.unlink()
         except OSError as error:
             raise RunError(f"{self.output}: {error.strerror}", "make room; the same command goes on") from error
@@ -215,6 +220,10 @@ def _hold(stream: BinaryIO, output: Path) -> None:
             fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobError("output", f"another process is writing {output}", "wait for it, or name another") from None
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
 
 def _header(line: bytes) -> Any:

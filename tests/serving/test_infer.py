@@ -323,3 +323,47 @@ def test_answers_are_of_the_files_that_gave_them(tmp_path: Path) -> None:
     assert identity(chat_template=str(template))["chat_template"] != asked["chat_template"]
     for key, value in (("tool_call_parser", "hermes"), ("reasoning_parser", "qwen3"), ("engine_args", ("--x",))):
         assert identity(**{key: value}) != identity()
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_a_command_killed_as_it_gives_the_output_its_name_goes_on(
+    renamed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, identity = tmp_path / "o.jsonl", {"a": "é"}
+
+    def journal() -> Journal:
+        return Journal(out, identity, resume=True)
+
+    with journal() as first:
+        first.add(0, {"response": None, "error": "too long"}, failed=True)
+        first.finish(1, {})
+    with journal() as second, monkeypatch.context() as patched:
+        second.add(0, {"response": "moon"}, failed=False)
+        left = iter(range(renamed))
+
+        def replace(file: Path, target: Path) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            os.replace(file, target)
+
+        patched.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            second.finish(1, {})
+    with journal() as third:
+        assert not third.is_finished and not third.failed
+        third.finish(1, {})
+    assert rows_of(out) == [{"response": "moon"}] and not third.partial.exists()
+    again = journal()
+    again.check()
+    assert again.is_finished and again.record["failed"] == 0
+
+
+def test_a_command_killed_at_its_first_line_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    for begun in (b"", b'{"of": {"a"'):
+        (tmp_path / "o.jsonl.partial").write_bytes(begun)
+        with Journal(out, {"a": 1}, resume=True) as journal:
+            assert not journal.done
+    (tmp_path / "o.jsonl.partial").write_bytes(b"mine")
+    with pytest.raises(JobError, match="does not say of what"):
+        Journal(out, {"a": 1}, resume=True).check()
