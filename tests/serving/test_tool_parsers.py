@@ -10,7 +10,7 @@ import pytest
 from swift_dist.plugins import find, names
 from swift_dist.serving.families import ROOM
 from swift_dist.serving.reasoning import ReasoningSplitter, tags_of
-from swift_dist.serving.tool_parsers.base import Call, Event
+from swift_dist.serving.tool_parsers.base import Call, Event, typed
 from tests.support.tool_call_answers import ANSWERS, SCHEMAS
 
 
@@ -38,6 +38,24 @@ def test_calls_and_the_text_before_them(name):
     text, found = read(name, [answer])
     assert text.strip() == before
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12345", "12345"),
+        ({"type": ["string", "null"]}, "12345", "12345"),
+        ({"anyOf": [{"type": "integer"}, {"oneOf": [{"type": "string"}, {"type": "null"}]}]}, "12345", "12345"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"type": "string"}, "null", "null"),
+        ({"type": ["integer", "null"]}, "12345", 12345),
+        ({"anyOf": [{"type": "integer"}, True], "type": None}, "12345", 12345),
+        ({}, "[1]", [1]),
+        ({"type": "integer"}, "many", "many"),
+    ],
+)
+def test_bare_text_is_a_string_wherever_the_schema_allows_one(schema, text, value):
+    assert typed(text, schema) == value
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -220,14 +220,27 @@ def read_json(text: str, schemas: Schemas) -> list[Call] | None:
 
 
 def typed(text: str, schema: Any) -> Any:
-    """A value that a family writes as bare text: JSON, unless the parameter's schema says that it is a string."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind == "string":
-        return text
+    """A value that a family writes as bare text: JSON, unless the parameter's schema says that it may be a string."""
+    kinds = _kinds(schema)
+    if "string" in kinds:
+        return None if "null" in kinds and text == "null" else text
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _kinds(schema: Any) -> set[str]:
+    """The types that a schema names, those of its alternatives included."""
+    if not isinstance(schema, Mapping):
+        return set()
+    named = schema.get("type")
+    kinds = {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
+    for key in ("anyOf", "oneOf"):
+        branches = schema.get(key)
+        for branch in branches if isinstance(branches, list) else ():
+            kinds |= _kinds(branch)
+    return kinds
 
 
 def parameter(schemas: Schemas, name: str, key: str) -> Any:
