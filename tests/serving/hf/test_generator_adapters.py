@@ -28,6 +28,7 @@ CONFIGS = {
     "two": peft.LoraConfig(r=8, target_modules=["k_proj", "down_proj"]),
     "dora": peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
     "head": peft.LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["lm_head"]),
+    "parameters": peft.LoraConfig(r=4, target_modules=[], target_parameters=["gate_proj.weight"]),
     "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 
@@ -92,7 +93,9 @@ def check(generator: Generator, alone: dict, names: list[str | None]) -> None:
         assert answer.ids == alone[name][at // len(names)], name
 
 
-@pytest.mark.parametrize("names", [["one", "two"], ["one", "dora"], ["two", "head"], ["ia3"], ["dora"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [["one", "two"], ["one", "dora"], ["two", "head"], ["ia3"], ["dora"], ["parameters"]], ids=" ".join
+)
 def test_adapters_in_one_batch_are_each_what_peft_alone_gives(
     base: Path, folders: dict[str, Path], alone: dict, names: list[str]
 ) -> None:
