@@ -27,7 +27,7 @@ from swift_dist.errors import RunError
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 REQUESTS, CLIENTS = 1000, 64
 ENGINES = ("hf", "vllm")
-CPU = ("--gpu_memory_utilization", "0.15", "--cpu_cache_gib", "1")
+CPU = ("--cpu_cache_gib", "1")
 
 
 def machine() -> str:

@@ -65,8 +65,8 @@ def server(request, model, adapters, tmp_path_factory) -> Iterator[EngineProcess
 
 @pytest.fixture(scope="module", params=ENGINES)
 def embedder(request, model, tmp_path_factory) -> Iterator[EngineProcess]:
-    quick = ("--enforce-eager",) if request.param == "vllm" else ()  # else it compiles first
-    options = EngineOptions(task="embed", dtype="fp32", cpu_cache_gib=0.25, engine_args=quick)
+    quick = {"cpu_cache_gib": 0.25, "engine_args": ("--enforce-eager",)} if request.param == "vllm" else {}
+    options = EngineOptions(task="embed", dtype="fp32", **quick)  # vLLM compiles first without its flag
     served = ServedModel("tiny", str(model), options)
     with _start(request.param, served, tmp_path_factory.mktemp(f"{request.param}-embed")) as process:
         yield process.wait_ready()

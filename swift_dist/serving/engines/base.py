@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from swift_dist.serving.options import ServedModel
+from swift_dist.errors import JobError
+from swift_dist.serving.options import EngineOptions, ServedModel
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ def gauge(metrics: str, name: str) -> float:
     """The sum of a gauge over its labels in Prometheus' text format; 0 where it is absent."""
     pattern = rf"^{re.escape(name)}(?:\{{[^}}]*\}})?\s+(\S+)"
     return sum(float(value) for value in re.findall(pattern, metrics, re.MULTILINE))
+
+
+def refuse_changed(options: EngineOptions, refused: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse options that an engine would ignore, where they are not their defaults.
+
+    Args:
+        refused: key -> why, remedy.
+
+    Raises:
+        JobError: the first of them.
+    """
+    for key, (why, remedy) in refused.items():
+        if getattr(options, key) != EngineOptions.model_fields[key].default:
+            raise JobError(key, why, remedy)
 
 
 def engine_variables(served: ServedModel) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from swift_dist.errors import JobError
-from swift_dist.serving.engines.base import Engine
+from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import check_parsers, template_of
 from swift_dist.serving.hf.arguments import parser
 from swift_dist.serving.options import ServedModel
@@ -36,10 +36,7 @@ class HfEngine(Engine):
                 "agent_format", f"{served.path} has no chat template to write the tools into", "give --chat_template"
             )
         _check_adapters(served)
-        if options.task == "embed":
-            for key in ("tool_call_parser", "reasoning_parser", "agent_format"):
-                if getattr(options, key) is not None:
-                    raise JobError(key, "a model that is served for embeddings writes no text", f"leave out --{key}")
+        refuse_changed(options, _ignored(served))
         try:
             parser().parse_args(["--served", "{}", "--host", "h", "--port", "1", *options.engine_args])
         except ValueError as error:
@@ -50,6 +47,20 @@ class HfEngine(Engine):
         module = "swift_dist.serving.hf.server"
         words = ["--served", json.dumps(given), "--host", host, "--port", str(port)]
         return [sys.executable, "-P", "-m", module, *words, *served.options.engine_args]
+
+
+def _ignored(served: ServedModel) -> dict[str, tuple[str, str]]:
+    """Options that change nothing of this model -> why, remedy."""
+    if served.options.task == "embed":
+        text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
+        room = ("max_num_seqs", "cpu_cache_gib", "gpu_memory_utilization", "max_loras", "max_lora_rank")
+        why = dict.fromkeys(text, "a model that is served for embeddings writes no text")
+        why |= dict.fromkeys(room, "the hf engine embeds without a cache of keys and values, and without adapters")
+    elif served.use_gpu:
+        why = {"cpu_cache_gib": "the hf engine computes on a GPU here, and keeps keys and values there"}
+    else:
+        why = {"gpu_memory_utilization": "the hf engine computes on a CPU here"}
+    return {key: (said, f"leave out --{key}") for key, said in why.items()}
 
 
 def _check_adapters(served: ServedModel) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,13 +293,20 @@ def test_the_models_own_defaults(tmp_path):
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size", "one device"),
         ({"chat_template": "/nowhere"}, "chat_template", "no file"),
         ({"task": "embed", "agent_format": "react"}, "agent_format", "no text"),
+        ({"task": "embed", "seed": 1}, "seed", "no text"),
+        ({"task": "embed", "max_num_seqs": 8}, "max_num_seqs", "without a cache"),
+        ({"task": "embed", "max_loras": 0}, "max_loras", "without adapters"),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization", "CPU"),
+        ({"use_gpu": True, "cpu_cache_gib": 2.0}, "cpu_cache_gib", "GPU"),
         ({"engine_args": ("--max-speed", "9")}, "engine_args", "--max-speed"),
         ({"engine_args": ("--grace", "long")}, "engine_args", "long"),
     ],
 )
 def test_what_the_engine_refuses_before_it_starts(folder, options, key, said):
+    options = dict(options)
+    given = replace(served(folder), use_gpu=options.pop("use_gpu", False), options=EngineOptions(**options))
     with pytest.raises(JobError) as refused:
-        ENGINE.check(served(folder, **options))
+        ENGINE.check(given)
     assert refused.value.key == key
     assert said in str(refused.value)
 
