@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from swift_dist.errors import RunError
+from swift_dist.errors import JobError, RunError
 from swift_dist.serving.client import as_run_error, open_async_client
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class EnginePool:
         self._places = [_Place(replica) for replica in replicas]
         self._most = most
         self._changed = asyncio.Condition()
-        self._failure: RunError | None = None
+        self._failure: RunError | JobError | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self.restarts = 0
 
@@ -116,8 +116,11 @@ class EnginePool:
                     raise RunError(f"{place.replica.name} ended {useless} times without an answer", "see its log")
                 self.restarts += 1
                 log.warning("%s ended: it is started again, and its requests are sent again", place.replica.name)
-        except RunError as error:
+        except (RunError, JobError) as error:
             await self._fail(error)
+        except Exception as error:  # such as a full disk: whoever waits for a replica must be told
+            log.debug("%s cannot be had", place.replica.name, exc_info=True)
+            await self._fail(RunError(f"{place.replica.name} cannot be started: {type(error).__name__}: {error}"))
 
     async def _serve(self, place: _Place, url: str) -> None:
         """Offer a replica until it is seen to have ended."""
@@ -146,7 +149,7 @@ class EnginePool:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _fail(self, error: RunError) -> None:
+    async def _fail(self, error: RunError | JobError) -> None:
         self._failure = self._failure or error
         async with self._changed:
             self._changed.notify_all()
@@ -159,7 +162,7 @@ class EnginePool:
 
         Raises:
             openai.APIStatusError: the server refused the request. LostError: see there.
-            RunError: no server can be had any more.
+            RunError, JobError: no server can be had any more.
         """
         import openai
 

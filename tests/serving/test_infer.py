@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -20,9 +21,11 @@ import pytest
 import swift_dist
 from swift_dist.data.rows._formats import formats
 from swift_dist.data.rows.prompts import PromptSource, read_prompt
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, RunError
 from swift_dist.serving.infer import InferOptions, identity_of
 from swift_dist.serving.journal import Journal
+from swift_dist.serving.pool import EnginePool
+from swift_dist.serving.replicas import RemoteReplica
 from swift_dist.serving.source import Source
 
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())", "infer"]
@@ -282,8 +285,6 @@ def test_wrong_flags_are_told_before_anything_starts(
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    from swift_dist.errors import RunError
-
     with pytest.raises(RunError, match="does not answer"):
         swift_dist.infer(url="http://127.0.0.1:9", prompt="x")
 
@@ -344,7 +345,7 @@ def test_a_command_killed_as_it_gives_the_output_its_name_goes_on(
         def replace(file: Path, target: Path) -> None:
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            os.replace(file, target)
+            file.rename(target)
 
         patched.setattr(Path, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
@@ -367,3 +368,17 @@ def test_a_command_killed_at_its_first_line_goes_on(tmp_path: Path) -> None:
     (tmp_path / "o.jsonl.partial").write_bytes(b"mine")
     with pytest.raises(JobError, match="does not say of what"):
         Journal(out, {"a": 1}, resume=True).check()
+
+
+@pytest.mark.parametrize("problem", [OSError("no space left"), JobError("model", "it is gone", "restore it")])
+def test_whatever_keeps_an_engine_from_starting_is_said(problem: Exception) -> None:
+    class NeverStarts(RemoteReplica):
+        def start(self) -> str:
+            raise problem
+
+    async def ask() -> None:
+        async with EnginePool([NeverStarts("the engine")], 1) as pool, asyncio.timeout(20):
+            await pool.ask(lambda client: asyncio.sleep(0))
+
+    with pytest.raises((RunError, JobError), match="no space left|it is gone"):
+        asyncio.run(ask())
