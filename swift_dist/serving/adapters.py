@@ -52,10 +52,15 @@ def require_folder(path: str, roots: Iterable[str]) -> str:
     """
     if not Path(path).is_absolute():
         raise AdapterRefused(f"{path!r} is no absolute path")
-    real = Path(path).resolve()
-    if not any(real == (root := Path(r).resolve()) or root in real.parents for r in roots):
+    try:
+        real = Path(path).resolve()
+        is_below = any(real == (root := Path(r).resolve()) or root in real.parents for r in roots)
+        is_adapter = is_below and (real / "adapter_config.json").is_file()
+    except (OSError, ValueError):  # such as a name that no file can have
+        raise AdapterRefused(f"{path[:200]!r} cannot be looked at, so it is no adapter") from None
+    if not is_below:
         raise AdapterRefused("the folder is not below one that --adapter_root names", 403)
-    if not (real / "adapter_config.json").is_file():
+    if not is_adapter:
         raise AdapterRefused(f"{path} holds no adapter_config.json, so it is no adapter")
     return str(real)
 
@@ -83,11 +88,13 @@ class Adapters:
             replicas = [seen for seen in self._replicas(model) if seen.adapters is not None]
             if not replicas:
                 raise AdapterRefused(f"{model.name} has no replica that is ready", 503)
-            results = await asyncio.gather(*(self._put(s, name, folder) for s in replicas), return_exceptions=True)
+            if any(name in (seen.adapters or ()) for seen in replicas):
+                raise AdapterRefused(f"{name!r} is still being unloaded: answers that run use it; try again", 409)
+            results = await asyncio.gather(*(self._bring(s, name, folder) for s in replicas), return_exceptions=True)
             refused = next((r for r in results if isinstance(r, BaseException)), None)
             if refused is not None:
                 loaded = [s for s in replicas if s.adapters and name in s.adapters]
-                await asyncio.gather(*(self._take(s, name) for s in loaded), return_exceptions=True)
+                await asyncio.gather(*(self._bring(s, name, None) for s in loaded), return_exceptions=True)
                 raise _as_refusal(refused)
             now = controller.models[model.name]  # which a turn of the loop may have changed
             await controller.change(updated(now, adapters={**now.adapters, name: folder}))
@@ -107,21 +114,26 @@ class Adapters:
                 raise AdapterRefused(f"no adapter is called {name!r}", 404)
             await controller.change(updated(model, adapters={n: p for n, p in model.adapters.items() if n != name}))
             await controller.publish()
-            await asyncio.gather(*(self._take(s, name) for s in self._replicas(model)), return_exceptions=True)
-            controller.tell(f"adapter {name} is unloaded")
+        # An engine may wait for answers that use it: other adapters come and go meanwhile.
+        await asyncio.gather(*(self._bring(s, name, None) for s in self._replicas(model)), return_exceptions=True)
+        controller.tell(f"adapter {name} is unloaded")
 
     def refusal(self, version: str) -> str | None:
         """Why a version's engine does not take an adapter of its model."""
         return self._refusals.get(version)
+
+    def forget_refusal(self, version: str) -> None:
+        """The version is started again."""
+        self._refusals.pop(version, None)
 
     def reconcile(self) -> None:
         """Begin to bring each replica what it lacks; it is ready when it has everything."""
         for model in self._controller.models.values():
             for seen in self._replicas(model):
                 has = seen.adapters
-                seen.is_ready = has is not None and set(model.adapters) <= set(has)
+                seen.is_ready = has is not None and model.adapters.items() <= has.items()
                 task = self._syncing.get(seen.report.id)
-                if (has is None or set(has) != set(model.adapters)) and (task is None or task.done()):
+                if has != model.adapters and (task is None or task.done()):
                     self._syncing[seen.report.id] = asyncio.create_task(self._sync(seen, model.name))
         for gone in set(self._syncing) - set(self._controller.registry.seen):
             self._syncing.pop(gone).cancel()
@@ -135,14 +147,11 @@ class Adapters:
     async def _sync(self, seen: Seen, model_name: str) -> None:
         try:
             if seen.adapters is None:
-                names = await self._ask_names(seen)
-                seen.adapters = {n: seen.report.adapters.get(n, "") for n in names if n != model_name}
+                seen.adapters = await self._ask(seen)
             async with self._changing:  # what a change that is under way loads or unloads is its own
                 wanted = dict(self._controller.models[model_name].adapters)
-            for name in set(seen.adapters) - set(wanted):
-                await self._take(seen, name)
-            for name in set(wanted) - set(seen.adapters):
-                await self._put(seen, name, wanted[name])
+            for name in {**seen.adapters, **wanted}:
+                await self._bring(seen, name, wanted.get(name))
             self._refusals.pop(seen.report.version, None)
             self._controller.wake()
         except Exception as error:
@@ -151,17 +160,22 @@ class Adapters:
             self._controller.tell(f"{seen.report.version}: a replica does not get its adapters: {message}")
             await asyncio.sleep(_AGAIN_SECONDS)
 
-    async def _put(self, seen: Seen, name: str, path: str) -> None:
-        async with seen.lock:
-            if seen.adapters is not None and name not in seen.adapters:
-                await self._post(seen, name, path)
-                seen.adapters[name] = path
-
-    async def _take(self, seen: Seen, name: str) -> None:
-        async with seen.lock:
-            if seen.adapters is not None and name in seen.adapters:
-                await self._post(seen, name, None)
-                del seen.adapters[name]
+    async def _bring(self, seen: Seen, name: str, path: str | None) -> None:
+        """Have a replica's engine serve adapter `name` from `path`, or not at all (None)."""
+        async with seen.locks[name]:
+            has = seen.adapters.get(name) if seen.adapters is not None else path
+            if has == path:
+                return
+            try:
+                if has is not None:
+                    await self._post(seen, name, None)
+                if path is not None:
+                    await self._post(seen, name, path)
+            except Exception:
+                seen.adapters = await self._ask_again(seen)  # a part may have been done, or be done later
+                raise
+            if seen.adapters is not None:
+                seen.adapters = {n: p for n, p in {**seen.adapters, name: path}.items() if p is not None}
 
     async def _post(self, seen: Seen, name: str, path: str | None) -> None:
         import httpx
@@ -169,15 +183,25 @@ class Adapters:
         where, body = self._controller.engine.adapter_request(name, path)
         async with httpx.AsyncClient(timeout=_LOAD_SECONDS, trust_env=False) as client:
             answer = await client.post(seen.url + where, json=body)
-        if answer.status_code != 200:
+        is_gone = path is None and answer.status_code == 404  # an earlier try went on after we had left
+        if answer.status_code != 200 and not is_gone:
             raise AdapterRefused(said(answer), answer.status_code if 400 <= answer.status_code < 500 else 502)
 
-    async def _ask_names(self, seen: Seen) -> list[str]:
+    async def _ask(self, seen: Seen) -> dict[str, str]:
+        """The adapters that an engine has. One that does not say from which folder has them from its start."""
         import httpx
 
         async with httpx.AsyncClient(timeout=10.0, trust_env=False) as client:
             answer = await client.get(seen.url + "/v1/models")
-        return [model["id"] for model in answer.json()["data"]]
+        _, *cards = answer.json()["data"]  # the model itself is the first
+        roots = {card["id"]: str(card.get("root") or "") for card in cards}
+        return {n: root if Path(root).is_absolute() else seen.report.adapters.get(n, "") for n, root in roots.items()}
+
+    async def _ask_again(self, seen: Seen) -> dict[str, str] | None:
+        try:
+            return await self._ask(seen)
+        except Exception:  # it is asked before anything else is brought to it
+            return None
 
 
 def said(answer: Any) -> str:

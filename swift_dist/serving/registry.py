@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -22,8 +23,8 @@ class Seen:
 
     Attributes:
         is_ready: it has every adapter. is_routed: the front sends it requests. is_draining: no more from now on.
-        adapters: that the engine has; None: it was not asked yet.
-        lock: one adapter at a time.
+        adapters: that the engine has, name -> folder; None: it was not asked yet.
+        locks: by adapter; one change of it at a time.
     """
 
     report: Report
@@ -32,7 +33,7 @@ class Seen:
     is_routed: bool = False
     is_draining: bool = False
     adapters: dict[str, str] | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    locks: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
     @property
     def url(self) -> str:

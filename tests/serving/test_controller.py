@@ -1,21 +1,31 @@
-"""Parts of the controller that need no cluster: which replicas count, room, adapters' names and folders, numbers."""
+"""Parts of the controller that need no cluster: which replicas count, room, adapters, changes, numbers."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from toy_engine import save_toy_adapter
+from toy_engine import ENGINE, save_toy_adapter, save_toy_model
 
-from swift_dist.serving import registry
+from swift_dist.serving import desired, registry
 from swift_dist.serving.adapters import AdapterRefused, require_folder, require_name
+from swift_dist.serving.controller import Controller
+from swift_dist.serving.desired import ModelState
 from swift_dist.serving.engines.base import Load
+from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.folder import DeploymentFolder
 from swift_dist.serving.metrics import relabelled
+from swift_dist.serving.options import EngineOptions, ServedModel
 from swift_dist.serving.registry import Registry
 from swift_dist.serving.replica import Report
 from swift_dist.serving.resources import fitting
+from swift_dist.serving.scaling import ScaleOptions
+from swift_dist.serving.spec import DeploymentSpec
 
 
 def report(name: str, version: str = "chat-v1", running: int = 0, waiting: int = 0) -> Report:
@@ -110,6 +120,137 @@ def test_adapters_lie_below_a_root_also_through_links(tmp_path):
         with pytest.raises(AdapterRefused, match="no absolute path"):
             require_folder(path, roots)
     assert require_folder(str(outside), [*roots, str(outside)]) == str(outside), "a root may be the adapter itself"
+
+
+@pytest.mark.parametrize("path", ["/a\0b", "/\ud800", "/" + "a" * 5000])
+def test_a_path_that_no_folder_can_have_is_no_adapter(path):
+    with pytest.raises(AdapterRefused) as refused:
+        require_folder(path, ["/"])
+    assert refused.value.status == 400
+    str(refused.value).encode()
+
+
+def controller(folder: Path) -> Controller:
+    """One whose model ``chat`` has a live version, without a cluster or front."""
+    spec = DeploymentSpec(
+        name="test",
+        folder=str(folder / "deployment"),
+        options=EngineOptions(),
+        engine=ENGINE.name,
+        num_cpus=1,
+        num_gpus=0,
+        loopback=True,
+        drain_seconds=1.0,
+        bounds=None,
+        scale=ScaleOptions(),
+        adapter_roots=(str(folder),),
+        first={},
+        num_replicas=1,
+        shares_cluster=False,
+    )
+    DeploymentFolder(spec.folder).claim()
+    made = Controller(spec)
+    model = desired.propose(ModelState(name="chat"), "model", str(folder / "model"), 1)
+    made.models["chat"] = desired.settle(model, {"chat-v1": 1})
+    made.publish = _nothing  # type: ignore[method-assign]
+    return made
+
+
+async def _nothing() -> None:
+    pass
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Iterator[EngineProcess]:
+    """An engine that was started with adapter ``a`` from folder ``A``."""
+    model = save_toy_model(tmp_path / "model", "hello")
+    for name in ("A", "B"):
+        save_toy_adapter(tmp_path / name)
+    served = ServedModel("chat", str(model), EngineOptions(), {"a": str(tmp_path / "A")})
+    with EngineProcess(ENGINE, served, "127.0.0.1", log=tmp_path / "log") as process:
+        process.start()
+        process.wait_ready()
+        yield process
+
+
+def with_replica(folder: Path, toy: EngineProcess, talk: Callable[[Controller], Awaitable[Any]]) -> Any:
+    """What `talk` returns of a controller whose one replica is `toy`."""
+
+    async def run() -> Any:
+        made = controller(folder)
+        made.registry.report(replace(report("r"), port=toy.port, adapters={"a": str(folder / "A")}))
+        return await talk(made)
+
+    return asyncio.run(run())
+
+
+async def settled(made: Controller) -> bool:
+    """Whether the replica has what it is to have, after some turns."""
+    for _ in range(100):
+        made.adapters.reconcile()
+        if made.registry.seen["r"].is_ready and not any(not t.done() for t in made.adapters._syncing.values()):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+def folders(toy: EngineProcess) -> dict[str, str]:
+    cards = httpx.get(f"http://127.0.0.1:{toy.port}/v1/models", trust_env=False).json()["data"]
+    return {card["id"]: Path(card["root"]).name for card in cards[1:]}
+
+
+def test_an_adapter_that_changed_its_folder_while_a_replica_started_is_taken_from_the_new_one(tmp_path, toy):
+    async def talk(made: Controller) -> bool:
+        made.models["chat"] = desired.updated(made.models["chat"], adapters={"a": str(tmp_path / "B")})
+        return await settled(made)
+
+    assert with_replica(tmp_path, toy, talk)
+    assert folders(toy) == {"a": "B"}
+
+
+def test_what_an_engine_lost_or_kept_behind_our_back_does_not_stay_in_the_way(tmp_path, toy):
+    async def talk(made: Controller) -> None:
+        made.models["chat"] = desired.updated(made.models["chat"], adapters={"a": str(tmp_path / "A")})
+        assert await settled(made)
+        toy.unload_adapter("a")  # as an unload that went on after its caller had left
+        await made.adapters.unload("a")
+        assert made.registry.seen["r"].adapters == {}
+        (tmp_path / "B" / "refuse").write_text("")
+        toy.load_adapter("b", str(tmp_path / "A"))
+        with pytest.raises(AdapterRefused):
+            await made.adapters.load("b", str(tmp_path / "B"), None)
+        assert (made.registry.seen["r"].adapters, folders(toy)) == ({}, {}), "asked after the refusal, and taken out"
+        (tmp_path / "B" / "refuse").unlink()
+        made.registry.seen["r"].adapters = {"b": str(tmp_path / "A")}
+        with pytest.raises(AdapterRefused, match="still being unloaded"):
+            await made.adapters.load("b", str(tmp_path / "B"), None)
+        assert await settled(made)
+        await made.adapters.load("b", str(tmp_path / "B"), None)
+
+    with_replica(tmp_path, toy, talk)
+    assert folders(toy) == {"b": "B"}
+
+
+def test_an_unload_that_waits_for_an_answer_holds_up_no_other_adapter(tmp_path, toy, monkeypatch):
+    async def talk(made: Controller) -> None:
+        made.models["chat"] = desired.updated(made.models["chat"], adapters={"a": str(tmp_path / "A")})
+        assert await settled(made)
+        post, answered = made.adapters._post, asyncio.Event()
+
+        async def slow(seen: Any, name: str, path: str | None) -> None:
+            if path is None:
+                await answered.wait()
+            await post(seen, name, path)
+
+        monkeypatch.setattr(made.adapters, "_post", slow)
+        unloading = asyncio.create_task(made.adapters.unload("a"))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(made.adapters.load("b", str(tmp_path / "B"), None), 5.0)
+        answered.set()
+        await unloading
+
+    with_replica(tmp_path, toy, talk)
+    assert folders(toy) == {"b": "B"}
 
 
 def test_metrics_of_several_engines_are_one_text():

@@ -93,7 +93,7 @@ def main() -> None:
         return web.Response(text="\n".join(lines))
 
     async def models(request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": n} for n in (name, *adapters)]})
+        return web.json_response({"data": [{"id": n, "root": root} for n, root in {name: path, **adapters}.items()]})
 
     async def load(request: web.Request) -> web.Response:
         body = await request.json()
@@ -105,7 +105,8 @@ def main() -> None:
         return web.Response(text="loaded")
 
     async def unload(request: web.Request) -> web.Response:
-        adapters.pop((await request.json())["lora_name"])
+        if adapters.pop((await request.json())["lora_name"], None) is None:
+            return web.json_response({"error": {"message": "no such adapter"}}, status=404)
         return web.Response(text="unloaded")
 
     app = web.Application()

@@ -72,8 +72,9 @@ def create_app(serving: Serving) -> FastAPI:
     app = FastAPI(title="swift_dist hf engine", version="1", docs_url=None, redoc_url=None)
     app.router.route_class = _StrictRoute
     _add_generation(app, serving)
-    _add_adapters(app, serving)
-    _add_rest(app, serving)
+    folders = dict(serving.served.adapters)
+    _add_adapters(app, serving, folders)
+    _add_rest(app, serving, folders)
     _add_failures(app)
     app.add_middleware(_RequestIds)
     return app
@@ -116,7 +117,9 @@ def _tokens(serving: Serving, body: Tokenize) -> list[int]:
     return serving.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens, verbose=False)["input_ids"]
 
 
-def _add_adapters(app: FastAPI, serving: Serving) -> None:
+def _add_adapters(app: FastAPI, serving: Serving, folders: dict[str, str]) -> None:
+    """Adapters that come and go; `folders` is kept as they do."""
+
     @app.post("/v1/load_lora_adapter", responses=_STATUSES, response_class=PlainTextResponse)
     async def load(body: LoadAdapter) -> Response:
         if body.lora_name in serving.names:
@@ -127,6 +130,7 @@ def _add_adapters(app: FastAPI, serving: Serving) -> None:
             await serving.generator.load_adapter(body.lora_name, body.lora_path)
         except ValueError as error:
             raise bad_request(str(error), "lora_path") from None
+        folders[body.lora_name] = body.lora_path
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter", responses=_STATUSES, response_class=PlainTextResponse)
@@ -139,7 +143,7 @@ def _add_adapters(app: FastAPI, serving: Serving) -> None:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _add_rest(app: FastAPI, serving: Serving) -> None:
+def _add_rest(app: FastAPI, serving: Serving, folders: dict[str, str]) -> None:
     begun = int(time.time())
 
     @app.get("/v1/models")
@@ -151,7 +155,7 @@ def _add_rest(app: FastAPI, serving: Serving) -> None:
                 "object": "model",
                 "created": begun,
                 "owned_by": "swift_dist",
-                "root": serving.served.path if name == names[0] else name,
+                "root": serving.served.path if name == names[0] else folders.get(name, name),
                 "parent": None if name == names[0] else names[0],
                 "max_model_len": serving.generator.model_max_length,
             }

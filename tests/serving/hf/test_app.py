@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import math
 import struct
@@ -333,3 +334,10 @@ def test_the_command_hands_everything_over(folder):
     command = ENGINE.command(given, "127.0.0.1", 1)
     assert read_served(command[command.index("--served") + 1]) == given
     assert command[-2:] == ["--grace", "1"]
+
+
+def test_models_say_from_which_folder_an_adapter_came(real):
+    serving = scripted(real)
+    serving.served = dataclasses.replace(serving.served, adapters={"pirate": "/adapters/pirate"})
+    cards = talk(serving, lambda client: client.get("/v1/models")).json()["data"]
+    assert [card["root"] for card in cards] == [serving.served.path, "/adapters/pirate"]
