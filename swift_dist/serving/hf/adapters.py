@@ -161,5 +161,12 @@ class Adapters:
 
 def _mixable(config: dict[str, Any]) -> bool:
     """Whether PEFT computes this adapter beside others in one batch (`LoraLayer._mixed_batch_forward`)."""
-    own = ("use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias", "target_parameters")
+    own = (
+        "use_dora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "lora_bias",
+        "target_parameters",
+    )
     return config.get("peft_type") == "LORA" and not any(config.get(key) for key in own)
