@@ -212,6 +212,9 @@ def test_plain_lora_is_asked_for_by_name(tmp_path):
         ("model", {"config": {**CONFIG, "head_dim": 8}}),  # would start, and end at the first request
         ("max_lora_rank", {"max_lora_rank": 1024}),
         ("tool_call_parser", {"task": "embed", "tool_call_parser": "hermes"}),
+        ("max_loras", {"task": "embed", "max_loras": 8}),
+        ("seed", {"task": "embed", "seed": 1}),
+        ("gpu_memory_utilization", {"gpu_memory_utilization": 0.5}),
         ("infer_backend", {"gpu": True}),  # a build for CPUs
         ("chat_template", {"chat_template": "missing.jinja"}),
     ],
@@ -265,6 +268,7 @@ def test_lmdeploy_is_given_every_option_with_flags_that_it_has(model, tmp_path):
         ("seed", {"seed": 1}),
         ("max_loras", {"max_loras": 8}),
         ("gpu_memory_utilization", {"gpu_memory_utilization": 0.5}),
+        ("cpu_cache_gib", {"cpu_cache_gib": 2.0}),
         ("agent_format", {"agent_format": "react"}),
         ("tool_call_parser", {"tool_call_parser": "mistral"}),
     ],

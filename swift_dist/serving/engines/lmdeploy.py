@@ -15,7 +15,7 @@ from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._environment import OwnEnvironment
 from swift_dist.serving.engines._model import read_config, saved_dtype
 from swift_dist.serving.engines._parsers import reasoning_parser, tool_parser
-from swift_dist.serving.engines.base import Engine
+from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import template_of
 from swift_dist.serving.options import EngineOptions, ServedModel
 
@@ -58,8 +58,7 @@ class LmDeploy(Engine):
             raise JobError(
                 "infer_backend", "LMDeploy needs a CUDA device, and there is none", "Use --infer_backend hf."
             )
-        for key, why, remedy in _refused(options):
-            raise JobError(key, why, remedy)
+        _refuse(options)
         self._check_dtype(served)
         for key, name, known in (
             ("tool_call_parser", options.tool_call_parser, _TOOL_PARSERS),
@@ -126,10 +125,11 @@ def _parsers(served: ServedModel) -> list[str]:
     return words
 
 
-def _refused(options: EngineOptions) -> list[tuple[str, str, str]]:
-    """(key, why, remedy) of what was asked for and has no counterpart."""
-    default = EngineOptions()
+def _refuse(options: EngineOptions) -> None:
+    """Raises JobError for what was asked for and has no counterpart."""
     no_counterpart = {
+        "task": ("LMDeploy gives no embeddings", "Use --infer_backend vllm or hf."),
+        "cpu_cache_gib": ("LMDeploy computes on GPUs", "Leave it out."),
         "max_loras": ("LMDeploy does not bound the adapters of a batch", "Leave it out."),
         "seed": ("LMDeploy's server has no seed of its own", "Name a seed in each request."),
         "gpu_memory_utilization": (
@@ -141,17 +141,9 @@ def _refused(options: EngineOptions) -> list[tuple[str, str, str]]:
             "Put it there as chat_template.jinja, or use --infer_backend vllm.",
         ),
         "agent_format": ("LMDeploy takes no chat template", "Use --infer_backend vllm or hf."),
+        "pipeline_parallel_size": ("LMDeploy has no pipeline parallelism", "Use --infer_backend vllm."),
     }
-    refused = [
-        (key, why, remedy)
-        for key, (why, remedy) in no_counterpart.items()
-        if getattr(options, key) != getattr(default, key)
-    ]
-    if options.task != "generate":
-        refused.append(("task", "LMDeploy gives no embeddings", "Use --infer_backend vllm or hf."))
-    if options.pipeline_parallel_size > 1:
-        refused.append(("pipeline_parallel_size", "LMDeploy has no pipeline parallelism", "Use --infer_backend vllm."))
-    return refused
+    refuse_changed(options, no_counterpart)
 
 
 ENGINE = LmDeploy()

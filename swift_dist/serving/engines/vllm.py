@@ -14,7 +14,7 @@ from swift_dist.serving.agents import FORMATS
 from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
 from swift_dist.serving.engines._parsers import reasoning_parser, tool_parser
-from swift_dist.serving.engines.base import Engine
+from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import template_of
 from swift_dist.serving.options import EngineOptions, ServedModel
 
@@ -47,8 +47,11 @@ class Vllm(Engine):
             )
         template = template_of(served.path, options)
         self._check_model(served)
-        if options.task == "embed":
-            self._check_embed(served)
+        if options.task == "embed" and served.adapters:
+            raise JobError(
+                "adapters", "are not applied to embeddings by vLLM here", "Merge the adapter (swift-dist merge)."
+            )
+        refuse_changed(options, _ignored(served))
         if options.max_lora_rank > _LORA_RANKS[-1]:
             raise JobError("max_lora_rank", f"vLLM takes ranks up to {_LORA_RANKS[-1]}", "Merge such an adapter.")
         if served.adapters and not options.max_loras:
@@ -81,22 +84,12 @@ class Vllm(Engine):
                 "Use --infer_backend hf.",
             )
 
-    def _check_embed(self, served: ServedModel) -> None:
-        options = served.options
-        if served.adapters:
-            raise JobError(
-                "adapters", "are not applied to embeddings by vLLM here", "Merge the adapter (swift-dist merge)."
-            )
-        for key in ("tool_call_parser", "reasoning_parser", "agent_format"):
-            if getattr(options, key) is not None:
-                raise JobError(key, "an embedding model generates no text", f"Leave out --{key}.")
-
     def command(self, served: ServedModel, host: str, port: int) -> list[str]:
         options = served.options
         config = read_config(served.path)
         words = [sys.executable, "-P", "-m", "swift_dist.serving.engines._vllm_server", "serve", served.path]
         words += ["--host", host, "--port", str(port), "--served-model-name", served.name]
-        words += ["--dtype", _dtype(served, config), "--seed", str(options.seed)]
+        words += ["--dtype", _dtype(served, config), "--seed", str(options.seed or 0)]
         words += ["--max-num-seqs", str(options.max_num_seqs)]
         if options.max_model_len is not None:
             words += ["--max-model-len", str(options.max_model_len)]
@@ -162,6 +155,19 @@ class Vllm(Engine):
         if path is not None:
             check_lora(self.name, name, path, None)  # the rank is refused by the server, which knows its limit
         return super().adapter_request(name, path)
+
+
+def _ignored(served: ServedModel) -> dict[str, tuple[str, str]]:
+    """Options that change nothing of this model -> why, remedy."""
+    if served.use_gpu:
+        why = {"cpu_cache_gib": "vLLM computes on GPUs here; gpu_memory_utilization bounds the memory"}
+    else:
+        why = {"gpu_memory_utilization": "vLLM computes on a CPU here; cpu_cache_gib bounds the memory"}
+    if served.options.task == "embed":
+        text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
+        why |= dict.fromkeys(text, "an embedding model generates no text")
+        why |= dict.fromkeys(("max_loras", "max_lora_rank"), "adapters are not applied to embeddings by vLLM here")
+    return {key: (said, f"Leave out --{key}.") for key, said in why.items()}
 
 
 def _built_for_cpu() -> bool:
