@@ -380,5 +380,5 @@ def test_whatever_keeps_an_engine_from_starting_is_said(problem: Exception) -> N
         async with EnginePool([NeverStarts("the engine")], 1) as pool, asyncio.timeout(20):
             await pool.ask(lambda client: asyncio.sleep(0))
 
-    with pytest.raises((RunError, JobError), match="no space left|it is gone"):
+    with pytest.raises((RunError, JobError), match=r"no space left|it is gone"):
         asyncio.run(ask())
