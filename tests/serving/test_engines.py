@@ -217,6 +217,8 @@ def test_plain_lora_is_asked_for_by_name(tmp_path):
         ("gpu_memory_utilization", {"gpu_memory_utilization": 0.5}),
         ("infer_backend", {"gpu": True}),  # a build for CPUs
         ("chat_template", {"chat_template": "missing.jinja"}),
+        ("tool_call_parser", {"tool_call_parser": "hermess"}),
+        ("reasoning_parser", {"reasoning_parser": "qwen33"}),
     ],
 )
 @pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")
@@ -226,6 +228,14 @@ def test_vllm_refuses(model, key, options):
     with pytest.raises(JobError) as caught:
         VLLM.check(served(model, gpu=options.pop("gpu", False), **options))
     assert caught.value.key == key
+
+
+@pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")
+def test_a_parser_of_a_plug_in_is_vllms_to_find(model):
+    named = {"tool_call_parser": "mine", "reasoning_parser": "qwen3"}
+    VLLM.check(served(model, engine_args=("--tool-parser-plugin", "mine.py"), **named))
+    with pytest.raises(JobError, match=r"none called 'mine'\n"):
+        VLLM.check(served(model, **named))
 
 
 def test_lmdeploy_is_given_every_option_with_flags_that_it_has(model, tmp_path):

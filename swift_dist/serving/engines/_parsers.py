@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+from pathlib import Path
+
+from swift_dist.errors import JobError
+from swift_dist.plugins import UnknownPlugin
 from swift_dist.serving.families import tool_parser_of
 from swift_dist.serving.options import EngineOptions
 
@@ -44,3 +50,32 @@ def reasoning_parser(options: EngineOptions, template: str, model_type: str) -> 
     return next(
         (name for family, tag, name in _REASONING_PARSERS if model_type.startswith(family) and tag in template), None
     )
+
+
+def check_names(options: EngineOptions) -> None:
+    """Refuse parsers that the installed vLLM does not have.
+
+    Raises:
+        JobError: with what was probably meant.
+    """
+    words = [word.replace("_", "-") for word in options.engine_args]
+    for key, name, module, plugin in (
+        ("tool_call_parser", options.tool_call_parser, "tool_parsers", "--tool-parser-plugin"),
+        ("reasoning_parser", options.reasoning_parser, "reasoning", "--reasoning-parser-plugin"),
+    ):
+        known = _names_in_vllm(module)
+        if name and known and name not in known and not any(word.startswith(plugin) for word in words):
+            meant = UnknownPlugin(key, name, known).suggestions
+            problem = f"vLLM has none called {name!r}" + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
+            raise JobError(key, problem, f"Use one of {', '.join(known)}.")
+
+
+def _names_in_vllm(module: str) -> tuple[str, ...]:
+    """Those that vLLM registers, read from its file, because importing it takes seconds; () where it has no such."""
+    found = importlib.util.find_spec("vllm")
+    for folder in (found and found.submodule_search_locations) or ():
+        file = Path(folder) / module / "__init__.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                return tuple(sorted(key.value for key in node.value.keys if isinstance(key, ast.Constant)))
+    return ()

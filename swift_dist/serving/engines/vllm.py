@@ -13,7 +13,7 @@ from swift_dist.errors import JobError
 from swift_dist.serving.agents import FORMATS
 from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
-from swift_dist.serving.engines._parsers import reasoning_parser, tool_parser
+from swift_dist.serving.engines._parsers import check_names, reasoning_parser, tool_parser
 from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import template_of
 from swift_dist.serving.options import EngineOptions, ServedModel
@@ -58,6 +58,7 @@ class Vllm(Engine):
             raise JobError("max_loras", "0, with which no adapter can be loaded", "Add --max_loras 1, or more.")
         for name, path in served.adapters.items():
             check_lora(self.name, name, path, options.max_lora_rank)
+        check_names(options)
         self._check_agent_format(options, template)
 
     def _check_agent_format(self, options: EngineOptions, template: str) -> None:
