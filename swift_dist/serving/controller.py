@@ -49,7 +49,6 @@ class Controller:
         self._apps: dict[str, int] = {}  # what Serve was told
         self._wishes: dict[str, scaling.Wish] = {}
         self._start_failures: dict[str, str] = {}
-        self._waiting_since: dict[str, float] = {}
         self._state: FrontState | None = None
         self._generation, self._applied = 0, 0
         self._changed = asyncio.Event()
@@ -162,8 +161,8 @@ class Controller:
         self.registry.note_routed(replica.id for version in versions for replica in version.replicas)
 
     def is_ready(self) -> bool:
-        """Whether every model has its replicas, and the front sends requests to them."""
-        return all(model.live and not model.candidate for model in self.models.values()) and self.is_in_force()
+        """Whether every model has its replicas, and the front sends requests to them; a canary its share."""
+        return all(desired.is_settled(model) for model in self.models.values()) and self.is_in_force()
 
     def is_in_force(self) -> bool:
         """Whether the front routes what is there now."""
@@ -219,11 +218,15 @@ class Controller:
         Raises:
             Refused: another update is under way, or the cluster has no room for both versions.
         """
-        model = self.model(name)
-        live = model.live.num_replicas if model.live else self.spec.num_replicas
-        num_replicas = live if share >= 1 else desired.canary_replicas(live, share)
-        proposed = desired.propose(model, source, path, num_replicas, share)
-        await self._require_room(num_replicas)
+
+        def propose() -> ModelState:
+            model = self.model(name)
+            live = model.live.num_replicas if model.live else self.spec.num_replicas
+            num_replicas = live if share >= 1 else desired.canary_replicas(live, share)
+            return desired.propose(model, source, path, num_replicas, share)
+
+        await self._require_room(propose())
+        proposed = propose()  # again: the model may have changed meanwhile
         assert proposed.candidate
         self.tell(f"{proposed.candidate.id} starts from {source}")
         return await self.change(proposed)
@@ -237,22 +240,24 @@ class Controller:
 
     async def rollback(self, name: str | None) -> ModelState:
         """Back to the version before."""
+        await self._require_room(desired.rollback(self.model(name)))
         before = self.model(name)
-        model = desired.rollback(before)
+        model = desired.rollback(before)  # again: it may have changed meanwhile
         if model.candidate:
-            await self._require_room(model.candidate.num_replicas)
             self._start_failures.pop(model.candidate.id, None)
+            self.adapters.forget_refusal(model.candidate.id)
             self.tell(f"{model.candidate.id} starts again")
         elif before.candidate:
             self.tell(f"{before.candidate.id} is rolled back")
         return await self.change(model)
 
-    async def _require_room(self, num_replicas: int) -> None:
-        """An update runs both versions at once for a while."""
-        if not self.spec.shares_cluster and not self.spec.num_gpus:
+    async def _require_room(self, model: ModelState) -> None:
+        """For the candidate: an update runs both versions at once for a while."""
+        if model.candidate is None or (not self.spec.shares_cluster and not self.spec.num_gpus):
             return  # the own cluster's CPUs are counted for it
         from swift_dist.serving.resources import free_replicas
 
+        num_replicas = model.candidate.num_replicas
         free = await asyncio.to_thread(free_replicas, self.spec.num_cpus, self.spec.num_gpus)
         if free < num_replicas:
             raise Refused(
@@ -289,12 +294,12 @@ class Controller:
                 for change in desired.changes(model, settled):
                     self.tell(change)
                 await self.change(settled)
-        wanted = desired.wanted(list(self.models.values()))
-        await self._apply(wanted)
+        await self._apply(desired.wanted(list(self.models.values())))
         await self.publish()
-        for version in set(self._apps) - set(wanted):
-            await asyncio.to_thread(self.apps.delete, version)
-            del self._apps[version]
+        for version in list(self._apps):
+            if version not in desired.wanted(list(self.models.values())):  # now: a rollback may have come meanwhile
+                await asyncio.to_thread(self.apps.delete, version)
+                del self._apps[version]
 
     async def _apply(self, wanted: dict[str, int]) -> None:
         """Tell Serve."""

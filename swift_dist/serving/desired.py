@@ -134,6 +134,12 @@ def _forget_old(model: ModelState) -> ModelState:
     return updated(model, versions=tuple(v for v in model.versions if v.id not in old))
 
 
+def is_settled(model: ModelState) -> bool:
+    """Whether a model is live, and its candidate, if any, a canary that has its share."""
+    candidate = model.candidate
+    return model.live is not None and (candidate is None or candidate.share == candidate.goal)
+
+
 def fail(model: ModelState, version_id: str, message: str) -> ModelState:
     """A candidate cannot start: requests go where they went before."""
     version = model.version(version_id)

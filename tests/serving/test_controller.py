@@ -274,3 +274,55 @@ def test_a_folder_is_one_deployments(tmp_path: Path):
     token = first.make_token()
     assert second.token() == token != first.make_token()
     assert first.token_path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("change", ["update", "rollback"])
+def test_what_changes_while_room_is_looked_for_stays(tmp_path, monkeypatch, change):
+    made = controller(tmp_path)
+    if change == "rollback":
+        updating = desired.propose(made.models["chat"], "other", "/other", 1)
+        made.models["chat"] = desired.settle(updating, {"chat-v2": 1})
+
+    async def meanwhile(*_: object) -> None:
+        made.models["chat"] = desired.updated(made.models["chat"], adapters={"a": "/a"})
+
+    monkeypatch.setattr(made, "_require_room", meanwhile)
+    doing = made.rollback(None) if change == "rollback" else made.update(None, "new", "/new", 1.0)
+    model = asyncio.run(doing)
+    assert model.candidate and model.adapters == {"a": "/a"}
+
+
+def test_two_updates_at_once_are_one_and_a_refusal(tmp_path, monkeypatch):
+    made = controller(tmp_path)
+    monkeypatch.setattr(made, "_require_room", lambda *_: asyncio.sleep(0.01))
+
+    async def both() -> list[Any]:
+        updates = [made.update(None, new, f"/{new}", 1.0) for new in "ab"]
+        return await asyncio.gather(*updates, return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert isinstance(second, desired.Refused) and [v.source for v in first.versions] == ["model", "a"]
+
+
+def test_an_application_that_is_wanted_again_is_not_deleted(tmp_path, monkeypatch):
+    made, deleted = controller(tmp_path), []
+    made.models["chat"] = desired.settle(desired.propose(made.models["chat"], "other", "/other", 1), {"chat-v2": 1})
+    made._apps = {"chat-v1": 1, "chat-v2": 1}
+
+    async def rolled_back() -> None:  # while the front takes its new state
+        if made.models["chat"].candidate is None:
+            await made.rollback(None)
+
+    monkeypatch.setattr(made, "publish", rolled_back)
+    monkeypatch.setattr(made.apps, "delete", deleted.append)
+    monkeypatch.setattr(made.apps, "failure", lambda version: None)
+    asyncio.run(made._reconcile())
+    assert deleted == [] and set(made._apps) == {"chat-v1", "chat-v2"}
+
+
+def test_a_refusal_of_an_earlier_attempt_fails_no_rollback(tmp_path):
+    made = controller(tmp_path)
+    made.models["chat"] = desired.settle(desired.propose(made.models["chat"], "other", "/other", 1), {"chat-v2": 1})
+    made.adapters._refusals["chat-v1"] = "rank too large"
+    model = asyncio.run(made.rollback(None))
+    assert asyncio.run(made._give_up(model)).candidate is not None

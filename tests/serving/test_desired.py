@@ -53,6 +53,14 @@ def test_a_canary_gets_its_share_and_is_promoted_with_as_many_replicas_as_the_ol
     assert shares(desired.settle(model, {"chat-v2": 4})) == {"chat-v2": 1.0}
 
 
+def test_a_canary_with_its_share_is_no_work_in_progress():
+    model = desired.propose(live_model(), "new", "/new", 1, share=0.25)
+    assert not desired.is_settled(model)
+    model = desired.settle(model, {"chat-v1": 2, "chat-v2": 1})
+    assert desired.is_settled(model)
+    assert not desired.is_settled(desired.promote(model))
+
+
 def test_a_canary_is_rolled_back_at_once():
     model = desired.settle(desired.propose(live_model(), "two", "/two", 1, share=0.1), {"chat-v2": 1})
     model = desired.rollback(model)
