@@ -37,7 +37,11 @@ class EngineOptions(Section):
         None, description="react, toolbench or hermes: tools in the prompt, for models whose template has none"
     )
     trust_remote_code: bool = Field(False, description="run Python files that lie in the model's folder")
-    seed: int = Field(0, description="of sampling, where a request names none")
+    seed: int | None = Field(
+        None,
+        description="of sampling, where a request names none: replicas with the same one draw alike (default: each "
+        "process of the hf engine begins elsewhere; vllm: 0)",
+    )
     engine_args: tuple[str, ...] = Field((), description="words handed to the engine's own command as they are")
 
 

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -56,7 +57,6 @@ class Generator:
     """
 
     def __init__(self, served: ServedModel) -> None:
-        self._options = served.options
         loaded = models.load(served)
         self.tokenizer = loaded.tokenizer
         self._loaded = loaded
@@ -67,7 +67,8 @@ class Generator:
             self._adapters.load(name, path)
         self._guides = Guides(loaded.tokenizer, loaded.vocabulary, list(loaded.ends))
         self._pieces: dict[int, bytes] = {}
-        self._numbers = itertools.count()
+        seed = served.options.seed  # none: replicas that begin together are not to draw alike
+        self._numbers = itertools.count(secrets.randbits(62) if seed is None else seed * 1_000_003)
         self._scheduler = Scheduler(
             self._runner,
             calls=self._adapters.calls,
@@ -200,11 +201,7 @@ class Generator:
 
     def _draws(self, seed: int | None) -> torch.Generator:
         draws = torch.Generator()
-        if seed is None:  # another one each time, and the same ones after a restart that gets the same requests
-            draws.manual_seed(self._options.seed * 1_000_003 + next(self._numbers))
-        else:
-            draws.manual_seed(seed % 2**63)
-        return draws
+        return draws.manual_seed((next(self._numbers) if seed is None else seed) % 2**63)
 
     def _piece(self, token: int) -> bytes:
         if token not in self._pieces:

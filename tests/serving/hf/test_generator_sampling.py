@@ -151,6 +151,21 @@ def test_without_a_seed_answers_differ(generator: Generator) -> None:
     assert len({tuple(a.ids) for a in answers(generator, [([5, 6, 7], free)] * 4)}) == 4
 
 
+def test_where_a_process_begins_to_draw(folder: Path) -> None:
+    """Replicas differ where no seed is given, and do not where one is, however large."""
+
+    def drawn(**options: object) -> list[int]:
+        generator = Generator(ServedModel("tiny", str(folder), EngineOptions(**options)))
+        try:
+            return one(generator, [5, 6, 7], Sampling(max_tokens=20, ignore_eos=True)).ids
+        finally:
+            generator.close()
+
+    assert drawn() != drawn()
+    assert drawn(seed=20261128123456) == drawn(seed=20261128123456) != drawn(seed=0)
+    assert len(drawn(seed=-1)) == 20
+
+
 def test_logprobs_are_a_plain_forward_s(generator: Generator, model: torch.nn.Module) -> None:
     prompt = prompts(2, 30, seed=5)[1]
     changed = {"temperature": 0.3, "presence_penalty": 1.0, "logit_bias": {9: 5.0}, "seed": 1}
