@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
-from swift_dist.serving.adapters import NAME
+from swift_dist.serving.adapters import NAME, said
 from swift_dist.serving.folder import DeploymentFolder, running_folder
 from swift_dist.serving.options import EngineOptions, ServedModel
 
@@ -42,7 +42,7 @@ class Control:
         except httpx.HTTPError as error:
             raise RunError(f"the deployment does not answer: {type(error).__name__}: {error}", "") from error
         if answer.status_code != 200:
-            raise RunError(answer.json()["error"]["message"], "")
+            raise RunError(said(answer), "")
         return answer.json()
 
 

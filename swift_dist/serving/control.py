@@ -8,12 +8,12 @@ deployment's folder.
 import asyncio
 import hmac
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
 from swift_dist.serving.desired import Refused
+from swift_dist.serving.front.keys import keys_of_file
 from swift_dist.serving.status import deployment_status, ready_replicas
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ def _listen(port: int | None) -> socket.socket:
 def control_app(controller: "Controller") -> Any:
     """The API as FastAPI has it."""
     from fastapi import Depends, FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from starlette.exceptions import HTTPException
 
     app = FastAPI(title="swift_dist control", docs_url=None, redoc_url=None)
     token = controller.folder.token()
-    adapter_keys = [token, *_admin_keys(controller.spec.admin_keys)]
+    admin_keys = controller.spec.admin_keys
+    adapter_keys = [token, *(keys_of_file("admin_keys", admin_keys) if admin_keys else ())]
 
     def require(request: Request, keys: list[str]) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -95,19 +95,6 @@ def control_app(controller: "Controller") -> Any:
 
     async def adapter_admin(request: Request) -> None:
         require(request, adapter_keys)
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> JSONResponse:
-        return _error(getattr(error, "status", 409), str(error))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -134,11 +121,28 @@ def control_app(controller: "Controller") -> Any:
 
     _add_adapters(app, controller, [Depends(adapter_admin)])
     _add_changes(app, controller, [Depends(admin)])
+    _add_errors(app)
     return app
 
 
-def _admin_keys(path: str | None) -> list[str]:
-    return [key for key in Path(path).read_text(encoding="utf-8").split() if key] if path else []
+def _add_errors(app: Any) -> None:
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> JSONResponse:
+        return _error(getattr(error, "status", 409), str(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def _add_adapters(app: Any, controller: "Controller", only_admin: list[Any]) -> None:

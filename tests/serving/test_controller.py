@@ -12,8 +12,11 @@ import httpx
 import pytest
 from toy_engine import ENGINE, save_toy_adapter, save_toy_model
 
+from swift_dist.errors import RunError
 from swift_dist.serving import desired, registry
 from swift_dist.serving.adapters import AdapterRefused, require_folder, require_name
+from swift_dist.serving.changes import Control
+from swift_dist.serving.control import control_app
 from swift_dist.serving.controller import Controller
 from swift_dist.serving.desired import ModelState
 from swift_dist.serving.engines.base import Load
@@ -326,3 +329,29 @@ def test_a_refusal_of_an_earlier_attempt_fails_no_rollback(tmp_path):
     made.adapters._refusals["chat-v1"] = "rank too large"
     model = asyncio.run(made.rollback(None))
     assert asyncio.run(made._give_up(model)).candidate is not None
+
+
+def test_comments_in_the_file_of_admin_keys_are_no_keys(tmp_path):
+    (tmp_path / "keys").write_text("# key of ada\nsecret-1\n\n")
+    made = controller(tmp_path)
+    made.folder.make_token()
+    made.spec = replace(made.spec, admin_keys=str(tmp_path / "keys"))
+
+    async def asked(key: str) -> httpx.Response:
+        transport = httpx.ASGITransport(control_app(made))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body, headers = {"lora_name": "a", "lora_path": "/a\0b"}, {"Authorization": f"Bearer {key}"}
+            return await client.post("/v1/load_lora_adapter", json=body, headers=headers)
+
+    assert [asyncio.run(asked(key)).status_code for key in ("key", "ada", "#", "wrong")] == [401] * 4
+    answer = asyncio.run(asked("secret-1"))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_an_answer_that_is_no_json_is_said_as_it_is(tmp_path, monkeypatch):
+    made = controller(tmp_path)
+    made.folder.make_token()
+    made.folder.write(control="http://127.0.0.1:1")
+    monkeypatch.setattr(httpx, "request", lambda *_, **__: httpx.Response(500, text="Internal Server Error"))
+    with pytest.raises(RunError, match="Internal Server Error"):
+        Control(made.folder).ask("GET", "/control/status")

@@ -21,7 +21,7 @@ def api_digests(options: FrontOptions) -> list[str]:
     """
     keys: list[str] = []
     if options.api_keys is not None:
-        keys += _from_file("api_keys", options.api_keys)
+        keys += keys_of_file("api_keys", options.api_keys)
     if options.api_keys_variable is not None:
         value = os.environ.get(options.api_keys_variable, "")
         keys += _checked("api_keys_variable", options.api_keys_variable, re.split(r"[\s,]+", value.strip()))
@@ -32,14 +32,19 @@ def admin_digests(options: FrontOptions) -> list[str]:
     """Likewise of each admin key."""
     if options.admin_keys is None:
         return []
-    return [digest(key) for key in _from_file("admin_keys", options.admin_keys)]
+    return [digest(key) for key in keys_of_file("admin_keys", options.admin_keys)]
 
 
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest().upper()
 
 
-def _from_file(option: str, path: str) -> list[str]:
+def keys_of_file(option: str, path: str) -> list[str]:
+    """A key a line; empty lines and those that begin with # are none.
+
+    Raises:
+        JobError: (with `option`) it cannot be read, or holds no key, or something that is none.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
