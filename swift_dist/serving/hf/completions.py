@@ -67,7 +67,7 @@ async def complete(serving: Serving, request: Request, body: CompletionRequest, 
     }
     if body.stream:
         return EventStream(serving, _chunks(serving, plan, streams, head), streams)
-    answers = await unless_gone(request, whole(serving, streams))
+    answers = await unless_gone(request, whole(serving, streams, len(plan.prompts)))
     each, count = len(plan.samplings), body.n or 1
     choices: list[dict[str, Any]] = []
     for place, text in enumerate(plan.texts):
@@ -181,7 +181,7 @@ async def _chunks(
     if echoing:
         for index in range(len(streams)):
             yield chunk(index, plan.texts[index // each])
-    async for index, event in side_by_side(streams, serving.metrics):
+    async for index, event in side_by_side(streams, serving.metrics, len(plan.prompts)):
         if isinstance(event, PromptTokens):
             untold[index].extend(event.tokens)
             yield chunk(index, plan.texts[index // each])

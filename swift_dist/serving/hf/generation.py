@@ -104,14 +104,18 @@ class Serving:
         return RequestError(503, f"The engine has failed: {self.failed}", code="engine_failed")
 
 
-async def side_by_side(streams: Streams, metrics: Metrics) -> AsyncIterator[tuple[int, Event]]:
-    """The events of several answers as they come, each with the number of its answer; counted."""
-    clocks = [metrics.clock() for _ in streams]
+async def side_by_side(streams: Streams, metrics: Metrics, prompts: int = 1) -> AsyncIterator[tuple[int, Event]]:
+    """The events of several answers as they come, each with the number of its answer; counted.
+
+    Args:
+        streams: of every prompt the same number of answers, prompt by prompt.
+    """
+    clocks, each = [metrics.clock() for _ in streams], len(streams) // prompts
     async for index, event in _merged(streams):
         if isinstance(event, Token):
             clocks[index].token()
         elif isinstance(event, Finished):
-            clocks[index].end(event.reason, event.prompt_tokens if index == 0 else 0)
+            clocks[index].end(event.reason, event.prompt_tokens if index % each == 0 else 0)
         yield index, event
 
 
@@ -157,11 +161,11 @@ class Answer:
     prompt: Prompt | None = None
 
 
-async def whole(serving: Serving, streams: Streams) -> list[Answer]:
-    """Answers in one piece; cancelled, they are given up."""
+async def whole(serving: Serving, streams: Streams, prompts: int = 1) -> list[Answer]:
+    """Answers in one piece; cancelled, they are given up. The arguments are those of `side_by_side`."""
     answers = [Answer([], Finished("stop", None, 0, 0)) for _ in streams]
     try:
-        async for index, event in side_by_side(streams, serving.metrics):
+        async for index, event in side_by_side(streams, serving.metrics, prompts):
             if isinstance(event, Token):
                 answers[index].tokens.append(event)
             elif isinstance(event, Finished):

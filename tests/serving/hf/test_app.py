@@ -195,6 +195,15 @@ def test_generation_stops_where_a_result_would_stand(folder):
         real.generator.close()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tokens_of_every_prompt_are_counted_once(real, stream):
+    serving = scripted(real, *"abcd")
+    before = serving.metrics.prompt_tokens._value.get()
+    body = {"prompt": [[5, 6, 7], [8]], "n": 2, "stream": stream}
+    assert post(serving, "/v1/completions", body).status_code == 200
+    assert serving.metrics.prompt_tokens._value.get() - before == 4
+
+
 def test_an_engine_that_dies_says_so_in_the_stream_and_to_health(real):
     async def conversation(client: httpx.AsyncClient) -> None:
         assert (await client.get("/health")).status_code == 200
