@@ -184,6 +184,7 @@ REFUSED = [
     ({"bias": "all"}, "bias: all"),
     ({"peft_type": "IA3"}, "type IA3"),
     ({"r": 128}, "rank 128"),
+    ({"lora_alpha": None}, "lora_alpha is not said"),
     ({"init_lora_weights": "pissa"}, "pissa"),
     ({"something_new": {"x": 1}}, "something_new"),
 ]

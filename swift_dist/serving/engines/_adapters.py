@@ -46,6 +46,9 @@ def check_lora(engine: str, name: str, path: str, largest_rank: int | None) -> N
     kind = config.get("peft_type")
     if kind != "LORA":
         raise refuse(f"an adapter of type {kind}", merge)
+    for key in ("r", "lora_alpha"):  # which PEFT has defaults of, and the engines have not
+        if not isinstance(config.get(key), int | float):
+            raise refuse(f"LoRA whose {key} is not said in adapter_config.json", merge)
     for feature in sorted(key for key, value in config.items() if value and key not in _PLAIN):
         raise refuse(_NAMES.get(feature, f"LoRA with {feature}"), merge)
     if config.get("init_lora_weights") not in _INITIALISATIONS:
