@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,33 +77,21 @@ class EngineProcess:
             )
         return self
 
-    def wait_ready(self, on_line: Callable[[str], None] | None = None) -> EngineProcess:
+    def wait_ready(self) -> EngineProcess:
         """Wait until requests are served.
-
-        Args:
-            on_line: is given each line of the log as it appears.
 
         Raises:
             RunError: the server ended, with the last lines of its log; or it took longer than `Engine.start_seconds`,
                 and was stopped.
         """
         deadline = time.monotonic() + self.engine.start_seconds
-        with _Lines(self.log, self._log_start) as lines:
-            while True:
-                ready = self.healthy()
-                for line in lines.new():
-                    if on_line:
-                        on_line(line)
-                if ready:
-                    break
-                if not self.alive:
-                    raise RunError(f"{self._name} ended while it started ({self.exit_code}).{self._tail()}", "")
-                if time.monotonic() > deadline:
-                    self.stop(grace=0)
-                    raise RunError(
-                        f"{self._name} was not ready after {self.engine.start_seconds:.0f} s.{self._tail()}", ""
-                    )
-                time.sleep(_POLL_SECONDS)
+        while not self.healthy():
+            if not self.alive:
+                raise RunError(f"{self._name} ended while it started ({self.exit_code}).{self._tail()}", "")
+            if time.monotonic() > deadline:
+                self.stop(grace=0)
+                raise RunError(f"{self._name} was not ready after {self.engine.start_seconds:.0f} s.{self._tail()}", "")
+            time.sleep(_POLL_SECONDS)
         self._release()
         return self
 
@@ -211,8 +198,10 @@ class EngineProcess:
             connection.close()
 
     def _tail(self) -> str:
-        with _Lines(self.log, self._log_start) as lines:
-            last = [line for line in lines.new() if not _NOISE.match(line)][-_TAIL_LINES:]
+        with self.log.open("rb") as stream:
+            stream.seek(self._log_start)
+            lines = stream.read().decode(errors="replace").splitlines()
+        last = [line for line in lines if not _NOISE.match(line)][-_TAIL_LINES:]
         return f" Its log ({self.log}) ends with:\n  " + "\n  ".join(last) if last else f" Its log is {self.log}."
 
     def _release(self) -> None:
@@ -242,23 +231,3 @@ def _message(text: str) -> str:
         return text[:500]
     said = body.get("error", body) if isinstance(body, dict) else body
     return str(said.get("message", said) if isinstance(said, dict) else said)
-
-
-class _Lines:
-    """Lines of a file as it grows, from a position on."""
-
-    def __init__(self, file: Path, start: int) -> None:
-        self._file, self._start, self._rest = file, start, b""
-
-    def __enter__(self) -> _Lines:
-        self._stream = self._file.open("rb")
-        self._stream.seek(self._start)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def new(self) -> list[str]:
-        """Whole lines since the last call."""
-        *lines, self._rest = (self._rest + self._stream.read()).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]
