@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.config.section import updated
 from swift_dist.errors import JobError
 from swift_dist.serving.desired import ModelState, Refused
+from swift_dist.serving.engines.process import message_of
 
 if TYPE_CHECKING:
     from swift_dist.serving.controller import Controller
@@ -206,12 +207,7 @@ class Adapters:
 
 def said(answer: Any) -> str:
     """The message of an engine's error."""
-    try:
-        body = answer.json()
-    except ValueError:
-        return answer.text[:500]
-    error = body.get("error", body) if isinstance(body, Mapping) else body
-    return str(error.get("message", error) if isinstance(error, Mapping) else error)
+    return message_of(answer.text)
 
 
 def _checked(find: Any, name: str | None) -> ModelState:

@@ -181,7 +181,7 @@ class EngineProcess:
         except OSError as error:
             raise RunError(f"{self._name} did not answer {path}: {type(error).__name__}: {error}", "") from error
         if status != 200:
-            raise RunError(f"{self._name} refused {path}: {_message(text)}", "")
+            raise RunError(f"{self._name} refused {path}: {message_of(text)}", "")
         return text
 
     def _request(self, method: str, path: str, timeout: float, body: dict[str, Any] | None = None) -> tuple[int, str]:
@@ -223,7 +223,7 @@ def _reserve(host: str, port: int) -> socket.socket:
     return reserved
 
 
-def _message(text: str) -> str:
+def message_of(text: str) -> str:
     """What an error body says: OpenAI's shape, or whatever else it is."""
     try:
         body = json.loads(text)
