@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from swift_dist.errors import JobError, RunError
+from swift_dist.serving.front.options import url_of
 from swift_dist.serving.front.state import FrontState
 from swift_dist.serving.plan import SURGE, Plan, check_models
 
@@ -142,9 +143,7 @@ class _Deployment:
 
     @property
     def _address(self) -> str:
-        options = self._plan.options
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
-        return f"http://{host}:{options.port}/v1"
+        return f"{url_of(self._plan.options)}/v1"
 
     def _write(self, state: str) -> None:
         import os

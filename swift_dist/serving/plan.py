@@ -14,7 +14,7 @@ from swift_dist.serving.adapters import NAME
 from swift_dist.serving.desired import version_stem
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.folder import DeploymentFolder, default_folder
-from swift_dist.serving.front.options import FrontOptions
+from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.options import EngineOptions, ServedModel
 from swift_dist.serving.scaling import Bounds, ScaleOptions, parse_bounds
 from swift_dist.serving.source import Source, resolve_model, resolve_options
@@ -120,6 +120,7 @@ def make_plan(options: DeployOptions) -> Plan:
     from swift_dist.serving.front.haproxy import Front, require_port
 
     bounds = _bounds(options)
+    options = with_absolute_files(options)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
     _require_roots(options)
     folder = DeploymentFolder(options.output or default_folder())
@@ -163,10 +164,23 @@ def _bounds(options: DeployOptions) -> Bounds | None:
         return None
     if "replicas" in options.model_fields_set:
         raise JobError("replicas", "is set by load with --autoscale", "leave out one of the two")
+    target = options.target_ongoing_requests
+    if target >= options.max_concurrent:  # what waits at the front is no load of a replica
+        raise JobError(
+            "target_ongoing_requests",
+            f"{target:g}: with --max_concurrent {options.max_concurrent} no replica has more, so none is added",
+            "a smaller one, or a larger --max_concurrent",
+        )
     try:
         return parse_bounds(options.autoscale)
     except ValueError as error:
         raise JobError("autoscale", str(error), "--autoscale 1:3") from None
+
+
+def with_absolute_files(options: DeployOptions) -> DeployOptions:
+    """Ray's workers, and later commands, have other working directories."""
+    given = {key: getattr(options, key) for key in ("admin_keys", "chat_template") if getattr(options, key)}
+    return options.model_copy(update={key: str(Path(path).absolute()) for key, path in given.items()})
 
 
 def _require_roots(options: DeployOptions) -> None:
@@ -275,7 +289,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     commands = {m.name: shlex.join(plan.engine.command(plan.served(m), "127.0.0.1", 0)) for m in plan.models}
     lines = [
         f"folder: {plan.folder.path}",
-        f"address: http://{plan.options.host}:{plan.options.port}/v1",
+        f"address: {url_of(plan.options)}/v1",
         f"Ray cluster: {'one of its own on this machine' if plan.is_own else plan.address}",
         f"engine: {plan.engine.name}, {replicas} replicas of each model, {devices} each",
     ]

@@ -10,6 +10,9 @@ import pytest
 from toy_engine import save_toy_adapter, save_toy_model
 
 from swift_dist.cli import main
+from swift_dist.serving.deploy import DeployOptions
+from swift_dist.serving.front.options import FrontOptions, url_of
+from swift_dist.serving.plan import make_plan
 
 
 @pytest.fixture
@@ -41,12 +44,13 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ((), "model: is not given"),
         (("--model", "nothing/here"), "nothing/here"),
         (("--model", "model", "--adapters", "a=nowhere"), "nowhere"),
-        (("--model", "model", "--adapters", "model=adapter"), "model"),
+        (("--model", "model", "--adapters", "model=adapter"), "is what the model itself is called"),
         (("--model", "model", "--infer_backend", "vlm"), "did you mean vllm"),
         (("--model", "model", "--replicas", "0"), "replicas"),
         (("--model", "model", "--replicas", "100000"), "this machine has"),
         (("--model", "model", "--autoscale", "3:1"), "min:max"),
         (("--model", "model", "--autoscale", "1:3", "--replicas", "2"), "set by load"),
+        (("--model", "model", "--autoscale", "1:3", "--max_concurrent", "32"), "no replica has more"),
         (("--model", "model", "--downscale_delay", "3"), "no meaning without autoscaling"),
         (("--model", "model", "--models", "other"), "has no name"),
         (("--model", "model", "--models", "model=model"), "two are called model"),
@@ -95,8 +99,26 @@ def test_a_plan_says_what_would_be_started_and_starts_nothing(model, capsys):
     toy = ["--infer_backend", "toy_engine:ENGINE", "--port", str(free_port())]
     assert main(["deploy", *words, *toy, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    assert f"address: http://127.0.0.1:{toy[-1]}/v1" in plan["plan"]
     assert plan["replicas"] == {"least": 1, "most": 3}
     assert list(plan["models"]["chat"]["adapters"]) == ["poems"]
     assert "toy_engine.py chat" in plan["models"]["chat"]["command"]
     assert toy[-1] in plan["haproxy_cfg"]
     assert not Path("runs").exists()
+
+
+def test_files_that_workers_read_have_absolute_paths(model):
+    Path("keys").write_text("secret\n")
+    Path("own.jinja").write_text("{{ messages }}")
+    given = {"model": "model", "admin_keys": "keys", "chat_template": "own.jinja", "port": free_port()}
+    plan = make_plan(DeployOptions(**given, infer_backend="toy_engine:ENGINE"))
+    assert plan.spec().admin_keys == str(Path("keys").absolute())
+    assert plan.spec().options.chat_template == plan.options.chat_template == str(Path("own.jinja").absolute())
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80"), ("fe80::1", "http://[fe80::1]:80")],
+)
+def test_the_address_that_is_printed_can_be_called(host, url):
+    assert url_of(FrontOptions(host=host, port=80)) == url

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.front import config, keys, runtime
-from swift_dist.serving.front.options import FrontOptions
+from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.front.state import FrontState
 from swift_dist.serving.front.tables import Names, Tables, tables
 
@@ -89,8 +89,7 @@ class Front:
     @property
     def url(self) -> str:
         """Where clients find it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.options.host, self.options.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.options.port}"
+        return url_of(self.options)
 
     @property
     def alive(self) -> bool:

@@ -37,3 +37,9 @@ class FrontOptions(Section):
     timeout_stream: int = Field(600, gt=0, description="longest silence of a streamed answer, its first byte included")
     timeout_client: int = Field(60, gt=0, description="longest silence of a client that sends or should read")
     drain: int = Field(60, ge=0, description="how long running requests may go on once the front is told to stop")
+
+
+def url_of(options: FrontOptions) -> str:
+    """Where clients on this machine find a front."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
