@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,44 @@ def of_run(path: Path, key: str, *, cache: Path | None, **megatron: str | None) 
     run = RunFolder(path)
     status, export = run.status(), exported(run)
     if export and (status is None or status.state == "done"):
-        return Path(export), f"the final weights of {path}"
+        return _kept(Path(export), key, cache), f"the final weights of {path}"
     newest = newest_whole(run.checkpoints)
     if newest is not None:
         return _of_recorded(newest, key, cache, megatron)
     if export:
-        return Path(export), f"the weights of {path} before it went on"
+        return _kept(Path(export), key, cache), f"the weights of {path} before it went on"
     if step_folders(run.checkpoints):
         raise JobError(key, f"none of the checkpoints in {run.checkpoints} is whole", "see the warnings above")
     raise JobError(key, f"{path} has no checkpoint yet", "wait for its first one: checkpoint.interval says when")
+
+
+def _kept(export: Path, key: str, cache: Path | None) -> Path:
+    """An export as it is now: a run that goes on replaces it, and what is served keeps its weights."""
+
+    def keep(folder: Path) -> None:
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+        try:
+            shutil.copytree(export, partial, copy_function=_link)
+            partial.rename(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise JobError(key, f"{export} cannot be kept in {folder}: {error}", "try again, or --cache DIR") from None
+
+    try:
+        return made_once(f"{export.parent.name}-{export.name}", [export], {}, keep, cache, f"keeping {export}")
+    except JobError as error:
+        if cache is not None or error.key != "cache":
+            raise
+        log.warning("%s: %s is served where it is, and changes if its run goes on", error.message, export)
+        return export
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of the same bytes, which an export never overwrites; a copy on another file system."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def of_checkpoint(path: Path, key: str, *, cache: Path | None, **megatron: str | None) -> tuple[Path, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 
 import chat_model
 import pytest
+from toy_engine import save_toy_model
 
 from swift_dist.errors import JobError
 from swift_dist.serving.source import Source, name_of, named_adapters, resolve_model
@@ -59,9 +62,44 @@ def test_a_model_folder_is_served_as_it_is(home: Path) -> None:
 
 def test_a_finished_run_is_its_export(home: Path) -> None:
     full, lora = resolve_model(str(home / "full")), resolve_model(str(home / "lora"))
-    assert (full.name, full.path, full.adapters) == ("full", str(home / "full" / "model"), {})
+    assert (full.name, full.adapters, Path(full.path).parent) == ("full", {}, home / ".cache" / "serving")
+    assert equal(weights(full.path), weights(home / "full" / "model"))
     assert (lora.name, lora.base_name, lora.path) == ("lora", "base", str(home / "base"))
-    assert lora.adapters == {"lora": str(home / "lora" / "adapter")}
+    kept = Path(lora.adapters["lora"])
+    assert {f.name: f.read_bytes() for f in kept.iterdir()} == {
+        f.name: f.read_bytes() for f in (home / "lora" / "adapter").iterdir()
+    }
+
+
+def test_what_a_run_exported_is_kept_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that is served, or was, has the weights it was given: a rollback returns to them."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "job.yaml").write_text("{}")
+    save_toy_model(run / "model", "first")
+    first = resolve_model(str(run))
+    assert resolve_model(str(run)) == first
+    assert (Path(first.path) / "model.safetensors").samefile(run / "model" / "model.safetensors"), "no second copy"
+    shutil.rmtree(run / "model")
+    save_toy_model(run / "model", "second")
+    second = resolve_model(str(run))
+    assert [json.loads((Path(s.path) / "toy.json").read_text())["says"] for s in (first, second)] == ["first", "second"]
+
+    def no_links(source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    other = resolve_model(str(run), cache=tmp_path / "other")
+    assert Path(other.path).parent == tmp_path / "other" and equal(weights(other.path), weights(second.path))
+
+
+def test_what_a_run_exported_is_served_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "job.yaml").write_text("{}")
+    save_toy_model(run / "model", "hello")
+    (tmp_path / ".cache").write_text("no folder")
+    assert resolve_model(str(run)).path == str(run / "model")
 
 
 @pytest.mark.parametrize(
@@ -82,8 +120,6 @@ def test_a_step_is_what_the_run_would_have_exported_there(home: Path, tuner: str
 
 
 def test_a_run_that_goes_on_is_its_newest_whole_checkpoint(home: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "going"
     shutil.copytree(home / "full", run)
     status = json.loads((run / "status.json").read_text())
@@ -180,8 +216,6 @@ def test_a_megatron_checkpoint_is_converted(home: Path, tmp_path: Path) -> None:
 def test_a_folder_that_would_fail_late_or_answer_nonsense_is_refused(
     home: Path, tmp_path: Path, change: Any, message: str
 ) -> None:
-    import shutil
-
     shutil.copytree(home / "base", tmp_path / "broken")
     change(tmp_path / "broken")
     with pytest.raises(JobError, match=message):
@@ -244,6 +278,7 @@ def test_names_of_adapters(home: Path) -> None:
         "a": f"{home}/x=y",
         "lora": str(home / "lora" / "adapter"),
     }
+    assert named_adapters(["poems@2:b+c=x"]) == {"poems@2:b+c": "x"}  # as the control API takes them
     for words in (["a=x", "a=y"], ["../a=x"], ["=x"], ["a b=x"]):
         with pytest.raises(JobError, match="adapters"):
             named_adapters(words)
