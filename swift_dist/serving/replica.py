@@ -221,17 +221,30 @@ class EngineReplica:
         deadline = time.monotonic() + self._spec.drain_seconds
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_awaited(self._controller.draining.remote(self.id)), 10.0)
-        quiet = 0
-        while process.alive and quiet < 2 and time.monotonic() < deadline:
-            try:
-                load = await asyncio.to_thread(process.load)
-            except RunError:
-                break
-            quiet = 0 if load.running + load.waiting else quiet + 1
-            await asyncio.sleep(0.1)
+        await drained(process, deadline)
         await asyncio.to_thread(process.stop, 5.0)
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_awaited(self._controller.gone.remote(self.id)), 2.0)
+
+
+async def drained(process: EngineProcess, deadline: float) -> None:
+    """Returns once an engine that gets no more requests has answered those it had, or at `deadline`.
+
+    It must have been idle for longer than its gauges may be old.
+    """
+    idle_since: float | None = None
+    while process.alive and (now := time.monotonic()) < deadline:
+        try:
+            load = await asyncio.to_thread(process.load)
+        except RunError:
+            return
+        if load.running + load.waiting:
+            idle_since = None
+        elif idle_since is None:
+            idle_since = now
+        elif now - idle_since > process.engine.gauge_seconds:
+            return
+        await asyncio.sleep(0.1)
 
 
 async def _awaited(reference: Any) -> Any:

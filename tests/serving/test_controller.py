@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,7 +27,7 @@ from swift_dist.serving.folder import DeploymentFolder
 from swift_dist.serving.metrics import relabelled
 from swift_dist.serving.options import EngineOptions, ServedModel
 from swift_dist.serving.registry import Registry
-from swift_dist.serving.replica import Report
+from swift_dist.serving.replica import Report, drained
 from swift_dist.serving.resources import fitting
 from swift_dist.serving.scaling import ScaleOptions
 from swift_dist.serving.spec import DeploymentSpec
@@ -355,3 +357,20 @@ def test_an_answer_that_is_no_json_is_said_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(httpx, "request", lambda *_, **__: httpx.Response(500, text="Internal Server Error"))
     with pytest.raises(RunError, match="Internal Server Error"):
         Control(made.folder).ask("GET", "/control/status")
+
+
+@pytest.mark.parametrize(("gauge_seconds", "least", "most"), [(0.0, 0.1, 0.4), (0.5, 0.7, 2.0)])
+def test_a_replica_has_drained_once_it_was_idle_for_longer_than_its_gauges_are_old(gauge_seconds, least, most):
+    """Old gauges say idle at the first look, and only then show the answer that runs."""
+    began = time.monotonic()
+
+    class Process:
+        alive = True
+        engine = SimpleNamespace(gauge_seconds=gauge_seconds)
+
+        def load(self) -> Load:
+            is_shown = gauge_seconds and 0.1 < time.monotonic() - began < 0.2
+            return Load(1 if is_shown else 0, 0)
+
+    asyncio.run(drained(Process(), began + 10))
+    assert least < time.monotonic() - began < most

@@ -32,6 +32,7 @@ class Engine:
         health_path: answers 200 once requests are served.
         start_seconds: how long loading may take before a start counts as failed.
         running_metric, waiting_metric: gauges in its ``/metrics``.
+        gauge_seconds: how old they may be.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class Engine:
     start_seconds: ClassVar[float] = 1800.0
     running_metric: ClassVar[str] = "swift_dist:num_requests_running"
     waiting_metric: ClassVar[str] = "swift_dist:num_requests_waiting"
+    gauge_seconds: ClassVar[float] = 0.0
 
     def why_not(self) -> str | None:
         """Why it cannot run in this environment on this machine; None where it can. Cheap: imports nothing heavy."""

@@ -40,8 +40,9 @@ class LmDeploy(Engine):
     """`lmdeploy serve api_server`."""
 
     name = "lmdeploy"
-    running_metric = "lmdeploy:num_requests_running"  # its server brings both up to date every 10 s
+    running_metric = "lmdeploy:num_requests_running"
     waiting_metric = "lmdeploy:num_requests_waiting"
+    gauge_seconds = 10.0  # its server brings both up to date that often
 
     def __init__(self) -> None:
         self.own = OwnEnvironment("lmdeploy", VERSION)
