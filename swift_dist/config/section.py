@@ -15,6 +15,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+def part_of(options: Section, section: type[S]) -> S:
+    """The fields of `section` out of options that include them."""
+    return section(**{name: getattr(options, name) for name in section.model_fields})
+
+
 def updated(section: S, **changes: Any) -> S:
     """A copy of a section with some fields changed, validated."""
     return type(section).model_validate({**dict(section), **changes})

@@ -7,7 +7,6 @@ The engines' own endpoints do it, so adapters are ordinary local folders. What a
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from swift_dist.config.section import updated
 from swift_dist.errors import JobError
 from swift_dist.serving.desired import ModelState, Refused
 from swift_dist.serving.engines.process import message_of
+from swift_dist.serving.source import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from swift_dist.serving.controller import Controller
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _LOAD_SECONDS = 120.0
 _AGAIN_SECONDS = 5.0  # after an engine refused
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 
 
 class AdapterRefused(Refused):
@@ -36,7 +35,7 @@ class AdapterRefused(Refused):
 
 def require_name(name: str, taken: Iterable[str]) -> None:
     """Raises AdapterRefused where an adapter cannot be called that."""
-    if not NAME.fullmatch(name):
+    if not ADAPTER_NAME.fullmatch(name):
         raise AdapterRefused(f"{name!r} is no name of an adapter: letters, digits and . _ : @ + - (128 at most)")
     if name in taken:
         raise AdapterRefused(f"{name!r} is loaded already, or a model's name: unload it first", 409)

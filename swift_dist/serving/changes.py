@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
-from swift_dist.serving.adapters import NAME, said
+from swift_dist.serving.adapters import said
 from swift_dist.serving.folder import DeploymentFolder, running_folder
 from swift_dist.serving.options import EngineOptions, ServedModel
+from swift_dist.serving.source import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
@@ -147,7 +148,7 @@ def settle_change(control: Control, model: dict[str, Any], version_id: str | Non
 def load_adapter(options: DeployOptions) -> dict[str, Any]:
     """`--load_adapter name=DIR`: on every replica, or none."""
     name, equals, path = (options.load_adapter or "").partition("=")
-    if not equals or not NAME.fullmatch(name):
+    if not equals or not ADAPTER_NAME.fullmatch(name):
         raise JobError("load_adapter", f"{options.load_adapter!r} is not name=DIR", "--load_adapter poems=runs/poems")
     control = Control(running_folder(options.output))
     body = {"lora_name": name, "lora_path": str(Path(path).absolute()), "model": options.served_model_name}

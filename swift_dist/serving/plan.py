@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.config.section import part_of
 from swift_dist.errors import JobError
-from swift_dist.serving.adapters import NAME
 from swift_dist.serving.desired import version_stem
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.folder import DeploymentFolder, default_folder
 from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.options import EngineOptions, ServedModel
 from swift_dist.serving.scaling import Bounds, ScaleOptions, parse_bounds
-from swift_dist.serving.source import Source, resolve_model, resolve_options
+from swift_dist.serving.source import ADAPTER_NAME, Source, resolve_model, resolve_options
 from swift_dist.serving.spec import DeploymentSpec
 
 if TYPE_CHECKING:
@@ -101,11 +101,6 @@ class Plan:
             shares_cluster=not self.is_own,
             admin_keys=self.options.admin_keys,
         )
-
-
-def part_of(options: Any, section: Any) -> Any:
-    """The fields of `section` out of options that include them."""
-    return section(**{name: getattr(options, name) for name in section.model_fields})
 
 
 def make_plan(options: DeployOptions) -> Plan:
@@ -232,7 +227,7 @@ def _planned(named: str, source: Source, name: str | None) -> Planned:
         model_name = name
     if not model_name or len(model_name) > 200 or any(ord(c) < 32 for c in model_name):
         raise JobError("served_model_name", f"{model_name!r} is no name of a model", "up to 200 printable characters")
-    wrong = next((n for n in adapters if not NAME.fullmatch(n)), None)
+    wrong = next((n for n in adapters if not ADAPTER_NAME.fullmatch(n)), None)
     if wrong is not None:
         raise JobError("served_model_name", f"{wrong!r} is no name of an adapter", "letters, digits and . _ : @ + -")
     return Planned(model_name, named, source.path, adapters, source.description)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from swift_dist.config.section import part_of
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.engines.process import EngineProcess
@@ -42,7 +43,7 @@ def engine_for(options: EngineOptions, source: Source, *, use_gpu: bool | None =
     from swift_dist.cluster.devices import gpus_of_this_machine
     from swift_dist.serving.engines.choose import choose
 
-    own = EngineOptions(**{name: getattr(options, name) for name in EngineOptions.model_fields})
+    own = part_of(options, EngineOptions)
     engine = choose(own)
     use_gpu = gpus_of_this_machine() > 0 if use_gpu is None else use_gpu
     served = ServedModel(source.base_name, source.path, own, source.adapters, use_gpu)

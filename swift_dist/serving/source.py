@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 _STEP = re.compile(r"(?:step|iter)_\d+")
 _KNOWN = "a model folder or hub id, an adapter, a run folder, or a checkpoint"
 
@@ -118,8 +118,8 @@ def named_adapters(words: Sequence[str]) -> dict[str, str]:
         name, equals, path = word.partition("=")
         if not equals:
             name, path = name_of(word), word
-        if not _ADAPTER_NAME.fullmatch(name):
-            raise JobError("adapters", f"{name!r} is no name", "letters, digits, '.', '_' and '-': --adapters name=DIR")
+        if not ADAPTER_NAME.fullmatch(name):
+            raise JobError("adapters", f"{name!r} is no name", "letters, digits and . _ : @ + -: --adapters name=DIR")
         if name in found:
             raise JobError("adapters", f"{name} stands twice", "give each a name: --adapters a=DIR b=DIR")
         found[name] = path
