@@ -77,5 +77,5 @@ def _names_in_vllm(module: str) -> tuple[str, ...]:
         file = Path(folder) / module / "__init__.py"
         for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-                return tuple(sorted(key.value for key in node.value.keys if isinstance(key, ast.Constant)))
+                return tuple(sorted(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)))
     return ()
