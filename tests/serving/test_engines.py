@@ -91,6 +91,8 @@ def test_vllm_is_given_every_option(model, tmp_path, monkeypatch):
     assert expected.items() <= flags(words).items()
     assert words[-1] == "--enforce-eager"
     assert VLLM.environment(asked)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    with pytest.raises(JobError, match="cpu_cache_gib: vLLM computes on GPUs here"):
+        VLLM.check(served(model, gpu=True, cpu_cache_gib=2.0))
 
 
 def test_vllm_looks_for_other_nodes_where_its_own_gpus_are_too_few(model, monkeypatch):
