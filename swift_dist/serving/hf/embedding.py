@@ -44,6 +44,7 @@ class Embedder:
     """
 
     adapters: tuple[str, ...] = ()
+    error: BaseException | None = None  # a batch that fails is its request's error; the thread goes on
 
     def __init__(self, served: ServedModel) -> None:
         if served.adapters:

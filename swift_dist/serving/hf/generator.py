@@ -52,6 +52,9 @@ class Generator:
     Args:
         served: the model, its options, and adapters that are loaded at once.
 
+    Attributes:
+        error: see `requests.TextGenerator`.
+
     Raises:
         JobError, RunError: the model or an adapter cannot be served so.
     """
@@ -81,7 +84,7 @@ class Generator:
         self._inbox: list[Callable[[], None]] = []
         self._retired: dict[str, Future[None]] = {}  # adapters that go once no sequence uses them
         self._closing = False
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="hf-generator", daemon=True)
         self._thread.start()
 
@@ -158,8 +161,8 @@ class Generator:
         return len(self._inbox)
 
     def _check_alive(self) -> None:
-        if self._error is not None:
-            raise GeneratorFailed(f"the engine has ended: {self._error}") from self._error
+        if self.error is not None:
+            raise GeneratorFailed(f"the engine has ended: {self.error}") from self.error
         if self._closing:
             raise GeneratorFailed("the engine is closed")
 
@@ -241,7 +244,7 @@ class Generator:
                     self._unload_unused()
         except BaseException as failure:
             log.exception("the engine's thread ends")
-            self._error = failure
+            self.error = failure
             error = GeneratorFailed(f"the engine has ended: {failure}")
         with self._wake:
             self._closing = True

@@ -131,10 +131,12 @@ class TextGenerator(Protocol):
         tokenizer: transformers'.
         model_max_length: tokens of prompt and answer.
         running, waiting: sequences in the batch; requests that wait for a place in it.
+        error: what ended the engine's thread; None while it lives, and where it was closed.
     """
 
     tokenizer: object
     model_max_length: int
+    error: BaseException | None
 
     @property
     def running(self) -> int: ...

@@ -1,7 +1,8 @@
 """The hf engine's process: ``python -m swift_dist.serving.hf.server --served JSON --host HOST --port PORT``.
 
 It listens once the model is loaded. On SIGTERM it takes no new connections, lets the answers that run end, and breaks
-those off that take longer than ``--grace`` seconds: their streams end with an error event.
+those off that take longer than ``--grace`` seconds: their streams end with an error event. Where the generator's thread
+ends with an error, its answers end with it and then the process does: whoever started it sees that without asking.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _AFTERWARDS = 5  # seconds for what was broken off to say so
 
 
 def main(words: list[str] | None = None) -> int:
-    """Serve until a signal comes; the exit code."""
+    """Serve until a signal comes or the generator fails; the exit code."""
     try:
         given = parser().parse_args(words)
     except ValueError as error:
@@ -40,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
         _serve(serving, given.host, given.port, given.grace)
     finally:
         serving.generator.close()
-    return 0
+    return 0 if serving.generator.error is None else EXIT_FAILED
 
 
 def read_served(text: str) -> ServedModel:
@@ -94,6 +95,9 @@ def _serve(serving: Any, host: str, port: int, grace: float) -> None:
     from swift_dist.serving.hf.app import create_app
 
     class Server(uvicorn.Server):
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or serving.generator.error is not None
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             loop = asyncio.get_running_loop()
             # in a thread: it waits for the step that runs

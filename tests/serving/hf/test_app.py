@@ -7,17 +7,19 @@ import base64
 import dataclasses
 import json
 import math
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from swift_dist.errors import JobError
+from swift_dist.errors import EXIT_FAILED, JobError
 from swift_dist.serving.engines.hf import ENGINE
+from swift_dist.serving.hf import server
 from swift_dist.serving.hf.app import create_app
 from swift_dist.serving.hf.generation import Serving
 from swift_dist.serving.hf.prompts import ChatPrompts
@@ -219,6 +221,25 @@ def test_an_engine_that_dies_says_so_in_the_stream_and_to_health(real):
     assert answer.status_code == 503
 
 
+def test_an_engine_that_dies_ends_the_process_once_it_has_said_so(folder, monkeypatch):
+    serving = loaded(folder)
+    monkeypatch.setattr(server, "load", lambda served: serving)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ENGINE.command(served(folder), "127.0.0.1", port)
+    with ThreadPoolExecutor(1) as process:
+        ended = process.submit(server.main, words[words.index("--served") :])
+        body = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        client = httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=20)  # it starts to listen meanwhile
+        with client, client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            next(lines)
+            monkeypatch.setattr(serving.generator._runner, "forward", lambda *_, **__: 1 / 0)
+            *_, last = lines
+        assert "division by zero" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert ended.result(20) == EXIT_FAILED
+
+
 def test_an_answer_that_an_error_of_ours_breaks(real):
     """The server's own failure is an event of the stream too, and a 500 otherwise; neither tells a traceback."""
     serving = scripted(real)  # has no answer left
@@ -314,7 +335,7 @@ def test_the_models_own_defaults(tmp_path):
 )
 def test_what_the_engine_refuses_before_it_starts(folder, options, key, said):
     options = dict(options)
-    given = replace(served(folder), use_gpu=options.pop("use_gpu", False), options=EngineOptions(**options))
+    given = dataclasses.replace(served(folder), use_gpu=options.pop("use_gpu", False), options=EngineOptions(**options))
     with pytest.raises(JobError) as refused:
         ENGINE.check(given)
     assert refused.value.key == key
