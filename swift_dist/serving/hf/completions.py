@@ -19,7 +19,6 @@ from swift_dist.serving.hf.generation import (
     EventStream,
     Serving,
     Streams,
-    end_soon,
     side_by_side,
     unless_gone,
     usage_of,
@@ -57,7 +56,7 @@ async def complete(serving: Serving, request: Request, body: CompletionRequest, 
         for prompt in plan.prompts:
             streams += serving.start(prompt, plan.samplings, adapter, default=_DEFAULT_TOKENS)
     except RequestError:
-        end_soon(streams)
+        serving.end_soon(streams)
         raise
     head = {
         "id": f"cmpl-{request_id}",

@@ -36,6 +36,7 @@ class Serving:
         tools: reads the model's calls of tools; None where no way is known.
         reasoning: the tags around its thinking; None where it has none.
         failed: why the generator is dead.
+        ending: keeps what `end_soon` began until it is done.
     """
 
     served: ServedModel
@@ -47,6 +48,7 @@ class Serving:
     reasoning: tuple[str, str] | None
     failed: str = ""
     special_tokens: frozenset[str] = field(default_factory=frozenset)
+    ending: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def tokenizer(self) -> Any:
@@ -90,13 +92,19 @@ class Serving:
                     sampling = replace(sampling, max_tokens=max(min(default, room), 1))
                 streams.append(self.generator.submit(prompt, sampling, adapter))
         except (ValueError, KeyError, GeneratorFailed) as error:
-            end_soon(streams)
+            self.end_soon(streams)
             if isinstance(error, GeneratorFailed):
                 raise self.dead(error) from None
             if isinstance(error, KeyError):  # unloaded between the look-up and now
                 raise model_not_found(str(adapter), self.names) from None
             raise bad_request(str(error)) from None
         return streams
+
+    def end_soon(self, streams: Streams) -> None:
+        """`end`, where nothing can be awaited."""
+        task = asyncio.get_running_loop().create_task(end(streams))
+        self.ending.add(task)
+        task.add_done_callback(self.ending.discard)
 
     def dead(self, error: GeneratorFailed) -> RequestError:
         """Remember that nothing will be answered any more; /health says so from now on."""
@@ -184,16 +192,6 @@ async def end(streams: Streams) -> None:
     for stream in streams:
         with contextlib.suppress(RuntimeError, GeneratorFailed):
             await stream.aclose()  # type: ignore[attr-defined]
-
-
-_ENDING: set[asyncio.Task[None]] = set()
-
-
-def end_soon(streams: Streams) -> None:
-    """`end`, where nothing can be awaited."""
-    task = asyncio.get_running_loop().create_task(end(streams))
-    _ENDING.add(task)
-    task.add_done_callback(_ENDING.discard)
 
 
 def usage_of(finished: Sequence[Finished], prompts: int = 1) -> dict[str, int]:
