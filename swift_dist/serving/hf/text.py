@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from swift_dist.serving.tool_parsers.base import overlap
+
 _UNKNOWN = "\ufffd"  # what decoders put where bytes are no character, or not yet
 _CONTEXT = 6  # tokens of the prompt that the first ones are decoded after: whether a word begins with a space
 
@@ -64,21 +66,13 @@ class StopTexts:
             shown = self._held[: at - length if self._include else at]
             self._held = ""
             return shown, stop
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        keep = max(len(overlap(self._held, stop)) for stop in self._stops)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown, None
 
     def flush(self) -> str:
         shown, self._held = self._held, ""
         return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, less than all of it."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
 
 
 def decoder(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[int]], str]:
