@@ -12,15 +12,16 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from swift_dist.errors import JobError
 from swift_dist.serving.hf import model as models
-from swift_dist.serving.hf.requests import Event, GeneratorFailed, Pooling, Sampling
+from swift_dist.serving.hf.requests import Event, GeneratorFailed, Sampling
 from swift_dist.serving.options import ServedModel
 
+Pooling = Literal["last", "mean", "cls"]
 BATCH_TOKENS = 8192  # of texts in one forward, padding included
 _MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
 
@@ -69,26 +70,23 @@ class Embedder:
     def submit(self, prompt: list[int], sampling: Sampling, adapter: str | None = None) -> AsyncIterator[Event]:
         raise ValueError("this model is served for embeddings; start it with --task generate for text")
 
-    async def embed(self, prompts: list[list[int]], pooling: Pooling | None = None) -> list[list[float]]:
+    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
         """One vector a prompt, in their order.
 
         Raises:
-            ValueError: a prompt is empty or too long, or a token is none of the model's; no such pooling.
+            ValueError: a prompt is empty or too long, or a token is none of the model's.
             GeneratorFailed: the engine is closed.
         """
         if self._closed:
             raise GeneratorFailed("the engine is closed")
         self._check(prompts)
-        if pooling is not None and pooling not in get_args(Pooling):
-            raise ValueError(f"no such pooling: {pooling}; there are {', '.join(get_args(Pooling))}")
-        pooled = self._pooled if pooling is None else Pooled(pooling, self._pooled.normalize)
         vectors: list[list[float]] = [[]] * len(prompts)
         # A batch at a time, so that a large request does not keep a small one waiting.
         for places in _batches([len(prompt) for prompt in prompts]):
             self._asked += 1
             try:
                 found = await asyncio.get_running_loop().run_in_executor(
-                    self._worker, self._vectors, [prompts[at] for at in places], pooled
+                    self._worker, self._vectors, [prompts[at] for at in places]
                 )
             except RuntimeError as error:
                 if not self._closed:
@@ -120,7 +118,7 @@ class Embedder:
             if outside := [i for i in prompt if not 0 <= i < self._vocabulary]:
                 raise ValueError(f"{outside[0]} is no token of this model ({self._vocabulary} tokens)")
 
-    def _vectors(self, prompts: list[list[int]], pooled: Pooled) -> list[list[float]]:
+    def _vectors(self, prompts: list[list[int]]) -> list[list[float]]:
         """One batch, padded on the right: causal models see no padding, the others are told of it."""
         self._computing += 1
         try:
@@ -133,7 +131,7 @@ class Embedder:
             ids, mask = ids.to(self._device), mask.to(self._device)
             with torch.inference_mode():
                 hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-                return pool(hidden, mask, pooled).tolist()
+                return pool(hidden, mask, self._pooled).tolist()
         finally:
             self._computing -= 1
 

@@ -24,7 +24,7 @@ from swift_dist.serving.hf import runners
 from swift_dist.serving.hf.adapters import Adapters
 from swift_dist.serving.hf.cache import Blocks, blocks_for
 from swift_dist.serving.hf.guides import Guides
-from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Pooling, Sampling, TextGenerator
+from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Sampling, TextGenerator
 from swift_dist.serving.hf.sampling import RowSampler
 from swift_dist.serving.hf.scheduler import Running, Scheduler
 from swift_dist.serving.hf.text import Detokenizer, StopTexts, decoder
@@ -129,7 +129,7 @@ class Generator:
         self._send(lambda: self._scheduler.add(sequence))
         return _Answer(mail, sequence)
 
-    async def embed(self, prompts: list[list[int]], pooling: Pooling | None = None) -> list[list[float]]:
+    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
         """Refused: this generator's model was loaded for text (`embedding.Embedder` is for the other task)."""
         raise ValueError("this model is served for text; start it with --task embed for embeddings")
 

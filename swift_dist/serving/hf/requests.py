@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 GuideKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
-Pooling = Literal["last", "mean", "cls"]
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,8 @@ class TextGenerator(Protocol):
         """
         ...
 
-    async def embed(self, prompts: list[list[int]], pooling: Pooling | None = None) -> list[list[float]]:
-        """One vector a prompt; `pooling` None: the model's own. ValueError: too long, or a model for text."""
+    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
+        """One vector a prompt. ValueError: too long, or a model for text."""
         ...
 
     async def load_adapter(self, name: str, path: str) -> None:

@@ -38,10 +38,10 @@ def served(folder: Path, **options: object) -> Embedder:
     return found
 
 
-def vectors(folder: Path, texts: list[list[int]], pooling: str | None = None) -> torch.Tensor:
+def vectors(folder: Path, texts: list[list[int]]) -> torch.Tensor:
     embedder = served(folder)
     try:
-        return torch.tensor(asyncio.run(embedder.embed(texts, pooling)))
+        return torch.tensor(asyncio.run(embedder.embed(texts)))
     finally:
         embedder.close()
 
@@ -63,8 +63,7 @@ def test_vectors_are_those_of_each_text_alone(kind: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(embedding, "BATCH_TOKENS", 60)  # several batches, each with padding
     folder = save_chat_model(tmp_path / kind) if kind == "llama" else save_encoder(tmp_path / kind, kind)
     own = "last" if kind == "llama" else "cls"
-    for asked, pooling in ((None, own), ("mean", "mean"), ("cls", "cls"), ("last", "last")):
-        torch.testing.assert_close(vectors(folder, TEXTS, asked), expected(folder, pooling), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vectors(folder, TEXTS), expected(folder, own), atol=1e-5, rtol=1e-4)
 
 
 def sentence_modules(folder: Path, pooling: dict, *others: str) -> Path:
@@ -122,8 +121,6 @@ def test_limits(tmp_path: Path) -> None:
     for texts, message in (([[5] * 65], "65 tokens"), ([[]], "empty"), ([[336]], "no token"), ([[-1]], "no token")):
         with pytest.raises(ValueError, match=message):
             asyncio.run(embedder.embed(texts))
-    with pytest.raises(ValueError, match="pooling"):
-        asyncio.run(embedder.embed([[5]], "max"))
     with pytest.raises(ValueError, match="--task generate"):
         embedder.submit([5], Sampling())
     embedder.close()
