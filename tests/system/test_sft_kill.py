@@ -79,18 +79,21 @@ def stop_at_export(command: Command, output: Path, steps: int = STEPS) -> list[i
 
     The moment is short: from the last steps on, the ranks are let go for some milliseconds at a time.
     """
-    command.until(lambda: any(r.step >= steps - 2 for r in command.ranks()), "the last steps", pause=0.005)
+    command.until(lambda: any(r.step >= steps - 5 for r in command.ranks()), "the last steps", pause=0.005)
     while True:
         assert command.process.poll() is None, f"ended before its export:\n{command.stderr}"
         pids = [rank.pid for rank in command.ranks()]
+        _signal(pids, signal.SIGCONT)
+        time.sleep(0.005)
+        _signal(pids, signal.SIGSTOP)
+        if pids and partial(output):
+            return pids
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # one that was killed before still beat a moment ago
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-            time.sleep(0.005)
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            if pids and partial(output):
-                return pids
+            os.kill(pid, number)
 
 
 @pytest.mark.parametrize("strategy", ALL)

@@ -29,7 +29,11 @@ class FrontOptions(Section):
     max_concurrent: int = Field(256, gt=0, description="requests that one replica is given at a time; others wait")
     max_waiting: int = Field(256, gt=0, description="requests that wait, a replica; beyond that they get 429")
     retries: int = Field(
-        2, ge=0, le=10, description="times a request is sent to another replica when one failed before its first byte"
+        3,
+        ge=0,
+        le=10,
+        description="times a request is sent again, to another replica where there is one, when one failed before its "
+        "first byte; connections that a killed replica refuses, until it counts as down, are among them",
     )
     retry_after: int = Field(2, gt=0, description="seconds that Retry-After asks for with 429 and 503")
     timeout_queue: int = Field(60, gt=0, description="how long a request may wait for a place at a replica")
