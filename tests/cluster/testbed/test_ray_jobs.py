@@ -258,7 +258,10 @@ def test_submitting_and_stopping_leaves_nothing(cluster, folder, tmp_path, pause
         assert show(cluster, folder, output)["status"] == "interrupted"
     cluster.assert_nothing_left()
     assert list(cluster.scratch.glob("swift_dist*")) == []
-    assert [len(ports(node)) - len(old) for node, old in zip(cluster.nodes, before, strict=True)] == [0, 0, 0]
+    deadline = time.monotonic() + 30  # a worker of Ray's that idles closes its port a moment after its job
+    while any(more := [len(ports(node)) - len(old) for node, old in zip(cluster.nodes, before, strict=True)]):
+        assert time.monotonic() < deadline, more
+        time.sleep(0.5)
     for node in cluster.nodes:
         listing = subprocess.run(
             ["nsenter", "--target", str(node.pid), "--mount", "ls", "/dev/shm"],
