@@ -52,7 +52,7 @@ class Controller:
         self._state: FrontState | None = None
         self._generation, self._applied = 0, 0
         self._changed = asyncio.Event()
-        self._wake = asyncio.Event()
+        self._wake, self._writing = asyncio.Event(), asyncio.Lock()  # writing: the newest state is the last
         self._began: asyncio.Future[None] | None = None
         self._adopted_at = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -208,7 +208,8 @@ class Controller:
     async def change(self, model: ModelState) -> ModelState:
         """Make a model what `desired` has made of it."""
         self.models[model.name] = model
-        await asyncio.to_thread(self.folder.write_state, list(self.models.values()))
+        async with self._writing:
+            await asyncio.to_thread(self.folder.write_state, list(self.models.values()))
         self.wake()
         return model
 

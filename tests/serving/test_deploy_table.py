@@ -92,7 +92,8 @@ def one_kill(deployment: Deployment, name: str, kill: Callable[[Deployment], Non
     report = running.report
     assert not report.failures, f"{name}: {report.describe()}"
     slowest = max(answer.seconds for answer in report.answers)
-    return {"name": name, "seconds": seconds, "answers": len(report.answers), "slowest": slowest}
+    lost = REQUESTS - len(report.good)
+    return {"name": name, "seconds": seconds, "answers": len(report.answers), "lost": lost, "slowest": slowest}
 
 
 @pytest.mark.table
@@ -110,7 +111,8 @@ def test_recovery_times(tmp_path):
                     continue  # a single process
                 row = one_kill(deployment, name, kill)
                 lines.append(
-                    f"| {engine} | {row['name']} | {row['answers']} | 0 | {row['slowest']:.1f} | {row['seconds']:.1f} |"
+                    f"| {engine} | {row['name']} | {row['answers']} | {row['lost']} | {row['slowest']:.1f} "
+                    f"| {row['seconds']:.1f} |"
                 )
     head = [
         "# Recovery of a deployment",

@@ -67,6 +67,12 @@ class Fake(Engine):
         self.file, self.mode = folder / "server.py", mode
         self.file.write_text(SERVER)
 
+    def why_not(self):
+        return None
+
+    def check(self, served):
+        """Whatever is asked for."""
+
     def command(self, served, host, port):
         return [sys.executable, str(self.file), self.mode or "plain", host, str(port)]
 

@@ -8,6 +8,7 @@ one process tree ends all of it.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ class Load:
     waiting: int
 
 
-class Engine:
+class Engine(ABC):
     """A serving engine: what it is called with. Holds no state; the process is `process.EngineProcess`'s.
 
     Attributes:
@@ -42,27 +43,27 @@ class Engine:
     waiting_metric: ClassVar[str] = "swift_dist:num_requests_waiting"
     gauge_seconds: ClassVar[float] = 0.0
 
+    @abstractmethod
     def why_not(self) -> str | None:
         """Why it cannot run in this environment on this machine; None where it can. Cheap: imports nothing heavy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, served: ServedModel) -> None:
         """Refuse what this engine cannot honour.
 
         Raises:
             JobError: an option that it has no counterpart of, an adapter it cannot load.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self, served: ServedModel, host: str, port: int) -> list[str]:
         """The server's command line; it listens on `host`:`port` and on nothing else that is reachable from outside."""
-        raise NotImplementedError
 
     def environment(self, served: ServedModel) -> dict[str, str]:
         """Variables of that process, beside the inherited ones."""
         return {}
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most engines need nothing
         """Whatever must exist before the first start, such as an environment of its own. Idempotent; may take minutes.
 
         Raises:

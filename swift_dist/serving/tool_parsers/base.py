@@ -8,6 +8,7 @@ is known to be one. Text that looked like a call and cannot be read stays text.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ Schemas = Mapping[str, Mapping[str, Any]]  # a tool's name -> JSON schema of its
 Reader = Callable[[str, Schemas], "list[Call] | None"]  # None: this is not a call
 
 
-class ToolParser:
+class ToolParser(ABC):
     """One answer's state.
 
     Attributes:
@@ -37,13 +38,13 @@ class ToolParser:
     stop: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
 
+    @abstractmethod
     def feed(self, text: str) -> list[Event]:
         """What is certain after the answer's next piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> list[Event]:
         """What is left when the answer ends."""
-        raise NotImplementedError
 
 
 class BetweenMarkers(ToolParser):
