@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "advice", "cluster", "runs", "resolve", "train", "doctor.preflight", "launchers.torchrun")
     },
     "job": {"config", "parallel", "cluster", "runs", "resolve", "advice", "doctor.preflight"},
-    # What a user names may be a run, a checkpoint of either engine or an adapter: `serving/source.py` has it converted.
+    # What a user names may be a run, a checkpoint of either engine or an adapter: `serving/sources/` has it converted.
     "serving": {
         *("config", "models", "converters", "checkpoint", "convert", "tuners", "runs", "data", "workers"),
         "engines.hf.saved_step",

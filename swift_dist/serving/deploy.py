@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import Field
 
 from swift_dist.errors import JobError
+from swift_dist.serving.deployment.scaling import ScaleOptions
 from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.scaling import ScaleOptions
-from swift_dist.serving.source import SourceOptions
+from swift_dist.serving.sources.source import SourceOptions
 
 _NOT = "start without it, with --model"
 
@@ -69,15 +69,15 @@ def deploy(options: DeployOptions) -> dict[str, Any]:
     """
     change = _change(options)
     if change is not None:
-        from swift_dist.serving import changes
+        from swift_dist.serving.deployment import changes
 
         return getattr(changes, change)(options)
-    from swift_dist.serving.plan import describe, make_plan
+    from swift_dist.serving.deployment.plan import describe, make_plan
 
     plan = make_plan(options)
     if options.dry_run:
         return describe(plan)
-    from swift_dist.serving.driver import serve
+    from swift_dist.serving.deployment.driver import serve
 
     return serve(plan)
 

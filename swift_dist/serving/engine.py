@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from swift_dist.config.load import build
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.source import SourceOptions, resolve_options
+from swift_dist.serving.sources.source import SourceOptions, resolve_options
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -48,7 +48,7 @@ class Engine:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        from swift_dist.serving.replicas import engine_for
+        from swift_dist.serving.inference.replicas import engine_for
 
         self.options = build(_Options, [_listed({"model": model, **options})])
         self._source = resolve_options(
@@ -63,7 +63,7 @@ class Engine:
 
     def __enter__(self) -> Engine:
         """Start it and wait until it answers. Raises RunError where it cannot be."""
-        from swift_dist.serving.replicas import LogFolder, local_replicas
+        from swift_dist.serving.inference.replicas import LogFolder, local_replicas
 
         with ExitStack() as stack:
             self._replica = local_replicas(self._engines, 1, stack.enter_context(LogFolder()))[0]
@@ -90,7 +90,7 @@ class Engine:
     @property
     def client(self) -> OpenAI:
         """The official client of the server that runs now."""
-        from swift_dist.serving.client import open_client
+        from swift_dist.serving.inference.client import open_client
 
         url = self.url
         if not self._replica.alive():
@@ -126,7 +126,7 @@ class Engine:
         Raises:
             openai.APIError: the engine refused it, or ended.
         """
-        from swift_dist.serving.client import arguments
+        from swift_dist.serving.inference.client import arguments
 
         completion: Completion = self.client.completions.create(
             prompt=prompt, **arguments(model or self.model, sampling)
@@ -144,9 +144,9 @@ class Engine:
         import asyncio
         import functools
 
-        from swift_dist.serving.batch import Asking, as_prompts, ask, run_async
-        from swift_dist.serving.pool import EnginePool, LostError
-        from swift_dist.serving.replicas import OwnedReplica
+        from swift_dist.serving.inference.batch import Asking, as_prompts, ask, run_async
+        from swift_dist.serving.inference.pool import EnginePool, LostError
+        from swift_dist.serving.inference.replicas import OwnedReplica
 
         if concurrency < 1:
             raise JobError("concurrency", f"is {concurrency}", "1 or more")
@@ -174,7 +174,7 @@ class Engine:
         return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
 
     def _request(self, messages: Messages, model: str | None, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        from swift_dist.serving.client import arguments
+        from swift_dist.serving.inference.client import arguments
 
         said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         return {"messages": said, **arguments(model or self.model, sampling)}

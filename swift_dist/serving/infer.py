@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from swift_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, JobError, RunError
+from swift_dist.serving.inference.sampling import SamplingOptions, request_fields
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.sampling import SamplingOptions, request_fields
-from swift_dist.serving.source import SourceOptions
+from swift_dist.serving.sources.source import SourceOptions
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
     from swift_dist.data.rows.prompts import PromptSource
-    from swift_dist.serving.batch import Asking
-    from swift_dist.serving.pool import Replica
-    from swift_dist.serving.source import Source
+    from swift_dist.serving.inference.batch import Asking
+    from swift_dist.serving.inference.pool import Replica
+    from swift_dist.serving.sources.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def remote_name(options: InferOptions) -> tuple[str, list[str]]:
     Raises:
         JobError: it serves several, or none of that name. RunError: it does not answer.
     """
-    from swift_dist.serving.client import served_models
+    from swift_dist.serving.inference.client import served_models
 
     names = served_models(str(options.url))
     wanted = options.adapter or options.model
@@ -174,7 +174,7 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
 
     An engine that has ended is started again by the last of these.
     """
-    from swift_dist.serving.client import open_client
+    from swift_dist.serving.inference.client import open_client
 
     with ExitStack() as stack:
         if options.url:
@@ -182,8 +182,8 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
             client = stack.enter_context(open_client(options.url))
             yield name, options.url, names, lambda: client
             return
-        from swift_dist.serving.replicas import LogFolder, engine_for, local_replicas
-        from swift_dist.serving.source import resolve_options
+        from swift_dist.serving.inference.replicas import LogFolder, engine_for, local_replicas
+        from swift_dist.serving.sources.source import resolve_options
 
         source = resolve_options(options, trust_remote_code=options.trust_remote_code)
         name = chosen_name(options, source)
@@ -211,8 +211,8 @@ def answer_prompt(options: InferOptions) -> dict[str, Any]:
     import openai
 
     from swift_dist.data.rows.prompts import Prompt
-    from swift_dist.serving.batch import Asking, answered_row, messages_of
-    from swift_dist.serving.client import arguments, as_run_error
+    from swift_dist.serving.inference.batch import Asking, answered_row, messages_of
+    from swift_dist.serving.inference.client import arguments, as_run_error
 
     assert options.prompt is not None
     prompt = (
@@ -236,7 +236,7 @@ def answer_prompt(options: InferOptions) -> dict[str, Any]:
 
 def converse(options: InferOptions) -> dict[str, Any] | None:
     """A conversation on stdin and stdout."""
-    from swift_dist.serving.chat import Chat, talk
+    from swift_dist.serving.inference.chat import Chat, talk
 
     if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
         # Of the command line: Ctrl-C stops an answer here, and this is no Ctrl-C.
@@ -256,13 +256,13 @@ def answer_rows(options: InferOptions) -> dict[str, Any]:
         and ``tokens_per_second``; engines' ``restarts``; ``exit_code`` 1 where rows failed.
     """
     from swift_dist.data.rows.prompts import PromptSource
-    from swift_dist.serving.journal import Journal
+    from swift_dist.serving.inference.journal import Journal
 
     rows = PromptSource(options.dataset, options.format, options.columns, "dataset")
     if options.url:
         name, source = remote_name(options)[0], None
     else:
-        from swift_dist.serving.source import resolve_options
+        from swift_dist.serving.sources.source import resolve_options
 
         source = resolve_options(options, trust_remote_code=options.trust_remote_code)
         name = chosen_name(options, source)
@@ -283,8 +283,8 @@ def answer_rows(options: InferOptions) -> dict[str, Any]:
 def _answer(
     options: InferOptions, rows: PromptSource, journal: Any, replicas: Sequence[Replica], asking: Asking
 ) -> dict[str, Any]:
-    from swift_dist.serving.batch import Batch, run_async
-    from swift_dist.serving.pool import EnginePool
+    from swift_dist.serving.inference.batch import Batch, run_async
+    from swift_dist.serving.inference.pool import EnginePool
 
     total = rows.count()
     if not total:
@@ -329,8 +329,8 @@ def identity_of(options: InferOptions, rows: PromptSource, source: Source | None
         source: None: `name` of a server that runs, whose weights cannot be seen.
     """
     from swift_dist.serving.families import given_template
-    from swift_dist.serving.journal import files_of
-    from swift_dist.serving.made import facts
+    from swift_dist.serving.inference.journal import files_of
+    from swift_dist.serving.sources.made import facts
 
     folders = [] if source is None else [source.path, *([source.adapters[name]] if name in source.adapters else [])]
     own = files_of(Path(options.output or ""))  # which may lie in one of them
@@ -363,19 +363,19 @@ def identity_of(options: InferOptions, rows: PromptSource, source: Source | None
 
 
 def _asking(options: InferOptions, name: str) -> Asking:
-    from swift_dist.serving.batch import Asking
+    from swift_dist.serving.inference.batch import Asking
 
     return Asking(name, fields_of(options, chat=True), fields_of(options, chat=False), options.system, options.usage)
 
 
 def _replicas(options: InferOptions, source: Source | None, stack: ExitStack) -> Sequence[Replica]:
     """What answers the rows, not started yet."""
-    from swift_dist.serving.replicas import LogFolder, RemoteReplica, engine_for, local_replicas
+    from swift_dist.serving.inference.replicas import LogFolder, RemoteReplica, engine_for, local_replicas
 
     if source is None:
         return [RemoteReplica(str(options.url))]
     if options.launcher == "ray":
-        from swift_dist.serving.ray_engines import ray_replicas
+        from swift_dist.serving.inference.ray_engines import ray_replicas
 
         return ray_replicas(options, source, options.replicas, options.ray_address, stack)
     engines = engine_for(options, source)

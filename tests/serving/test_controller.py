@@ -15,22 +15,22 @@ import pytest
 from toy_engine import ENGINE, save_toy_adapter, save_toy_model
 
 from swift_dist.errors import RunError
-from swift_dist.serving import desired, registry
-from swift_dist.serving.adapters import AdapterRefused, require_folder, require_name
-from swift_dist.serving.changes import Control
-from swift_dist.serving.control import control_app
-from swift_dist.serving.controller import Controller
-from swift_dist.serving.desired import ModelState
+from swift_dist.serving.deployment import desired, registry
+from swift_dist.serving.deployment.adapters import AdapterRefused, require_folder, require_name
+from swift_dist.serving.deployment.changes import Control
+from swift_dist.serving.deployment.control import control_app
+from swift_dist.serving.deployment.controller import Controller
+from swift_dist.serving.deployment.desired import ModelState
+from swift_dist.serving.deployment.folder import DeploymentFolder
+from swift_dist.serving.deployment.metrics import relabelled
+from swift_dist.serving.deployment.registry import Registry
+from swift_dist.serving.deployment.replica import Report, drained
+from swift_dist.serving.deployment.resources import fitting
+from swift_dist.serving.deployment.scaling import ScaleOptions
+from swift_dist.serving.deployment.spec import DeploymentSpec
 from swift_dist.serving.engines.base import Load
 from swift_dist.serving.engines.process import EngineProcess
-from swift_dist.serving.folder import DeploymentFolder
-from swift_dist.serving.metrics import relabelled
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.registry import Registry
-from swift_dist.serving.replica import Report, drained
-from swift_dist.serving.resources import fitting
-from swift_dist.serving.scaling import ScaleOptions
-from swift_dist.serving.spec import DeploymentSpec
 
 
 def report(name: str, version: str = "chat-v1", running: int = 0, waiting: int = 0) -> Report:

@@ -11,8 +11,8 @@ from toy_engine import save_toy_adapter, save_toy_model
 
 from swift_dist.cli import main
 from swift_dist.serving.deploy import DeployOptions
+from swift_dist.serving.deployment.plan import make_plan
 from swift_dist.serving.front.options import FrontOptions, url_of
-from swift_dist.serving.plan import make_plan
 
 
 @pytest.fixture

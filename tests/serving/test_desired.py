@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from swift_dist.serving import desired
-from swift_dist.serving.desired import ModelState, Refused
+from swift_dist.serving.deployment import desired
+from swift_dist.serving.deployment.desired import ModelState, Refused
 from swift_dist.serving.front.state import Replica
 
 
@@ -119,7 +119,7 @@ def test_names_of_versions_are_safe(name, stem):
 
 
 def test_a_state_survives_its_file(tmp_path):
-    from swift_dist.serving.folder import DeploymentFolder
+    from swift_dist.serving.deployment.folder import DeploymentFolder
 
     folder = DeploymentFolder(tmp_path)
     assert folder.read_state() is None

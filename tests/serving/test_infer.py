@@ -23,10 +23,10 @@ from swift_dist.data.rows._formats import formats
 from swift_dist.data.rows.prompts import PromptSource, read_prompt
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.infer import InferOptions, identity_of
-from swift_dist.serving.journal import Journal
-from swift_dist.serving.pool import EnginePool
-from swift_dist.serving.replicas import RemoteReplica
-from swift_dist.serving.source import Source
+from swift_dist.serving.inference.journal import Journal
+from swift_dist.serving.inference.pool import EnginePool
+from swift_dist.serving.inference.replicas import RemoteReplica
+from swift_dist.serving.sources.source import Source
 
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())", "infer"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swift_dist.serving.scaling import Bounds, ScaleOptions, Wish, decide, parse_bounds
+from swift_dist.serving.deployment.scaling import Bounds, ScaleOptions, Wish, decide, parse_bounds
 
 OPTIONS = ScaleOptions(autoscale="1:3", target_ongoing_requests=10, upscale_delay=5, downscale_delay=30)
 

@@ -17,7 +17,7 @@ import pytest
 from toy_engine import save_toy_model
 
 from swift_dist.errors import JobError
-from swift_dist.serving.source import Source, name_of, named_adapters, resolve_model
+from swift_dist.serving.sources.source import Source, name_of, named_adapters, resolve_model
 
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from swift_dist.serving.changes import Control
-from swift_dist.serving.folder import DeploymentFolder
+from swift_dist.serving.deployment.changes import Control
+from swift_dist.serving.deployment.folder import DeploymentFolder
 
 SUPPORT = Path(__file__).parent
 _MARK = "SWIFT_DIST_TEST_DEPLOYMENT"

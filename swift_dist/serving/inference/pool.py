@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from swift_dist.errors import JobError, RunError
-from swift_dist.serving.client import as_run_error, open_async_client
+from swift_dist.serving.inference.client import as_run_error, open_async_client
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

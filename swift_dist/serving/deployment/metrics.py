@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.serving.status import replica_states
+from swift_dist.serving.deployment.status import replica_states
 
 if TYPE_CHECKING:
-    from swift_dist.serving.controller import Controller
+    from swift_dist.serving.deployment.controller import Controller
 
 _ENGINE_SECONDS = 3.0
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from swift_dist.serving.desired import Refused
+from swift_dist.serving.deployment.desired import Refused
+from swift_dist.serving.deployment.status import deployment_status, ready_replicas
 from swift_dist.serving.front.keys import keys_of_file
-from swift_dist.serving.status import deployment_status, ready_replicas
 
 if TYPE_CHECKING:
-    from swift_dist.serving.controller import Controller
+    from swift_dist.serving.deployment.controller import Controller
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
@@ -115,7 +115,7 @@ def control_app(controller: "Controller") -> Any:
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        from swift_dist.serving.metrics import deployment_metrics
+        from swift_dist.serving.deployment.metrics import deployment_metrics
 
         return PlainTextResponse(await deployment_metrics(controller), media_type="text/plain; version=0.0.4")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swift_dist.serving.deployment.scaling import Bounds, ScaleOptions
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.scaling import Bounds, ScaleOptions
 
 
 @dataclass(frozen=True)

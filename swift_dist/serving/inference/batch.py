@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from swift_dist.data.rows.prompts import Prompt
-from swift_dist.serving.client import arguments, as_json, as_run_error, reason_of
-from swift_dist.serving.journal import Journal
-from swift_dist.serving.pool import EnginePool, LostError
+from swift_dist.serving.inference.client import arguments, as_json, as_run_error, reason_of
+from swift_dist.serving.inference.journal import Journal
+from swift_dist.serving.inference.pool import EnginePool, LostError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

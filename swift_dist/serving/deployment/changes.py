@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
-from swift_dist.serving.adapters import said
-from swift_dist.serving.folder import DeploymentFolder, running_folder
+from swift_dist.serving.deployment.adapters import said
+from swift_dist.serving.deployment.folder import DeploymentFolder, running_folder
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.source import ADAPTER_NAME
+from swift_dist.serving.sources.source import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
@@ -65,7 +65,7 @@ def stop(options: DeployOptions) -> dict[str, Any]:
 
 def update(options: DeployOptions) -> dict[str, Any]:
     """`--update NEW [--canary SHARE]`: returns when it answers requests, or has failed."""
-    from swift_dist.serving.source import resolve_options
+    from swift_dist.serving.sources.source import resolve_options
 
     folder = running_folder(options.output)
     engine_options = deployed_options(folder)

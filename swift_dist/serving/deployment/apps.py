@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from swift_dist.serving.replica import EngineReplica, ReplicaSpec
+from swift_dist.serving.deployment.replica import EngineReplica, ReplicaSpec
 
 DEPLOYMENT = "replica"  # the name within each application
 GRACE_SECONDS = 20.0  # beside the time that running requests get

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.serving.made import made_once
+from swift_dist.serving.sources.made import made_once
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def _base(adapter: _Found, rules: _Rules) -> _Found:
 
 def _find(named: str, key: str, rules: _Rules) -> _Found:
     """A Hugging Face folder or an adapter's, converted where it was something else."""
-    from swift_dist.serving import runs
+    from swift_dist.serving.sources import runs
 
     path = Path(named).expanduser()
     if path.is_dir():
@@ -268,7 +268,7 @@ def _find(named: str, key: str, rules: _Rules) -> _Found:
         raise JobError(key, f"{named} is a file", f"give {_KNOWN}")
     if named.startswith((".", "/", "~")) or named.count("/") > 1 or not named:
         raise JobError(key, f"there is no {named or 'such folder'}", _did_you_mean(path))
-    from swift_dist.serving.hub import snapshot
+    from swift_dist.serving.sources.hub import snapshot
 
     try:
         return _as_found(snapshot(named, key), named, key)

@@ -17,7 +17,7 @@ from swift_dist.errors import JobError, RunError
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.source import Source
+from swift_dist.serving.sources.source import Source
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import RunError
-from swift_dist.serving.sampling import EXTENSIONS
+from swift_dist.serving.inference.sampling import EXTENSIONS
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI, OpenAI

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swift_dist.serving.controller import Controller
-    from swift_dist.serving.registry import Seen
+    from swift_dist.serving.deployment.controller import Controller
+    from swift_dist.serving.deployment.registry import Seen
 
 
 def deployment_status(controller: Controller) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from swift_dist.checkpoint.folder import RECORD_NAME, Checkpoint, newest_whole, 
 from swift_dist.errors import JobError
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import exported
-from swift_dist.serving.made import made_once
+from swift_dist.serving.sources.made import made_once
 
 log = logging.getLogger(__name__)
 

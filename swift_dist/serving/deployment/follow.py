@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
-from swift_dist.serving.changes import Control, check_new_version, settle_change
-from swift_dist.serving.folder import DeploymentFolder
-from swift_dist.serving.source import Source, resolve_model
+from swift_dist.serving.deployment.changes import Control, check_new_version, settle_change
+from swift_dist.serving.deployment.folder import DeploymentFolder
+from swift_dist.serving.sources.source import Source, resolve_model
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
-    from swift_dist.serving.plan import Plan
+    from swift_dist.serving.deployment.plan import Plan
 
 _POLL_SECONDS = 1.0
 

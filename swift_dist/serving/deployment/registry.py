@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from swift_dist.serving.apps import actor_lives
+from swift_dist.serving.deployment.apps import actor_lives
+from swift_dist.serving.deployment.replica import Report
 from swift_dist.serving.front.state import Replica
-from swift_dist.serving.replica import Report
 
 _STALE_SECONDS = 1.5  # without a report: is the actor still there?
 _SILENT_SECONDS = 15.0  # without a report: no more requests, although it is

@@ -12,9 +12,9 @@ from typing import Any
 
 from swift_dist.errors import RunError
 from swift_dist.serving.engines.process import EngineProcess
+from swift_dist.serving.inference.replicas import Engines, engine_for
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.replicas import Engines, engine_for
-from swift_dist.serving.source import Source
+from swift_dist.serving.sources.source import Source
 
 log = logging.getLogger(__name__)
 

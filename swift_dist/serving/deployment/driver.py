@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from swift_dist.errors import JobError, RunError
+from swift_dist.serving.deployment.plan import SURGE, Plan, check_models
 from swift_dist.serving.front.options import url_of
 from swift_dist.serving.front.state import FrontState
-from swift_dist.serving.plan import SURGE, Plan, check_models
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _on_cluster(plan: Plan) -> Plan:
     """
     import ray
 
-    from swift_dist.serving.resources import most_replicas
+    from swift_dist.serving.deployment.resources import most_replicas
 
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     devices = plan.options.tensor_parallel_size * plan.options.pipeline_parallel_size
@@ -116,8 +116,8 @@ class _Deployment:
     def run(self) -> dict[str, Any]:
         import ray
 
-        from swift_dist.serving.apps import start_serve
-        from swift_dist.serving.controller import start_controller
+        from swift_dist.serving.deployment.apps import start_serve
+        from swift_dist.serving.deployment.controller import start_controller
         from swift_dist.serving.front.haproxy import Front
 
         self._write("starting")
@@ -165,7 +165,7 @@ class _Deployment:
         if not self._plan.options.follow:
             yield
             return
-        from swift_dist.serving.follow import Follower
+        from swift_dist.serving.deployment.follow import Follower
 
         with Follower(self._plan, self._folder):
             yield
@@ -260,7 +260,7 @@ class _Deployment:
         import ray
         from ray import serve
 
-        from swift_dist.serving.apps import Applications
+        from swift_dist.serving.deployment.apps import Applications
 
         ray.get(self._controller.stop.remote())
         applications = Applications(self._spec.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from swift_dist.errors import RunError
-from swift_dist.serving.client import arguments, as_run_error, reason_of
+from swift_dist.serving.inference.client import arguments, as_run_error, reason_of
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from swift_dist.config.section import part_of
 from swift_dist.errors import JobError
-from swift_dist.serving.desired import version_stem
+from swift_dist.serving.deployment.desired import version_stem
+from swift_dist.serving.deployment.folder import DeploymentFolder, default_folder
+from swift_dist.serving.deployment.scaling import Bounds, ScaleOptions, parse_bounds
+from swift_dist.serving.deployment.spec import DeploymentSpec
 from swift_dist.serving.engines.base import Engine
-from swift_dist.serving.folder import DeploymentFolder, default_folder
 from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.scaling import Bounds, ScaleOptions, parse_bounds
-from swift_dist.serving.source import ADAPTER_NAME, Source, resolve_model, resolve_options
-from swift_dist.serving.spec import DeploymentSpec
+from swift_dist.serving.sources.source import ADAPTER_NAME, Source, resolve_model, resolve_options
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
@@ -191,7 +191,7 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
         source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
         planned.append(_planned(options.model or "", source, options.served_model_name))
     elif options.follow:
-        from swift_dist.serving.follow import first_checkpoint, resolve_checkpoint
+        from swift_dist.serving.deployment.follow import first_checkpoint, resolve_checkpoint
 
         if options.adapters:
             raise JobError("adapters", "belong to one model, and --follow replaces it", "leave them out")

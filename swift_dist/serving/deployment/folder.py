@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from swift_dist.errors import JobError
-from swift_dist.serving.desired import ModelState
+from swift_dist.serving.deployment.desired import ModelState
 
 PARENT = Path("runs")
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from swift_dist.config.section import updated
 from swift_dist.errors import JobError
-from swift_dist.serving.desired import ModelState, Refused
+from swift_dist.serving.deployment.desired import ModelState, Refused
 from swift_dist.serving.engines.process import message_of
-from swift_dist.serving.source import ADAPTER_NAME
+from swift_dist.serving.sources.source import ADAPTER_NAME
 
 if TYPE_CHECKING:
-    from swift_dist.serving.controller import Controller
-    from swift_dist.serving.registry import Seen
+    from swift_dist.serving.deployment.controller import Controller
+    from swift_dist.serving.deployment.registry import Seen
 
 _LOAD_SECONDS = 120.0
 _AGAIN_SECONDS = 5.0  # after an engine refused

@@ -13,16 +13,16 @@ import logging
 import time
 from typing import Any
 
-from swift_dist.serving import desired, scaling
-from swift_dist.serving.adapters import Adapters
-from swift_dist.serving.apps import Applications
-from swift_dist.serving.desired import ModelState, Refused
+from swift_dist.serving.deployment import desired, scaling
+from swift_dist.serving.deployment.adapters import Adapters
+from swift_dist.serving.deployment.apps import Applications
+from swift_dist.serving.deployment.desired import ModelState, Refused
+from swift_dist.serving.deployment.folder import DeploymentFolder
+from swift_dist.serving.deployment.registry import Registry
+from swift_dist.serving.deployment.replica import NAMESPACE, ReplicaSpec, Report
+from swift_dist.serving.deployment.spec import DeploymentSpec
 from swift_dist.serving.engines.choose import find_engine
-from swift_dist.serving.folder import DeploymentFolder
 from swift_dist.serving.front.state import FrontState
-from swift_dist.serving.registry import Registry
-from swift_dist.serving.replica import NAMESPACE, ReplicaSpec, Report
-from swift_dist.serving.spec import DeploymentSpec
 
 _LOOP_SECONDS = 0.5
 _ADOPT_SECONDS = 3.0  # after a restart: until every replica has reported
@@ -76,7 +76,7 @@ class Controller:
         return self.control_port
 
     async def _begin(self) -> None:
-        from swift_dist.serving.control import serve_control
+        from swift_dist.serving.deployment.control import serve_control
 
         known = self.folder.read_state()
         if known is None:
@@ -256,7 +256,7 @@ class Controller:
         """For the candidate: an update runs both versions at once for a while."""
         if model.candidate is None or (not self.spec.shares_cluster and not self.spec.num_gpus):
             return  # the own cluster's CPUs are counted for it
-        from swift_dist.serving.resources import free_replicas
+        from swift_dist.serving.deployment.resources import free_replicas
 
         num_replicas = model.candidate.num_replicas
         free = await asyncio.to_thread(free_replicas, self.spec.num_cpus, self.spec.num_gpus)
