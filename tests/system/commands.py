@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ class Rank:
 class Command:
     """`swift-dist WORDS...` with everything it starts, which carries a mark in its environment."""
 
-    def __init__(self, words: list[str], folder: Path) -> None:
+    def __init__(self, words: list[str], folder: Path, more: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.out, self.err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
         variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "NPROC_PER_NODE"}
-        variables.update({MARK: self.mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        variables.update({MARK: self.mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(more or {}))
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "swift_dist.cli", *words],

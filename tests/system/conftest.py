@@ -25,8 +25,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands; what a failed test leaves running is ended."""
     commands: list[Command] = []
 
-    def begin(*words: str) -> Command:
-        commands.append(Command(list(words), tmp_path))
+    def begin(*words: str, **variables: str) -> Command:
+        commands.append(Command(list(words), tmp_path, variables))
         return commands[-1]
 
     yield begin

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +28,9 @@ from sft_job import (
 )
 
 from swift_dist.checkpoint import open_checkpoint
+from swift_dist.cluster.heartbeat import process_state
 
+SUPPORT = Path(__file__).parents[1] / "support"
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 Start = Callable[..., Command]
 Quiet = Callable[[str], Path]
@@ -74,40 +75,33 @@ def partial(output: Path) -> list[Path]:
     return [*output.glob(".model.partial"), *output.glob(".adapter.partial")]
 
 
-def stop_at_export(command: Command, output: Path, steps: int = STEPS) -> list[int]:
-    """Stop every rank while the final weights are being written; returns their processes.
-
-    The moment is short: from the last steps on, the ranks are let go for some milliseconds at a time.
-    """
-    command.until(lambda: any(r.step >= steps - 5 for r in command.ranks()), "the last steps", pause=0.005)
-    while True:
-        assert command.process.poll() is None, f"ended before its export:\n{command.stderr}"
-        pids = [rank.pid for rank in command.ranks()]
-        _signal(pids, signal.SIGCONT)
-        time.sleep(0.005)
-        _signal(pids, signal.SIGSTOP)
-        if pids and partial(output):
-            return pids
+def stopping_at_export(tmp_path: Path) -> dict[str, str]:
+    """Variables with which the rank that writes the final weights stops in the middle, the first time."""
+    return {"PYTHONPATH": str(SUPPORT / "stop_at_export"), "SWIFT_DIST_TEST_STOPPED": str(tmp_path / "stopped")}
 
 
-def _signal(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # one that was killed before still beat a moment ago
-            os.kill(pid, number)
+def stopped_at_export(command: Command, tmp_path: Path) -> int:
+    """The process of that rank, once it stands."""
+    place = tmp_path / "stopped"
+    pid = int(command.until(lambda: place.exists() and place.read_text(), "its export"))
+    command.until(lambda: process_state(pid) == "T", "a rank that stands")
+    return pid
 
 
 @pytest.mark.parametrize("strategy", ALL)
 def test_killed_ranks(files: Files, quiet: Quiet, start: Start, tmp_path: Path, strategy: str) -> None:
     """In a step, while a checkpoint is written, while the final weights are: it goes on by itself."""
     expected, output = quiet(strategy), tmp_path / "run"
-    command = start(*files.words(*STRATEGIES[strategy]), "--output", str(output))
+    words = [*files.words(*STRATEGIES[strategy]), "--output", str(output)]
+    command = start(*words, **stopping_at_export(tmp_path))
     killer = Killer(command, output, seed=random.randrange(10**6))
     killer.step(2, 10)
     killer.writing()
-    pids = stop_at_export(command, output)
-    os.kill(random.choice(pids), signal.SIGKILL)
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    writer = stopped_at_export(command, tmp_path)
+    assert partial(output)
+    os.kill(random.choice([rank.pid for rank in command.ranks()]), signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(writer, signal.SIGCONT)
     assert command.wait() == 0, command.stderr
     result = command.result()
     assert (result["state"], result["step"], result["checkpoint"]) == ("done", STEPS, STEPS)
@@ -154,8 +148,8 @@ def test_killed_while_exporting_a_run_that_went_on(
     shutil.copytree(quiet(strategy), tmp_path / "run")
     output, steps = tmp_path / "run", 2 * STEPS
     words = [*files.words(*STRATEGIES[strategy], "--train.epochs", "2"), "--output", str(output)]
-    command = start(*words)
-    stop_at_export(command, output, steps)  # they stay stopped: one that outlived its driver could finish the export
+    command = start(*words, **stopping_at_export(tmp_path))
+    stopped_at_export(command, tmp_path)  # it stays stopped: if it outlived its driver it could finish the export
     command.process.kill()
     command.kill_everything()
     assert open_checkpoint(output).step == steps
