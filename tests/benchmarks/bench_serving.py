@@ -1,6 +1,6 @@
 """Serving: `swift-dist deploy --infer_backend vllm` against `vllm serve` of the same model with the same flags.
 
-    python tests/benchmarks/bench_serving.py [--quick] [--turns 3] [--json FILE] [--check]
+    python tests/benchmarks/bench_serving.py [--quick] [--turns 3] [--json FILE] [--check] [--control]
 
 A llama with random weights whose decode step takes a CPU 20 ms or more (`MODEL`: 89 M parameters, fp32; measured and
 printed): with a toy the ratio would say only how the processes share the cores. Both servers run all the time and take
@@ -14,6 +14,8 @@ another, and answers of exactly `ANSWER` tokens. Ratios are taken within a turn,
 
 Where the time goes: seconds of CPU that each kind of process used during the loads, by answered token. The client is
 this process. Greedy answers of both sides must be the same text, and no request may fail, or the script does.
+
+`--control` puts a second `vllm serve` in the deployment's place: how far two starts of the same command differ.
 """
 
 from __future__ import annotations
@@ -56,6 +58,17 @@ MODEL = {
 NAME = "bench"
 FLAGS = {"dtype": "fp32", "max_model_len": 256, "max_num_seqs": 64}
 OURS, THEIRS = "swift-dist deploy", "vllm serve"
+KINDS = {
+    "ray::ServeReplica": "replicas' actors",
+    "ray::Controller": "the controller",
+    "ray::ServeController": "Serve's controller",
+    "_guard": "guards of engines",
+    " deploy ": "the driver",
+    "raylet/raylet": "raylet",
+    "gcs_server": "Ray's GCS",
+    "Agent": "Ray's agents",
+}
+"""What a command line says of a process that is no engine's -> what the table calls it."""
 BIN = Path(sys.executable).parent
 
 
@@ -69,7 +82,7 @@ class Side:
 
 
 @contextlib.contextmanager
-def vllm_serve(folder: Path) -> Iterator[Side]:
+def vllm_serve(folder: Path, name: str = THEIRS) -> Iterator[Side]:
     """The command of a replica, by itself."""
     from swift_dist.plugins import find
     from swift_dist.serving.engines.process import EngineProcess
@@ -77,11 +90,11 @@ def vllm_serve(folder: Path) -> Iterator[Side]:
 
     served = ServedModel(NAME, str(folder / "model"), EngineOptions(infer_backend="vllm", **FLAGS))
     with EngineProcess(
-        find("swift_dist.serving.engines", "vllm", "ENGINE"), served, log=folder / "vllm.log"
+        find("swift_dist.serving.engines", "vllm", "ENGINE"), served, log=folder / f"{name}.log"
     ) as process:
         process.start().wait_ready()
         assert process.pid is not None
-        yield Side(THEIRS, process.url, process.pid)
+        yield Side(name, process.url, process.pid)
 
 
 @contextlib.contextmanager
@@ -153,7 +166,7 @@ def kind(process: psutil.Process) -> str:
         return "HAProxy"
     if ("_vllm_server" in words or "VLLM::APIServer" in words) and "_guard" not in words:
         return "vLLM's API server"
-    return "Ray, controller, guards"
+    return next((name for sign, name in KINDS.items() if sign in words), "the rest of Ray")
 
 
 def one_load(side: Side, streams: int, requests: int, first: int) -> dict[str, Any]:
@@ -178,7 +191,7 @@ def one_load(side: Side, streams: int, requests: int, first: int) -> dict[str, A
 
 
 def measure(sides: Sequence[Side], turns: int, requests: dict[int, int]) -> dict[int, dict[str, list[dict[str, Any]]]]:
-    """Streams -> side -> what each turn found."""
+    """Streams -> side -> what each turn found. Of the sides the first is the reference."""
     found: dict[int, dict[str, list[dict[str, Any]]]] = {n: {side.name: [] for side in sides} for n in requests}
     first = 0
     for side in sides:  # warm
@@ -210,7 +223,7 @@ def summary(found: dict[int, dict[str, list[dict[str, Any]]]]) -> dict[int, dict
     return {
         streams: {
             figure: statistics.median(
-                a[figure] / b[figure] for a, b in zip(sides[OURS], sides[THEIRS], strict=True)
+                ours[figure] / theirs[figure] for theirs, ours in zip(*sides.values(), strict=True)
             )
             for figure in figures
         }
@@ -251,6 +264,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one turn of a third of the requests")
     parser.add_argument("--json", type=Path, help="write all turns there")
     parser.add_argument("--check", action="store_true", help="fail outside the limits")
+    parser.add_argument("--control", action="store_true", help=f"{THEIRS} against {THEIRS}")
     given = parser.parse_args()
     turns = 1 if given.quick else given.turns
     requests = {n: max(n, count // 3) for n, count in REQUESTS.items()} if given.quick else REQUESTS
@@ -260,7 +274,8 @@ def main() -> int:
 
         folder = Path(name)
         chat_model.save_chat_model(folder / "model", **MODEL)
-        with vllm_serve(folder) as theirs, deployment(folder) as ours:
+        other = vllm_serve(folder, f"{THEIRS} again") if given.control else deployment(folder)
+        with vllm_serve(folder) as theirs, other as ours:
             same_answers([theirs, ours])
             found = measure([theirs, ours], turns, requests)
     ratios = summary(found)
