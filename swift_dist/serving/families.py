@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from swift_dist.data.templates.exported import agent_of
 from swift_dist.errors import JobError
 from swift_dist.plugins import UnknownPlugin, find, names
 from swift_dist.serving import reasoning
@@ -62,6 +63,9 @@ def tool_parser_of(options: EngineOptions, template: str) -> str | None:
         return options.tool_call_parser
     if options.agent_format:
         return TOOL_PARSERS[options.agent_format]
+    trained = agent_of(template)
+    if trained:
+        return TOOL_PARSERS[trained]
     return next((name for name, signs in _SIGNS if all(sign in template for sign in signs)), None)
 
 

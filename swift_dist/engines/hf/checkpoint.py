@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.data.templates.exported import exported_tokenizer
 from swift_dist.engines.hf.tokenizer import tokenizer_of
 from swift_dist.runs.guard import GuardHistory
 
@@ -66,7 +67,7 @@ def export(engine: HFEngine, run_dir: Path) -> Path | None:
     engine.tuners.export(engine.model, weights, partial)
     tokenizer = tokenizer_of(engine.job)
     if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
+        exported_tokenizer(tokenizer, engine.job.template).save_pretrained(partial)
     previous = run_dir / f".{folder.name}.previous"
     shutil.rmtree(previous, ignore_errors=True)
     if folder.exists():

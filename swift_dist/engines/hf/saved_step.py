@@ -36,6 +36,7 @@ def export_checkpoint(checkpoint: Checkpoint, job: JobConfig, folder: Path) -> P
     import torch
 
     from swift_dist.checkpoint.trusted import safe_types
+    from swift_dist.data.templates.exported import exported_tokenizer
     from swift_dist.engines.hf import checkpoint as saving
     from swift_dist.engines.hf.tokenizer import tokenizer_of
     from swift_dist.tuners import find_tuners
@@ -55,7 +56,7 @@ def export_checkpoint(checkpoint: Checkpoint, job: JobConfig, folder: Path) -> P
         tuners.export(model, weights, new)
         tokenizer = tokenizer_of(job)
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+            exported_tokenizer(tokenizer, job.template).save_pretrained(new)
     return folder
 
 

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
+from swift_dist.data.templates.exported import drops_thinking
 from swift_dist.errors import JobError
 from swift_dist.plugins import UnknownPlugin
 from swift_dist.serving.families import tool_parser_of
@@ -47,6 +48,8 @@ def reasoning_parser(options: EngineOptions, template: str, model_type: str) -> 
     """How thinking is told from the answer; None where the template knows none, or the family is not known."""
     if options.reasoning_parser is not None:
         return options.reasoning_parser
+    if drops_thinking(template):  # vLLM's parsers would take such an answer, which has no tags, for thinking
+        return None
     return next(
         (name for family, tag, name in _REASONING_PARSERS if model_type.startswith(family) and tag in template), None
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.errors import JobError
-from swift_dist.serving.agents import FORMATS
+from swift_dist.serving import agents
 from swift_dist.serving.engines._adapters import check_lora
 from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
 from swift_dist.serving.engines._parsers import check_names, reasoning_parser, tool_parser
@@ -64,8 +64,9 @@ class Vllm(Engine):
     def _check_agent_format(self, options: EngineOptions, template: str) -> None:
         if options.agent_format is None:
             return
-        if options.agent_format not in FORMATS:
-            raise JobError("agent_format", f"{options.agent_format} is none", f"Use one of {', '.join(FORMATS)}.")
+        if options.agent_format not in agents.FORMATS:
+            known = ", ".join(agents.FORMATS)
+            raise JobError("agent_format", f"{options.agent_format} is none", f"Use one of {known}.")
         if not template:
             raise JobError(
                 "agent_format", "is written into a chat template, and this model has none", "Add --chat_template FILE."
@@ -108,17 +109,15 @@ class Vllm(Engine):
         options, words = served.options, []
         template = template_of(served.path, options)
         if options.agent_format is not None:
-            from swift_dist.serving import agents
-
             # the text itself, which vLLM takes as well as a file's name
             words += ["--chat-template", agents.agent_template(options.agent_format, template)]
             parser: str | None = options.tool_call_parser or agents.TOOL_PARSERS[options.agent_format]
-            if parser != "hermes":  # which vLLM has itself
-                words += ["--tool-parser-plugin", str(Path(agents.__file__).with_name("vllm_agents.py"))]
         else:
             if options.chat_template is not None:
                 words += ["--chat-template", str(Path(options.chat_template).absolute())]
             parser = tool_parser(options, template)
+        if parser in agents.NOT_VLLMS:
+            words += ["--tool-parser-plugin", str(Path(agents.__file__).with_name("vllm_agents.py"))]
         if parser is not None:
             words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
         reasoning = reasoning_parser(options, template, str(config.get("model_type", "")))
