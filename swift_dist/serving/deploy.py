@@ -39,6 +39,18 @@ class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
     dry_run: bool = Field(False, description="print what would be started; start nothing")
     update: str | None = Field(None, description="replace a running deployment's model by this one, request by request")
     canary: float | None = Field(None, gt=0, lt=1, description="with update: the new version's share of the requests")
+    surge: int | None = Field(
+        None,
+        ge=0,
+        description="with update, promote, rollback and follow: replicas that there may be more meanwhile, for a "
+        "cluster without room for twice as many (0: an old one ends before each new one starts)",
+    )
+    wait_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds that update, promote, rollback and stop wait at most for what they have begun, which "
+        "goes on (default: until it is done)",
+    )
     promote: bool = Field(False, description="give the canary all requests")
     rollback: bool = Field(False, description="go back: without the canary, or to the version before")
     status: bool = Field(False, description="show what a running deployment does")
@@ -49,12 +61,13 @@ class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
 
 # What each change of a running deployment may be told beside itself.
 _FINDS = frozenset({"output"})
+_REPLACES = _FINDS | {"served_model_name", "surge", "wait_timeout"}
 _CHANGES: dict[str, frozenset[str]] = {
-    "update": _FINDS | {"canary", "served_model_name", "hf_config", "tokenizer", "cache", "merge_lora"},
-    "promote": _FINDS | {"served_model_name"},
-    "rollback": _FINDS | {"served_model_name"},
+    "update": _REPLACES | {"canary", "hf_config", "tokenizer", "cache", "merge_lora"},
+    "promote": _REPLACES,
+    "rollback": _REPLACES,
     "status": _FINDS,
-    "stop": _FINDS,
+    "stop": _FINDS | {"wait_timeout"},
     "load_adapter": _FINDS | {"served_model_name"},
     "unload_adapter": _FINDS,
 }
@@ -85,16 +98,23 @@ def deploy(options: DeployOptions) -> dict[str, Any]:
 def _change(options: DeployOptions) -> str | None:
     """The one change that is asked for; None to start a deployment."""
     asked = [name for name in _CHANGES if getattr(options, name)]
-    given = {name for name in options.model_fields_set if getattr(options, name) not in (None, False, ())}
+    values = {name: getattr(options, name) for name in options.model_fields_set}
+    given = {name for name, value in values.items() if value not in (None, ()) and value is not False}
     if not asked:
         if options.canary is not None:
             raise JobError("canary", "is the share of an --update", "swift-dist deploy --update NEW --canary 0.1")
+        if options.surge is not None and not options.follow:
+            raise JobError("surge", "is of an --update, or of --follow", "swift-dist deploy --update NEW --surge 1")
+        if options.wait_timeout is not None:
+            raise JobError("wait_timeout", "is of a change of a running deployment", "leave it out")
         return None
     if len(asked) > 1:
         raise JobError(asked[1], f"is another change than {asked[0]}", "ask for one after the other")
     extra = sorted(given - _CHANGES[asked[0]] - {asked[0]})
     if extra:
         raise JobError(extra[0], f"has no meaning with --{asked[0]}: the deployment runs already", _NOT)
+    if options.surge is not None and options.canary is not None:
+        raise JobError("surge", "a canary runs beside all old replicas", "--promote --surge for the rest of them")
     return asked[0]
 
 

@@ -292,7 +292,7 @@ def test_what_changes_while_room_is_looked_for_stays(tmp_path, monkeypatch, chan
         made.models["chat"] = desired.updated(made.models["chat"], adapters={"a": "/a"})
 
     monkeypatch.setattr(made, "_require_room", meanwhile)
-    doing = made.rollback(None) if change == "rollback" else made.update(None, "new", "/new", 1.0)
+    doing = made.rollback(None) if change == "rollback" else made.update(None, "new", "/new", 1.0, None)
     model = asyncio.run(doing)
     assert model.candidate and model.adapters == {"a": "/a"}
 
@@ -302,7 +302,7 @@ def test_two_updates_at_once_are_one_and_a_refusal(tmp_path, monkeypatch):
     monkeypatch.setattr(made, "_require_room", lambda *_: asyncio.sleep(0.01))
 
     async def both() -> list[Any]:
-        updates = [made.update(None, new, f"/{new}", 1.0) for new in "ab"]
+        updates = [made.update(None, new, f"/{new}", 1.0, None) for new in "ab"]
         return await asyncio.gather(*updates, return_exceptions=True)
 
     first, second = asyncio.run(both())

@@ -101,6 +101,90 @@ def test_what_is_refused():
         desired.promote(model)
 
 
+def taken_over(model: ModelState, surge: int, limit: int = 20) -> ModelState:
+    """Every step of a take-over, each once all that is wanted is ready; what holds at each of them is asserted."""
+    total = model.live.num_replicas
+    ready = 0
+    for _ in range(limit):
+        if model.candidate is None:
+            return model
+        wanted = desired.wanted([model])
+        assert sum(wanted.values()) <= total + surge
+        assert model.live.num_wanted + ready >= total - (0 if surge else 1), "that many answer meanwhile"
+        assert sum(shares(model).values()) == pytest.approx(1)
+        assert not desired.is_settled(model)
+        assert desired.settle(model, {**wanted, model.candidate.id: ready}) == model, "it waits for the new replicas"
+        ready = model.candidate.num_wanted
+        model = desired.settle(model, wanted)
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize(("total", "surge"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (5, 2), (4, 9), (1, 1)])
+def test_with_a_surge_a_version_takes_over_a_few_replicas_at_a_time(total, surge):
+    model = taken_over(desired.propose(live_model(total), "two", "/two", total, surge=surge), surge)
+    assert (model.live.id, model.previous, shares(model)) == ("chat-v2", "chat-v1", {"chat-v2": 1.0})
+    assert desired.wanted([model]) == {"chat-v2": total}
+    back = taken_over(desired.rollback(model, surge), surge)
+    assert (back.live.id, desired.wanted([back])) == ("chat-v1", {"chat-v1": total})
+
+
+def test_the_steps_of_a_take_over_and_its_shares():
+    model = desired.propose(live_model(3), "two", "/two", 3, surge=0)
+    seen = []
+    while model.candidate:
+        seen.append((desired.wanted([model]), round(model.candidate.share, 2)))
+        model = desired.settle(model, desired.wanted([model]))
+    assert seen == [
+        ({"chat-v1": 2, "chat-v2": 1}, 0.0),
+        ({"chat-v1": 1, "chat-v2": 2}, 0.5),
+        ({"chat-v2": 3}, 1.0),
+    ]
+    model = desired.propose(live_model(3), "two", "/two", 3, surge=1)
+    assert desired.wanted([model]) == {"chat-v1": 3, "chat-v2": 1}
+    model = desired.settle(model, desired.wanted([model]))
+    assert (desired.wanted([model]), round(model.candidate.share, 2)) == ({"chat-v1": 2, "chat-v2": 2}, 0.33)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("surge", [0, 1])
+def test_a_take_over_is_rolled_back_from_wherever_it_is(steps, surge):
+    model = desired.propose(live_model(3), "two", "/two", 3, surge=surge)
+    for _ in range(steps):
+        model = desired.settle(model, desired.wanted([model]))
+    had = sum(desired.wanted([model]).values())
+    model = desired.rollback(model)
+    assert sum(desired.wanted([model]).values()) <= had or not steps, "nothing starts before there is room"
+    for _ in range(20):
+        if not model.candidate:
+            break
+        assert sum(desired.wanted([model]).values()) <= 3 + surge
+        model = desired.settle(model, desired.wanted([model]))
+    assert (model.live.id, model.candidate, desired.wanted([model])) == ("chat-v1", None, {"chat-v1": 3})
+
+
+def test_a_take_over_that_fails_gives_the_old_version_its_replicas_back():
+    model = desired.propose(live_model(2), "two", "/two", 2, surge=0)
+    assert desired.wanted([model]) == {"chat-v1": 1, "chat-v2": 1}
+    model = desired.fail(model, "chat-v2", "no such weights")
+    assert (desired.wanted([model]), shares(model)) == ({"chat-v1": 2}, {"chat-v1": 1.0})
+
+
+def test_a_canary_is_promoted_a_few_replicas_at_a_time():
+    model = desired.settle(desired.propose(live_model(3), "two", "/two", 1, share=0.25), {"chat-v2": 1})
+    model = desired.promote(model, surge=1)
+    assert (desired.wanted([model]), model.candidate.share) == ({"chat-v1": 2, "chat-v2": 2}, 1 / 3)
+    for _ in range(2):
+        model = desired.settle(model, desired.wanted([model]))
+    assert (model.live.id, desired.wanted([model])) == ("chat-v2", {"chat-v2": 3})
+
+
+def test_a_surge_that_does_not_fit_is_refused():
+    with pytest.raises(Refused, match="has one replica"):
+        desired.propose(live_model(1), "two", "/two", 1, surge=0)
+    with pytest.raises(Refused, match="a canary runs beside all old replicas"):
+        desired.propose(live_model(2), "two", "/two", 1, share=0.5, surge=1)
+
+
 def test_old_versions_are_forgotten_but_not_the_one_to_go_back_to():
     model = live_model(1)
     model = desired.settle(desired.propose(model, "two", "/two", 1), {"chat-v2": 1})

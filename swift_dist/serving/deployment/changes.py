@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.3
+_LATER = "--status shows it, --rollback withdraws an update"
 
 
 class Control:
@@ -58,8 +61,9 @@ def stop(options: DeployOptions) -> dict[str, Any]:
     """`--stop`: returns when nothing of it runs."""
     folder = running_folder(options.output)
     Control(folder).ask("POST", "/control/stop")
-    while folder.runs():
-        time.sleep(_POLL_SECONDS)
+    with _patience(options.wait_timeout, f"{folder.path} goes on being stopped") as wait:
+        while folder.runs():
+            wait()
     return {"folder": str(folder.path), "message": f"stopped {folder.path}"}
 
 
@@ -83,9 +87,9 @@ def update(options: DeployOptions) -> dict[str, Any]:
         )
     check_new_version(folder, source.path)
     control = Control(folder)
-    body = {"source": options.update, "path": source.path, "share": options.canary or 1.0}
+    body = {"source": options.update, "path": source.path, "share": options.canary or 1.0, "surge": options.surge}
     model = control.ask("POST", "/control/update", {**body, "model": options.served_model_name})
-    return settle_change(control, model, model["versions"][-1]["id"])
+    return settle_change(control, model, model["versions"][-1]["id"], options.wait_timeout)
 
 
 def check_new_version(folder: DeploymentFolder, path: str) -> None:
@@ -106,43 +110,83 @@ def deployed_options(folder: DeploymentFolder) -> EngineOptions:
 def promote(options: DeployOptions) -> dict[str, Any]:
     """`--promote`: returns when the canary answers everything."""
     control = Control(running_folder(options.output))
-    model = control.ask("POST", "/control/promote", {"model": options.served_model_name})
-    return settle_change(control, model, _candidate(model))
+    model = control.ask("POST", "/control/promote", {"model": options.served_model_name, "surge": options.surge})
+    return settle_change(control, model, _candidate(model), options.wait_timeout)
 
 
 def rollback(options: DeployOptions) -> dict[str, Any]:
     """`--rollback`: returns when the version before answers everything."""
     control = Control(running_folder(options.output))
-    model = control.ask("POST", "/control/rollback", {"model": options.served_model_name})
+    model = control.ask("POST", "/control/rollback", {"model": options.served_model_name, "surge": options.surge})
     live = next(version["id"] for version in model["versions"] if version["role"] == "live")
-    return settle_change(control, model, _candidate(model) or live)
+    return settle_change(control, model, _candidate(model) or live, options.wait_timeout)
 
 
 def _candidate(model: dict[str, Any]) -> str | None:
     return next((version["id"] for version in model["versions"] if version["role"] == "candidate"), None)
 
 
-def settle_change(control: Control, model: dict[str, Any], version_id: str | None) -> dict[str, Any]:
-    """Wait until a version answers: everything, or its canary's share.
+def settle_change(
+    control: Control, model: dict[str, Any], version_id: str | None, seconds: float | None = None
+) -> dict[str, Any]:
+    """Wait until a version answers: everything, or its canary's share. Says meanwhile how far it is.
+
+    Args:
+        seconds: to wait at most (None: however long it takes).
 
     Raises:
-        RunError: it failed; the version before goes on.
+        RunError: it failed, and the version before goes on; or it is not done in time, and goes on.
+        KeyboardInterrupt: interrupted; it goes on.
     """
-    while True:
-        now = control.ask("GET", "/control/status")
-        model = next(m for m in now["models"] if m["name"] == model["name"])
-        version = next((v for v in model["versions"] if v["id"] == version_id), None)
-        if version is None or version["role"] == "failed":
-            live = next((v["id"] for v in model["versions"] if v["role"] == "live"), "nothing")
-            message = version["message"] if version else "it was withdrawn"
-            raise RunError(f"{version_id} failed, {live} goes on: {message}", "")
-        if version["role"] == "retired":
-            raise RunError(f"{version_id} was rolled back", "")
-        is_canary = version["role"] == "candidate" and version["share"] and version["goal"] < 1
-        if now["in_force"] and (is_canary or (version["role"] == "live" and not _candidate(model))):
-            part = f"{version['share']:.0%} of" if is_canary else "all"
-            return {"model": model["name"], "version": version_id, "message": f"{version_id} answers {part} requests"}
+    said = ""
+    with _patience(seconds, f"{version_id} goes on being deployed") as wait:
+        while True:
+            now = control.ask("GET", "/control/status")
+            model = next(m for m in now["models"] if m["name"] == model["name"])
+            version = next((v for v in model["versions"] if v["id"] == version_id), None)
+            if version is None or version["role"] == "failed":
+                live = next((v["id"] for v in model["versions"] if v["role"] == "live"), "nothing")
+                message = version["message"] if version else "it was withdrawn"
+                raise RunError(f"{version_id} failed, {live} goes on: {message}", "")
+            if version["role"] == "retired":
+                raise RunError(f"{version_id} was rolled back", "")
+            is_canary = version["role"] == "candidate" and version["share"] and version["goal"] < 1
+            if now["in_force"] and (is_canary or (version["role"] == "live" and not _candidate(model))):
+                part = f"{version['share']:.0%} of" if is_canary else "all"
+                message = f"{version_id} answers {part} requests"
+                return {"model": model["name"], "version": version_id, "message": message}
+            if (progress := _progress(now, version)) != said:
+                said = progress
+                log.info("%s", said)
+            wait()
+
+
+def _progress(status: dict[str, Any], version: dict[str, Any]) -> str:
+    """How far a version is, in words."""
+    ready = sum(r["version"] == version["id"] and r["state"] == "ready" for r in status["replicas"])
+    share = f", {version['share']:.0%} of the requests" if version["share"] else ""
+    return f"{version['id']}: {ready} of {version['num_replicas']} replicas answer{share}"
+
+
+@contextmanager
+def _patience(seconds: float | None, goes_on: str) -> Iterator[Callable[[], None]]:
+    """What to call between two looks at something that goes on without whoever waits for it.
+
+    Args:
+        seconds: after which the call raises RunError (None: never).
+        goes_on: what does, in words, for that error and for an interruption.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+
+    def wait() -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise RunError(f"{goes_on}: it was not done within {seconds:g} s", _LATER)
         time.sleep(_POLL_SECONDS)
+
+    try:
+        yield wait
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{goes_on}: only this command has ended. {_LATER}") from None
 
 
 def load_adapter(options: DeployOptions) -> dict[str, Any]:

@@ -42,12 +42,14 @@ class Update(BaseModel):
     source: str
     path: str
     share: float = Field(1.0, gt=0, le=1)
+    surge: int | None = Field(None, ge=0)
     model: str | None = None
 
 
 class Which(BaseModel):
     """Body of /control/promote and /control/rollback."""
 
+    surge: int | None = Field(None, ge=0)
     model: str | None = None
 
 
@@ -164,15 +166,15 @@ def _add_changes(app: Any, controller: "Controller", only_admin: list[Any]) -> N
 
     @app.post("/control/update", dependencies=only_admin)
     async def update(body: Update) -> dict[str, Any]:
-        return (await controller.update(body.model, body.source, body.path, body.share)).model_dump()
+        return (await controller.update(**body.model_dump(exclude={"model"}), name=body.model)).model_dump()
 
     @app.post("/control/promote", dependencies=only_admin)
     async def promote(body: Which) -> dict[str, Any]:
-        return (await controller.promote(body.model)).model_dump()
+        return (await controller.promote(body.model, body.surge)).model_dump()
 
     @app.post("/control/rollback", dependencies=only_admin)
     async def rollback(body: Which) -> dict[str, Any]:
-        return (await controller.rollback(body.model)).model_dump()
+        return (await controller.rollback(body.model, body.surge)).model_dump()
 
     @app.post("/control/stop", dependencies=only_admin)
     async def stop() -> dict[str, Any]:

@@ -213,37 +213,38 @@ class Controller:
         self.wake()
         return model
 
-    async def update(self, name: str | None, source: str, path: str, share: float) -> ModelState:
+    async def update(self, name: str | None, source: str, path: str, share: float, surge: int | None) -> ModelState:
         """Begin to replace a model's version.
 
         Raises:
-            Refused: another update is under way, or the cluster has no room for both versions.
+            Refused: another update is under way, or the cluster has no room for it.
         """
 
         def propose() -> ModelState:
             model = self.model(name)
             live = model.live.num_replicas if model.live else self.spec.num_replicas
             num_replicas = live if share >= 1 else desired.canary_replicas(live, share)
-            return desired.propose(model, source, path, num_replicas, share)
+            return desired.propose(model, source, path, num_replicas, share, surge)
 
-        await self._require_room(propose())
+        await self._require_room(self.model(name), propose())
         proposed = propose()  # again: the model may have changed meanwhile
         assert proposed.candidate
         self.tell(f"{proposed.candidate.id} starts from {source}")
         return await self.change(proposed)
 
-    async def promote(self, name: str | None) -> ModelState:
+    async def promote(self, name: str | None, surge: int | None = None) -> ModelState:
         """All requests to the canary."""
-        model = desired.promote(self.model(name))
+        await self._require_room(self.model(name), desired.promote(self.model(name), surge))
+        model = desired.promote(self.model(name), surge)  # again: it may have changed meanwhile
         assert model.candidate
         self.tell(f"{model.candidate.id} is promoted")
         return await self.change(model)
 
-    async def rollback(self, name: str | None) -> ModelState:
+    async def rollback(self, name: str | None, surge: int | None = None) -> ModelState:
         """Back to the version before."""
-        await self._require_room(desired.rollback(self.model(name)))
+        await self._require_room(self.model(name), desired.rollback(self.model(name), surge))
         before = self.model(name)
-        model = desired.rollback(before)  # again: it may have changed meanwhile
+        model = desired.rollback(before, surge)  # again: it may have changed meanwhile
         if model.candidate:
             self._start_failures.pop(model.candidate.id, None)
             self.adapters.forget_refusal(model.candidate.id)
@@ -252,18 +253,18 @@ class Controller:
             self.tell(f"{before.candidate.id} is rolled back")
         return await self.change(model)
 
-    async def _require_room(self, model: ModelState) -> None:
-        """For the candidate: an update runs both versions at once for a while."""
-        if model.candidate is None or (not self.spec.shares_cluster and not self.spec.num_gpus):
+    async def _require_room(self, before: ModelState, after: ModelState) -> None:
+        """For the replicas of both versions, which run at once for a while."""
+        more = sum(desired.wanted([after]).values()) - sum(desired.wanted([before]).values())
+        if more <= 0 or (not self.spec.shares_cluster and not self.spec.num_gpus):
             return  # the own cluster's CPUs are counted for it
         from swift_dist.serving.deployment.resources import free_replicas
 
-        num_replicas = model.candidate.num_replicas
         free = await asyncio.to_thread(free_replicas, self.spec.num_cpus, self.spec.num_gpus)
-        if free < num_replicas:
+        if free < more:
             raise Refused(
-                f"the new version needs {num_replicas} replicas beside the old ones, and the cluster has room for "
-                f"{free}: give it more nodes, or deploy with fewer replicas"
+                f"the new version needs {more} replicas beside the old ones, and the cluster has room for {free}: give "
+                f"it more nodes, or --surge {free} to replace a few at a time"
             )
 
     async def stop(self) -> None:
@@ -348,7 +349,7 @@ class Controller:
     def _scaled(self, model: ModelState) -> ModelState:
         """By load, where that is asked for."""
         live, bounds = model.live, self.spec.bounds
-        if live is None or bounds is None:
+        if live is None or bounds is None or live.now is not None:  # (that one is being replaced)
             return model
         wish = self._wishes.get(live.id, scaling.Wish())
         number, self._wishes[live.id] = scaling.decide(
@@ -389,8 +390,7 @@ def start_controller(spec: DeploymentSpec) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    actor: Any = ray.remote(Controller)
-    return actor.options(
+    return ray.remote(Controller).options(  # type: ignore[attr-defined]  # a class becomes an ActorClass
         name=spec.name,
         namespace=NAMESPACE,
         num_cpus=0,

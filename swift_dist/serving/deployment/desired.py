@@ -3,6 +3,8 @@
 A model has one version that is *live*. An update makes a *candidate* beside it, which gets its share of the requests
 once all its replicas are ready: all of them (then it is live, and the former one retired but remembered), or a canary's
 part, until it is promoted or rolled back. A candidate that cannot start has *failed*, and nothing else changes.
+
+With a *surge* the candidate takes over a few replicas at a time, where there is no room for both versions at once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ class VersionState(Section):
         source: what the user named; path: the Hugging Face folder that it became.
         role: what it is for now.
         share: of the model's requests that a candidate gets now; goal: once it is ready.
-        num_replicas: that are wanted.
+        num_replicas: that are wanted in the end.
+        now: that are wanted now, while one version takes over from another a few replicas at a time (else None).
+        surge: of such a candidate, how many replicas both versions may have beyond `num_replicas`. With 0 an old
+            replica ends before each new one starts.
         message: why it failed.
     """
 
@@ -40,7 +45,14 @@ class VersionState(Section):
     share: float = 0.0
     goal: float = 1.0
     num_replicas: int = 1
+    now: int | None = None
+    surge: int | None = None
     message: str = ""
+
+    @property
+    def num_wanted(self) -> int:
+        """Replicas that are to run now."""
+        return self.num_replicas if self.now is None else self.now
 
 
 class ModelState(Section):
@@ -78,13 +90,20 @@ def _with(model: ModelState, version: VersionState, **changes: object) -> ModelS
     return updated(model, versions=versions)
 
 
-def propose(model: ModelState, source: str, path: str, num_replicas: int, share: float = 1.0) -> ModelState:
+def propose(
+    model: ModelState, source: str, path: str, num_replicas: int, share: float = 1.0, surge: int | None = None
+) -> ModelState:
     """A new version is to get `share` of the requests once `num_replicas` of it are ready.
 
+    Args:
+        surge: replicas beyond the present ones; see `VersionState` (None: as many as the new version has).
+
     Raises:
-        Refused: another one is under way.
+        Refused: another one is under way, or the surge does not fit.
     """
     _require_no_candidate(model)
+    if surge is not None and share < 1:
+        raise Refused("a canary runs beside all old replicas: a surge is of an update that gets all requests")
     number = model.num_made + 1
     candidate = VersionState(
         id=f"{version_stem(model.name)}-v{number}",
@@ -94,7 +113,33 @@ def propose(model: ModelState, source: str, path: str, num_replicas: int, share:
         goal=share,
         num_replicas=num_replicas,
     )
-    return updated(model, versions=(*model.versions, candidate), num_made=number)
+    return _begin(updated(model, versions=(*model.versions, candidate), num_made=number), surge)
+
+
+def _begin(model: ModelState, surge: int | None) -> ModelState:
+    """The candidate is to take over: all at once, or with a surge a few replicas at a time."""
+    candidate, live = model.candidate, model.live
+    if candidate is None or live is None or surge is None:
+        return model
+    if not surge and candidate.num_replicas == 1:
+        raise Refused(f"{model.name} has one replica, and without it nothing would answer: a surge of 1 or more")
+    ready = candidate.num_replicas if candidate.share else 0  # a canary's
+    most = max(candidate.num_replicas, live.num_replicas)
+    return _take_over(_with(model, candidate, now=ready, num_replicas=most, surge=surge))
+
+
+def _take_over(model: ModelState) -> ModelState:
+    """The next replicas of a candidate with a surge, all of whose replicas until now are ready.
+
+    As many old ones end as there are new ones, and requests go to both by their numbers.
+    """
+    candidate, live = model.candidate, model.live
+    assert candidate and live and candidate.surge is not None
+    total, ready = candidate.num_replicas, candidate.num_wanted
+    new = min(total, ready + max(candidate.surge, 1))
+    old = min(live.num_wanted, total - (ready if candidate.surge else new))
+    share = ready / (ready + old) if ready else 0.0
+    return _with(_with(model, candidate, now=new, share=share), live, now=old)
 
 
 def version_stem(name: str) -> str:
@@ -115,13 +160,15 @@ def settle(model: ModelState, ready: Mapping[str, int]) -> ModelState:
         ready: version -> replicas that answer.
     """
     candidate, live = model.candidate, model.live
-    if candidate is None or ready.get(candidate.id, 0) < candidate.num_replicas:
+    if candidate is None or ready.get(candidate.id, 0) < candidate.num_wanted:
         return model
     if candidate.goal < 1 and live:
         return _with(model, candidate, share=candidate.goal)
-    model = _with(model, candidate, role="live", share=0.0)
+    if live and candidate.surge is not None and candidate.num_wanted < candidate.num_replicas:
+        return _take_over(model)
+    model = _with(model, candidate, role="live", share=0.0, now=None, surge=None)
     if live:
-        model = updated(_with(model, live, role="retired"), previous=live.id)
+        model = updated(_with(model, live, role="retired", now=None), previous=live.id)
     return _forget_old(model)
 
 
@@ -137,7 +184,8 @@ def _forget_old(model: ModelState) -> ModelState:
 def is_settled(model: ModelState) -> bool:
     """Whether a model is live, and its candidate, if any, a canary that has its share."""
     candidate = model.candidate
-    return model.live is not None and (candidate is None or candidate.share == candidate.goal)
+    is_canary = candidate is not None and candidate.surge is None and candidate.share == candidate.goal
+    return model.live is not None and (candidate is None or is_canary)
 
 
 def fail(model: ModelState, version_id: str, message: str) -> ModelState:
@@ -145,11 +193,20 @@ def fail(model: ModelState, version_id: str, message: str) -> ModelState:
     version = model.version(version_id)
     if version is None or version.role != "candidate":
         return model
-    return _with(model, version, role="failed", share=0.0, message=message)
+    return _without(model, version, role="failed", message=message)
 
 
-def promote(model: ModelState) -> ModelState:
+def _without(model: ModelState, candidate: VersionState, **changes: object) -> ModelState:
+    """The live version has all its replicas, and all requests, again."""
+    model = _with(model, candidate, share=0.0, now=None, surge=None, **changes)
+    return _with(model, model.live, now=None) if model.live else model
+
+
+def promote(model: ModelState, surge: int | None = None) -> ModelState:
     """The canary is to get all requests, once it has as many replicas as the live version.
+
+    Args:
+        surge: as of `propose`.
 
     Raises:
         Refused: there is none.
@@ -158,22 +215,33 @@ def promote(model: ModelState) -> ModelState:
     if candidate is None or candidate.goal >= 1:
         raise Refused(f"{model.name} has no canary to promote")
     num_replicas = max(candidate.num_replicas, model.live.num_replicas if model.live else 1)
+    if surge is not None:
+        return _begin(_with(model, candidate, goal=1.0), surge)
     return _with(model, candidate, goal=1.0, num_replicas=num_replicas)
 
 
-def rollback(model: ModelState) -> ModelState:
+def rollback(model: ModelState, surge: int | None = None) -> ModelState:
     """Without the candidate where there is one; else back to the version that was live before, which starts again.
+
+    A candidate that has taken over some replicas gives them back as it got them.
+
+    Args:
+        surge: as of `propose`, where the version before starts again.
 
     Raises:
         Refused: there is neither.
     """
     live, candidate = model.live, model.candidate
+    if candidate and live and candidate.surge is not None and candidate.share:
+        model = _with(model, live, role="candidate", share=1 - candidate.share, goal=1.0, surge=candidate.surge)
+        return _with(model, candidate, role="live", share=0.0, surge=None)
     if candidate and live:
-        return _with(model, candidate, role="retired", share=0.0, message="rolled back")
+        return _without(model, candidate, role="retired", message="rolled back")
     previous = model.version(model.previous) if model.previous else None
     if previous is None or live is None:
         raise Refused(f"{model.name} has no version to go back to")
-    return _with(model, previous, role="candidate", share=0.0, goal=1.0, num_replicas=live.num_replicas, message="")
+    again = _with(model, previous, role="candidate", share=0.0, goal=1.0, num_replicas=live.num_replicas, message="")
+    return _begin(again, surge)
 
 
 def resize(model: ModelState, version_id: str, num_replicas: int) -> ModelState:
@@ -189,7 +257,8 @@ def canary_replicas(num_replicas: int, share: float) -> int:
 
 def wanted(models: Sequence[ModelState]) -> dict[str, int]:
     """Version -> replicas, of every version that is to run."""
-    return {v.id: v.num_replicas for m in models for v in m.versions if v.role in ("live", "candidate")}
+    running = [v for m in models for v in m.versions if v.role in ("live", "candidate")]
+    return {v.id: v.num_wanted for v in running if v.num_wanted}
 
 
 def route(model: ModelState, ready: Mapping[str, Sequence[Replica]]) -> Route:

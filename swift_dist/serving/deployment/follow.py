@@ -1,7 +1,8 @@
 """`--follow`: each new checkpoint of a training run replaces the model that is served.
 
-A run's ``checkpoints/latest`` names a checkpoint that is whole. One that cannot be converted or served is skipped with
-a message; nothing is evaluated. Checkpoints that appear while one is being deployed are passed over for the newest.
+A run's ``checkpoints/latest`` names a checkpoint that is whole; once the run is done, what it exported is deployed.
+What cannot be converted or served is skipped with a message; nothing is evaluated. Checkpoints that appear while one is
+being deployed are passed over for the newest.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import functools
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError, RunError
+from swift_dist.runs.folder import RunFolder
+from swift_dist.runs.outcome import exported
 from swift_dist.serving.deployment.changes import Control, check_new_version, settle_change
 from swift_dist.serving.deployment.folder import DeploymentFolder
 from swift_dist.serving.sources.source import Source, resolve_model
@@ -27,14 +31,52 @@ _POLL_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None before the first."""
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a run: a checkpoint's folder, or with `is_final` the run's own, which stands for what it exported.
+
+    Attributes:
+        step: the checkpoint that is the newest.
+    """
+
+    folder: Path
+    step: str
+    is_final: bool = False
+
+
+def newest_weights(run: Path) -> Weights | None:
+    """The newest of a run: its export once it is done, else its newest whole checkpoint; None before the first."""
     try:
-        name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        step = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     except OSError:
-        return None
-    folder = run / "checkpoints" / name
-    return folder if name and folder.is_dir() else None
+        step = ""
+    folder = RunFolder(run)
+    status = folder.status()
+    if status is not None and status.state == "done" and exported(folder):
+        return Weights(run, step, is_final=True)
+    checkpoint = run / "checkpoints" / step
+    return Weights(checkpoint, step) if step and checkpoint.is_dir() else None
+
+
+def _covered(weights: Weights) -> set[Weights]:
+    """What need not be deployed after these: of an export also the last checkpoint, which a run that goes on has."""
+    return (
+        {weights, Weights(weights.folder / "checkpoints" / weights.step, weights.step)}
+        if weights.is_final
+        else {weights}
+    )
+
+
+def require_run(options: DeployOptions) -> Path:
+    """The run that is to be followed.
+
+    Raises:
+        JobError: there is no such folder.
+    """
+    run = Path(options.follow or "")
+    if not run.is_dir():
+        raise JobError("follow", f"there is no folder {run}", "name the --output of a training run")
+    return run
 
 
 def first_checkpoint(options: DeployOptions) -> str:
@@ -43,13 +85,11 @@ def first_checkpoint(options: DeployOptions) -> str:
     Raises:
         JobError: there is no such run, or no checkpoint yet.
     """
-    run = Path(options.follow or "")
-    if not run.is_dir():
-        raise JobError("follow", f"there is no folder {run}", "name the --output of a training run")
-    newest = newest_checkpoint(run)
+    run = require_run(options)
+    newest = newest_weights(run)
     if newest is None:
         raise JobError("follow", f"{run} has no checkpoint yet", "give --model PATH to serve until the first is there")
-    return str(newest)
+    return str(newest.folder)
 
 
 def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions) -> Source:
@@ -86,24 +126,33 @@ class Follower:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = Path(self._model.source)
+        seen = self._first()
         while not self._stop.wait(_POLL_SECONDS):
-            newest = newest_checkpoint(self._run)
-            if newest is None or newest == seen or self._folder.read().get("state") != "ready":
+            newest = newest_weights(self._run)
+            if newest is None or newest in seen or self._folder.read().get("state") != "ready":
                 continue
-            seen = newest
+            seen |= _covered(newest)
             try:
-                self._deploy(newest)
+                self._deploy(newest.folder)
             except (JobError, RunError) as error:
-                log.warning("%s is skipped: %s", newest, error)
+                log.warning("%s is skipped: %s", newest.folder, error)
             except Exception:  # the next one may be good
-                log.exception("%s is skipped", newest)
+                log.exception("%s is skipped", newest.folder)
+
+    def _first(self) -> set[Weights]:
+        """What the deployment began with: nothing of the run where that is a model beside it."""
+        source = Path(self._model.source)
+        if self._options.model:
+            return set()
+        newest = newest_weights(self._run) if source == self._run else Weights(source, source.name)
+        return _covered(newest) if newest else set()
 
     def _deploy(self, checkpoint: Path) -> None:
         began = time.monotonic()
         source = resolve_checkpoint(checkpoint, self._options)
         check_new_version(self._folder, source.path)
-        body = {"source": str(checkpoint), "path": source.path, "model": self._model.name}
+        body: dict[str, Any] = {"source": str(checkpoint), "path": source.path, "model": self._model.name}
+        body["surge"] = self._options.surge
         model = self._control.ask("POST", "/control/update", body)
         settle_change(self._control, model, model["versions"][-1]["id"])
         log.info("%s is deployed, %.1f s after it was seen", checkpoint, time.monotonic() - began)
