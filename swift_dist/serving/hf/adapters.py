@@ -136,22 +136,39 @@ class Adapters:
         mixed = [at for at, name in enumerate(rows) if self._mixable.get(name or "", together)]
         names = {rows[at] for at in mixed}
         if self._batched and len(names) > 1:
-            self._activate(next(name for name in names if name))
-            inner = [self._inner[name] if (name := rows[at]) else _BASE for at in mixed]
-            yield functools.partial(self._peft, adapter_names=inner), mixed
+            yield functools.partial(self._mixed, [rows[at] for at in mixed]), mixed
             rest = sorted(set(range(len(rows))) - set(mixed))
         else:
             rest = list(range(len(rows)))
         for name in dict.fromkeys(rows[at] for at in rest):
-            self._activate(name or "")
-            yield self._model, [at for at in rest if rows[at] == name]
+            yield functools.partial(self._alone, name or ""), [at for at in rest if rows[at] == name]
+
+    def _alone(self, name: str, **inputs: Any) -> Any:
+        """A forward with one adapter, or none ("")."""
+        self._activate(name)
+        return self._model(**inputs)
+
+    def _mixed(self, names: Sequence[str | None], **inputs: Any) -> Any:
+        """A forward of rows that have an adapter each, or none."""
+        self._activate(next(name for name in names if name))
+        try:
+            return self._peft(**inputs, adapter_names=[self._inner[name] if name else _BASE for name in names])
+        except Exception:
+            # PEFT 0.21 leaves the hooks that hand each layer its rows' adapters where a forward raises.
+            for module in self._peft.modules():
+                for number, hook in tuple(module._forward_pre_hooks.items()):
+                    if getattr(getattr(hook, "func", None), "__name__", "") == "_adapter_names_pre_forward_hook":
+                        del module._forward_pre_hooks[number]
+                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+            raise
 
     def _activate(self, name: str) -> None:
         """Set PEFT's layers to one adapter, or to none ("")."""
         if self._active == name:
             return
+        before, self._active = self._active, None  # unknown, should one of these fail
         if name:
-            if self._active in ("", None):
+            if before in ("", None):
                 self._peft.base_model.enable_adapter_layers()
             self._peft.set_adapter(self._inner[name], inference_mode=True)
         else:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from swift_dist.serving.hf.answers import ChatAnswer, NamedArguments, RequiredCalls, chat_logprobs, message_of
 from swift_dist.serving.hf.asked import checked_length, choices_of, forced_guide, sampling_of, schema_of
 from swift_dist.serving.hf.failures import bad_request
-from swift_dist.serving.hf.generation import EventStream, Serving, Streams, side_by_side, unless_gone, usage_of, whole
+from swift_dist.serving.hf.generation import Events, Serving, streamed, unless_gone, usage_of, whole
 from swift_dist.serving.hf.prompts import Rendered
 from swift_dist.serving.hf.protocol import ChatRequest, NamedTool, Tool
 from swift_dist.serving.hf.requests import Finished, Sampling, Token
@@ -50,7 +50,7 @@ async def chat(serving: Serving, request: Request, body: ChatRequest, request_id
     streams = serving.start(plan.prompt.ids, plan.samplings, adapter)
     head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": body.model or serving.served.name}
     if body.stream:
-        return EventStream(serving, _chunks(serving, plan, streams, head), streams)
+        return await streamed(serving, request, streams, lambda events: _chunks(serving, plan, events, head))
     answers = await unless_gone(request, whole(serving, streams))
     choices = []
     for index, answer in enumerate(answers):
@@ -129,10 +129,8 @@ def _reason(plan: Plan, writer: ChatAnswer, finished: Finished) -> str:
     return finished.reason
 
 
-async def _chunks(
-    serving: Serving, plan: Plan, streams: Streams, head: dict[str, Any]
-) -> AsyncIterator[dict[str, Any]]:
-    body, count = plan.body, len(streams)
+async def _chunks(serving: Serving, plan: Plan, events: Events, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    body, count = plan.body, len(plan.samplings)
     counted = body.stream_options is not None and bool(body.stream_options.include_usage)
     writers = [_writer(serving, plan) for _ in range(count)]
     untold: list[list[Token]] = [[] for _ in range(count)]  # tokens whose logprobs no chunk has shown
@@ -150,7 +148,7 @@ async def _chunks(
 
     for index in range(count):
         yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, event in side_by_side(streams, serving.metrics):
+    async for index, event in events:
         if isinstance(event, Token):
             untold[index].append(event)
             delta = writers[index].feed(event)

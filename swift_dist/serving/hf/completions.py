@@ -14,16 +14,7 @@ from starlette.responses import JSONResponse, Response
 from swift_dist.serving.hf.answers import completion_logprobs
 from swift_dist.serving.hf.asked import checked_length, choices_of, sampling_of
 from swift_dist.serving.hf.failures import RequestError, bad_request
-from swift_dist.serving.hf.generation import (
-    Answer,
-    EventStream,
-    Serving,
-    Streams,
-    side_by_side,
-    unless_gone,
-    usage_of,
-    whole,
-)
+from swift_dist.serving.hf.generation import Answer, Events, Serving, streamed, unless_gone, usage_of, whole
 from swift_dist.serving.hf.protocol import CompletionRequest, Prompt
 from swift_dist.serving.hf.requests import Finished, Sampling, Token
 from swift_dist.serving.hf.requests import Prompt as PromptTokens
@@ -65,7 +56,9 @@ async def complete(serving: Serving, request: Request, body: CompletionRequest, 
         "model": body.model or serving.served.name,
     }
     if body.stream:
-        return EventStream(serving, _chunks(serving, plan, streams, head), streams)
+        return await streamed(
+            serving, request, streams, lambda events: _chunks(plan, events, head), prompts=len(plan.prompts)
+        )
     answers = await unless_gone(request, whole(serving, streams, len(plan.prompts)))
     each, count = len(plan.samplings), body.n or 1
     choices: list[dict[str, Any]] = []
@@ -155,14 +148,13 @@ def _choice(body: CompletionRequest, index: int, prompt: str, answer: Answer) ->
     }
 
 
-async def _chunks(
-    serving: Serving, plan: Plan, streams: Streams, head: dict[str, Any]
-) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(plan: Plan, events: Events, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     body, each = plan.body, len(plan.samplings)
+    count = each * len(plan.prompts)
     counted = body.stream_options is not None and bool(body.stream_options.include_usage)
-    untold: list[list[Token]] = [[] for _ in streams]
-    offsets = [0] * len(streams)
-    finished: list[Finished | None] = [None] * len(streams)
+    untold: list[list[Token]] = [[] for _ in range(count)]
+    offsets = [0] * count
+    finished: list[Finished | None] = [None] * count
 
     def chunk(index: int, text: str, ended: Finished | None = None) -> dict[str, Any]:
         logprobs = None
@@ -178,9 +170,9 @@ async def _chunks(
 
     echoing = body.echo and body.logprobs is None
     if echoing:
-        for index in range(len(streams)):
+        for index in range(count):
             yield chunk(index, plan.texts[index // each])
-    async for index, event in side_by_side(streams, serving.metrics, len(plan.prompts)):
+    async for index, event in events:
         if isinstance(event, PromptTokens):
             untold[index].extend(event.tokens)
             yield chunk(index, plan.texts[index // each])

@@ -18,7 +18,16 @@ from swift_dist.serving.hf.asked import Defaults
 from swift_dist.serving.hf.failures import RequestError, bad_request, model_not_found
 from swift_dist.serving.hf.metrics import Metrics
 from swift_dist.serving.hf.prompts import ChatPrompts
-from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Prompt, Sampling, TextGenerator, Token
+from swift_dist.serving.hf.requests import (
+    Event,
+    Finished,
+    GeneratorFailed,
+    Prompt,
+    RequestFailed,
+    Sampling,
+    TextGenerator,
+    Token,
+)
 from swift_dist.serving.options import ServedModel
 from swift_dist.serving.tool_parsers.base import Schemas, ToolParser
 
@@ -26,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Streams = Sequence[AsyncIterator[Event]]
+Events = AsyncIterator[tuple[int, Event]]
 
 
 @dataclass
@@ -112,7 +122,7 @@ class Serving:
         return RequestError(503, f"The engine has failed: {self.failed}", code="engine_failed")
 
 
-async def side_by_side(streams: Streams, metrics: Metrics, prompts: int = 1) -> AsyncIterator[tuple[int, Event]]:
+async def side_by_side(streams: Streams, metrics: Metrics, prompts: int = 1) -> Events:
     """The events of several answers as they come, each with the number of its answer; counted.
 
     Args:
@@ -127,7 +137,7 @@ async def side_by_side(streams: Streams, metrics: Metrics, prompts: int = 1) -> 
         yield index, event
 
 
-async def _merged(streams: Streams) -> AsyncIterator[tuple[int, Event]]:
+async def _merged(streams: Streams) -> Events:
     if len(streams) == 1:
         async for event in streams[0]:
             yield 0, event
@@ -180,11 +190,18 @@ async def whole(serving: Serving, streams: Streams, prompts: int = 1) -> list[An
                 answers[index].finished = event
             else:
                 answers[index].prompt = event
-    except GeneratorFailed as error:
-        raise serving.dead(error) from None
+    except (GeneratorFailed, RequestFailed) as error:
+        raise _refusal(serving, error) from None
     finally:
         await end(streams)
     return answers
+
+
+def _refusal(serving: Serving, error: GeneratorFailed | RequestFailed) -> RequestError:
+    """What the client is told."""
+    if isinstance(error, GeneratorFailed):
+        return serving.dead(error)
+    return RequestError(500, f"The answer could not be computed: {error}", code="generation_failed")
 
 
 async def end(streams: Streams) -> None:
@@ -205,6 +222,47 @@ def usage_of(finished: Sequence[Finished], prompts: int = 1) -> dict[str, int]:
     completion_tokens = sum(one.completion_tokens for one in finished)
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+async def streamed(
+    serving: Serving,
+    request: Request,
+    streams: Streams,
+    chunks: Callable[[Events], AsyncIterator[dict[str, Any]]],
+    prompts: int = 1,
+) -> EventStream:
+    """A response whose head goes out with the first event: what fails before that has a status of its own, and a
+    replica that is lost before that has sent nothing, so that a proxy may ask another one.
+
+    Args:
+        chunks: the answers' events -> the JSON values of the response's.
+        prompts: as of `side_by_side`.
+
+    Raises:
+        RequestError: the answer failed before its first event.
+        ClientGone: the client left before that.
+    """
+    events = side_by_side(streams, serving.metrics, prompts)
+
+    async def first() -> tuple[int, Event]:
+        return await anext(events)
+
+    begun = False
+    try:
+        event = await unless_gone(request, first())
+        begun = True
+    except (GeneratorFailed, RequestFailed) as error:
+        raise _refusal(serving, error) from None
+    finally:
+        if not begun:
+            await asyncio.shield(end(streams))
+
+    async def every() -> Events:
+        yield event
+        async for later in events:
+            yield later
+
+    return EventStream(serving, chunks(every()), streams)
 
 
 class EventStream(StreamingResponse):
@@ -233,8 +291,8 @@ async def _events(serving: Serving, chunks: AsyncIterator[dict[str, Any]]) -> As
     try:
         async for chunk in chunks:
             yield event_of(chunk)
-    except GeneratorFailed as error:
-        yield event_of(serving.dead(error).body)
+    except (GeneratorFailed, RequestFailed) as error:
+        yield event_of(_refusal(serving, error).body)
         return
     except Exception:
         log.exception("a stream broke")

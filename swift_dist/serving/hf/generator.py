@@ -66,6 +66,7 @@ class Generator:
         self._runner = runners.runner(loaded, served.options)
         self.model_max_length = self._runner.length
         self._adapters = Adapters(loaded.model, served.options, batched=self._runner.batched)
+        self._sound = runners.SoundCheck(loaded)
         for name, path in served.adapters.items():
             self._adapters.load(name, path)
         self._guides = Guides(loaded.tokenizer, loaded.vocabulary, list(loaded.ends))
@@ -77,6 +78,7 @@ class Generator:
             calls=self._adapters.calls,
             piece=self._piece,
             guides=self._guides,
+            check=self._check_model,
             most=served.options.max_num_seqs,
             most_adapters=served.options.max_loras,
         )
@@ -254,6 +256,11 @@ class Generator:
         self._scheduler.fail(error)
         for gone in self._retired.values():
             gone.set_exception(error)
+
+    def _check_model(self) -> None:
+        """After an error: raises where the model is not what it was."""
+        for call, _ in self._adapters.calls([None]):
+            self._sound.check(call)
 
     def _retire(self, name: str, gone: Future[None]) -> None:
         self._adapters.retire(name)

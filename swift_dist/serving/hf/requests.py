@@ -6,7 +6,38 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-GuideKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+from swift_dist.serving.tool_parsers.base import CallFormat
+
+GuideKind = Literal["json_schema", "json_object", "regex", "choice", "grammar", "calls"]
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What comes before the text that is guided.
+
+    Attributes:
+        open, close: the tags around it.
+        begun: the prompt ends within it; otherwise the answer begins with it, or has none.
+    """
+
+    open: str
+    close: str
+    begun: bool
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Free text with calls of tools.
+
+    Attributes:
+        formats: how a call may be written.
+        tools: name and JSON schema of its arguments; no schema: any arguments.
+        parallel: there may be more than one call.
+    """
+
+    formats: tuple[CallFormat, ...]
+    tools: tuple[tuple[str, str | None], ...]
+    parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -15,11 +46,13 @@ class Guide:
 
     Attributes:
         kind: json_object needs no value; grammar is Lark's notation, or GBNF (``root ::= ...``).
-        value: a JSON schema, a regular expression or a grammar as text; the alternatives of a choice.
+        value: a JSON schema, a regular expression or a grammar as text; the alternatives of a choice; the calls.
+        thinking: what may or must come first.
     """
 
     kind: GuideKind
-    value: str | tuple[str, ...] = ""
+    value: str | tuple[str, ...] | Calls = ""
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +156,10 @@ class GeneratorFailed(RuntimeError):
     """The engine's thread ended with an error: nothing that was asked of it will be answered."""
 
 
+class RequestFailed(RuntimeError):
+    """An error ended this request while it was computed; the engine goes on with the others."""
+
+
 class TextGenerator(Protocol):
     """What the HTTP layer may use of `generator.Generator`.
 
@@ -154,6 +191,8 @@ class TextGenerator(Protocol):
             ValueError: the prompt is empty or too long, an option is out of its range, the guide is wrong.
             KeyError: no such adapter.
             GeneratorFailed: the engine is dead; also raised by the iterator.
+
+        The iterator raises RequestFailed where this request alone, or those computed in one forward with it, failed.
         """
         ...
 

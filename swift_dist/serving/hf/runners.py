@@ -204,6 +204,28 @@ def _distance(model: Any, tokens: list[int], logits: torch.Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
+class SoundCheck:
+    """Whether a model still computes what it did when this was made: the logits of a few tokens, without a cache."""
+
+    @torch.inference_mode()
+    def __init__(self, loaded: Loaded) -> None:
+        self._tokens = _samples(loaded.vocabulary)[0].tokens
+        ids = torch.tensor([self._tokens], device=loaded.device)
+        self._logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        self._tolerance = _TOLERANCE[loaded.model.dtype]
+
+    @torch.inference_mode()
+    def check(self, call: Any) -> None:
+        """Compare what `call` computes, the model without adapters.
+
+        Raises:
+            RuntimeError: it is something else. What a device raises that has failed for good is passed on.
+        """
+        worst = _distance(call, self._tokens, self._logits)
+        if worst > self._tolerance:
+            raise RuntimeError(f"after an error the model computes other logits than before (by {worst:.2g})")
+
+
 @torch.inference_mode()
 def _serial_difference(serial: SerialRunner, loaded: Loaded) -> float:
     """The distance after two sequences have taken turns."""

@@ -12,8 +12,11 @@ runs no PEFT adapters per row and no models without keys and values. What it sha
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,11 +24,12 @@ import torch
 
 from swift_dist.serving.hf import sampling
 from swift_dist.serving.hf.cache import Blocks
-from swift_dist.serving.hf.requests import Alternative, Event, Finished, Prompt, Token
+from swift_dist.serving.hf.requests import Alternative, Event, Finished, Prompt, RequestFailed, Token
 from swift_dist.serving.hf.runners import PooledRunner, SerialRunner
 from swift_dist.serving.hf.sampling import RowSampler
 from swift_dist.serving.hf.text import Detokenizer, StopTexts
 
+log = logging.getLogger(__name__)
 PROMPT_TOKENS = 512  # of prompts in one step, padding included
 
 
@@ -74,6 +78,7 @@ class Scheduler:
         calls: groups rows by the adapters that can share a forward: rows -> [(what to call, their places)].
         piece: a token's bytes.
         guides: for rows with a guide.
+        check: raises where the model does not compute any more what it should; asked after an error.
         most: sequences that run at the same time.
         most_adapters: different adapters among them.
     """
@@ -85,11 +90,12 @@ class Scheduler:
         calls: Callable[[Sequence[str | None]], Iterable[tuple[Any, list[int]]]],
         piece: Callable[[int], bytes],
         guides: Any,
+        check: Callable[[], None],
         most: int,
         most_adapters: int,
     ) -> None:
         self._runner, self._calls, self._piece, self._guides = runner, calls, piece, guides
-        self._most, self._most_adapters = most, most_adapters
+        self._check, self._most, self._most_adapters = check, most, most_adapters
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
 
@@ -182,13 +188,30 @@ class Scheduler:
 
     def _compute(self, rows: list[Running], new: list[int]) -> None:
         for call, places in self._calls([row.adapter for row in rows]):
-            group = [rows[at] for at in places]
-            numbers = [new[at] for at in places]
-            if self._runner.batched:
-                self._forward(call, group, numbers)
-            else:
-                for row, number in zip(group, numbers, strict=True):
-                    self._forward(call, [row], [number])
+            for some in [places] if self._runner.batched else [[at] for at in places]:
+                group = [rows[at] for at in some]
+                with self._failing(group):
+                    self._forward(call, group, [new[at] for at in some])
+
+    @contextlib.contextmanager
+    def _failing(self, rows: Sequence[Running]) -> Iterator[None]:
+        """An error within ends the requests of these rows; the engine goes on where the model is sound after it.
+
+        What the rows had written is only in blocks of their own, which nobody else reads before writing them.
+        """
+        failed = False
+        try:
+            yield
+        except Exception as error:
+            failed = True
+            log.exception("requests failed: %d", len(rows))
+            traceback.clear_frames(error.__traceback__)  # they hold activations, of which there may be no more room
+            told = RequestFailed(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            for row in [row for row in rows if row in self.running]:
+                self._leave(row)
+                row.deliver([told])
+        if failed:
+            self._check()
 
     def _forward(self, call: Any, rows: list[Running], new: list[int]) -> None:
         every = len(rows) == 1 and rows[0].scoring
@@ -206,7 +229,8 @@ class Scheduler:
         finished = [rows[at] for at in done]
         samplers = [row.sampler for row in finished]
         for row, drawn in zip(finished, sampling.draw(logits, samplers, self._guides), strict=True):
-            self._take(row, drawn)
+            with self._failing([row]):
+                self._take(row, drawn)
 
     def _score(self, row: Running, logits: torch.Tensor) -> None:
         """The prompt's log-probabilities, of the tokens that `logits` [new tokens, vocabulary] are about."""
@@ -231,6 +255,9 @@ class Scheduler:
         token = drawn.token
         row.tokens.append(token)
         sampler.took(token)
+        if sampler.matcher is not None and sampler.matcher.is_error():
+            # llguidance gave up (a grammar too costly to follow): what it allows from then on is nothing but the end
+            raise ValueError(f"the guide cannot be followed further: {sampler.matcher.get_error()}")
         early = sampler.length <= options.min_tokens
         text = ""
         stop: str | int | None = None

@@ -27,14 +27,51 @@ Schemas = Mapping[str, Mapping[str, Any]]  # a tool's name -> JSON schema of its
 Reader = Callable[[str, Schemas], "list[Call] | None"]  # None: this is not a call
 
 
+NUMBER = "\0"  # in a `CallFormat`: some digits
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Arguments that are not written as JSON: each is ``before KEY between VALUE end after``.
+
+    A value that may be a string is bare text, any other one JSON (`typed`).
+    """
+
+    before: str
+    between: str
+    end: str
+    after: str
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How calls are written: ``begin open CALL separator CALL end``, a call as ``before NAME between ARGUMENTS after``.
+
+    Attributes:
+        separator: None where each call has a beginning and an end of its own.
+        tagged: how arguments are written; None: as a JSON object.
+    """
+
+    begin: str
+    before: str
+    between: str
+    after: str
+    end: str = ""
+    open: str = ""
+    separator: str | None = None
+    tagged: Tagged | None = None
+
+
 class ToolParser(ABC):
     """One answer's state.
 
     Attributes:
+        formats: what a call that is guided looks like, all with one beginning; () where none can be.
         stop: texts at which generation must stop: there the tool's result would follow.
         markers: texts around calls. Some tokenizers hold them as special tokens, which must then stay in the text.
     """
 
+    formats: tuple[CallFormat, ...] = ()
     stop: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
 
@@ -56,9 +93,19 @@ class BetweenMarkers(ToolParser):
         read: what stands between -> its calls, or None where it is not any.
         schemas: of the tools' parameters.
         markers: beside `begin` and `end`.
+        formats: see `ToolParser`.
     """
 
-    def __init__(self, begin: str, end: str, read: Reader, schemas: Schemas, markers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        begin: str,
+        end: str,
+        read: Reader,
+        schemas: Schemas,
+        markers: tuple[str, ...] = (),
+        formats: tuple[CallFormat, ...] = (),
+    ) -> None:
+        self.formats = formats
         self._begin, self._end, self._read, self._schemas = begin, end, read, schemas
         self.markers = tuple(filter(None, (begin, end, *markers)))
         self._held, self._inside, self._called = "", False, False
@@ -222,26 +269,26 @@ def read_json(text: str, schemas: Schemas) -> list[Call] | None:
 
 def typed(text: str, schema: Any) -> Any:
     """A value that a family writes as bare text: JSON, unless the parameter's schema says that it may be a string."""
-    kinds = _kinds(schema)
-    if "string" in kinds:
-        return None if "null" in kinds and text == "null" else text
+    found = kinds(schema)
+    if "string" in found:
+        return None if "null" in found and text == "null" else text
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _kinds(schema: Any) -> set[str]:
+def kinds(schema: Any) -> set[str]:
     """The types that a schema names, those of its alternatives included."""
     if not isinstance(schema, Mapping):
         return set()
     named = schema.get("type")
-    kinds = {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
+    found = {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
     for key in ("anyOf", "oneOf"):
         branches = schema.get(key)
         for branch in branches if isinstance(branches, list) else ():
-            kinds |= _kinds(branch)
-    return kinds
+            found |= kinds(branch)
+    return found
 
 
 def parameter(schemas: Schemas, name: str, key: str) -> Any:

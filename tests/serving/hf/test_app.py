@@ -234,7 +234,7 @@ def test_an_engine_that_dies_ends_the_process_once_it_has_said_so(folder, monkey
         with client, client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
             lines = (line for line in answer.iter_lines() if line)
             next(lines)
-            monkeypatch.setattr(serving.generator._runner, "forward", lambda *_, **__: 1 / 0)
+            monkeypatch.setattr(serving.generator._scheduler, "_admit", lambda: 1 / 0)
             *_, last = lines
         assert "division by zero" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert ended.result(20) == EXIT_FAILED

@@ -263,9 +263,9 @@ def test_what_cannot_be_asked(generator: Generator, prompt: list[int], changes: 
     assert (generator.running, generator.waiting) == (0, 0)
 
 
-def test_a_step_that_fails_ends_every_request_with_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_fails_ends_every_request_with_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = started(folder)
-    monkeypatch.setattr(generator._runner, "forward", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(generator._scheduler, "_admit", lambda: 1 / 0)
     with pytest.raises(GeneratorFailed, match="division by zero"):
         answers(generator, [([5, 6], greedy(3))])
     generator._thread.join(10)
