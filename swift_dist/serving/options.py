@@ -17,6 +17,9 @@ class EngineOptions(Section):
         "auto", description="vllm, lmdeploy or hf (default: auto, the first of vllm and hf that can run here)"
     )
     task: Literal["generate", "embed"] = Field("generate", description="what the model is for: text, or embeddings")
+    accelerator: Literal["auto", "gpu", "cpu"] = Field(
+        "auto", description="what engines compute on (auto: GPUs where there are some)"
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="devices that share each matrix")
     pipeline_parallel_size: int = Field(1, ge=1, description="devices that share the layers")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(

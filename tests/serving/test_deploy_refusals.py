@@ -10,9 +10,15 @@ import pytest
 from toy_engine import save_toy_adapter, save_toy_model
 
 from swift_dist.cli import main
+from swift_dist.cluster import devices
+from swift_dist.errors import JobError
 from swift_dist.serving.deploy import DeployOptions
 from swift_dist.serving.deployment.plan import make_plan
+from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.front.options import FrontOptions, url_of
+from swift_dist.serving.inference.replicas import engine_for
+from swift_dist.serving.options import EngineOptions
+from swift_dist.serving.sources.source import resolve_options
 
 
 @pytest.fixture
@@ -59,7 +65,11 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("--model", "model", "--adapter_root", "nowhere"), "there is no folder nowhere"),
         (("--model", "model", "--api_keys", "nowhere"), "api_keys"),
         (("--model", "model", "--canary", "0.1"), "--update"),
+        (("--model", "model", "--surge", "1"), "surge: is of an --update"),
+        (("--model", "model", "--wait_timeout", "1"), "wait_timeout: is of a change"),
+        (("--model", "model", "--accelerator", "gpu"), "accelerator: this machine has no GPU"),
         (("--follow", "nowhere"), "there is no folder nowhere"),
+        (("--model", "model", "--follow", "nowhere"), "there is no folder nowhere"),
         (("--follow", "model"), "has no checkpoint yet"),
         (("--model", "model", "--address", "127.0.0.1:1"), "no Ray cluster answers"),
     ],
@@ -86,6 +96,9 @@ def test_a_port_that_is_taken(model, capsys):
         (["--load_adapter", "poems"], "is not name=DIR"),
         (["--load_adapter", "../poems=adapter"], "is not name=DIR"),
         (["--status", "--canary", "0.1"], "canary: has no meaning"),
+        (["--status", "--surge", "0"], "surge: has no meaning"),
+        (["--update", "model", "--surge", "1", "--canary", "0.1"], "surge: a canary runs beside"),
+        (["--load_adapter", "a=b", "--wait_timeout", "1"], "wait_timeout: has no meaning"),
     ],
 )
 def test_changes_of_nothing(model, capsys, words, says):
@@ -122,3 +135,23 @@ def test_files_that_workers_read_have_absolute_paths(model):
 )
 def test_the_address_that_is_printed_can_be_called(host, url):
     assert url_of(FrontOptions(host=host, port=80)) == url
+
+
+@pytest.mark.parametrize(("accelerator", "num_gpus"), [("auto", 1), ("gpu", 1), ("cpu", 0)])
+def test_a_machine_with_gpus_can_be_asked_for_its_cpus(model, monkeypatch, accelerator, num_gpus):
+    monkeypatch.setattr(devices, "gpus_of_this_machine", lambda: 2)
+    given = {"model": "model", "accelerator": accelerator, "replicas": 2, "port": free_port()}
+    plan = make_plan(DeployOptions(**given, infer_backend="toy_engine:ENGINE"))
+    assert (plan.use_gpu, plan.num_gpus, plan.spec().num_gpus) == (num_gpus > 0, num_gpus, num_gpus)
+    assert plan.served(plan.models[0]).use_gpu == (num_gpus > 0)
+    engines = engine_for(plan.options, resolve_options(plan.options, trust_remote_code=False))
+    assert engines.served.use_gpu == (num_gpus > 0), "of `swift-dist infer`"
+
+
+def test_memory_is_asked_for_a_cache_where_there_is_one(model):
+    given = {"model": "model", "replicas": 3, "cpu_cache_gib": 10**6, "port": free_port()}
+    with pytest.raises(JobError, match=r"need 3000000\.0 GiB"):
+        make_plan(DeployOptions(**given, infer_backend="toy_engine:ENGINE"))
+    options = EngineOptions(task="embed", cpu_cache_gib=10**6)
+    assert find_engine("hf").cache_gib(options) == 0
+    assert find_engine("vllm").cache_gib(options) == 10**6

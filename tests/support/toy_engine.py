@@ -1,6 +1,7 @@
 """An engine that starts at once: a small OpenAI server in a process of its own, for tests of what is above engines.
 
-The model's folder holds toy.json: {"says": text, "seconds": of an answer, "fails": what it says instead of starting}.
+The model's folder holds toy.json: {"says": text, "seconds": of an answer, "start_seconds": before it answers, "fails":
+what it says instead of starting}.
 Answers name the process and the folder that made them, so a test sees which version and replica it was.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def main() -> None:
     toy = json.loads((Path(path) / "toy.json").read_text())
     if "fails" in toy:
         sys.exit(toy["fails"])
+    time.sleep(toy.get("start_seconds", 0))
     adapters: dict[str, str] = json.loads(adapters_json)
     running = 0
 

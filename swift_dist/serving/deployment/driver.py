@@ -63,8 +63,9 @@ def _on_cluster(plan: Plan) -> Plan:
     import ray
 
     from swift_dist.serving.deployment.resources import most_replicas
+    from swift_dist.serving.engines.choose import uses_gpu
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu = uses_gpu(plan.options, ray.cluster_resources().get("GPU", 0), f"the cluster at {plan.address}")
     devices = plan.options.tensor_parallel_size * plan.options.pipeline_parallel_size
     plan = replace(plan, use_gpu=use_gpu, num_gpus=devices if use_gpu else 0)
     check_models(plan)
@@ -121,7 +122,7 @@ class _Deployment:
         from swift_dist.serving.front.haproxy import Front
 
         self._write("starting")
-        self._front = Front(self._folder.path / "front", self._plan.front_options())
+        self._front = Front(self._folder.front, self._plan.front_options())
         self._front_runs = False
         starts_serve = start_serve()
         self._controller = start_controller(self._spec)

@@ -34,6 +34,11 @@ class DeploymentFolder:
         return self.path / "logs"
 
     @property
+    def front(self) -> Path:
+        """The front's own folder."""
+        return self.path / "front"
+
+    @property
     def token_path(self) -> Path:
         return self.path / "admin_token"
 

@@ -1,4 +1,4 @@
-"""The numbers of a deployment in Prometheus' text format: replicas, losses, and every engine's own with its labels."""
+"""The numbers of a deployment in Prometheus' text format: replicas, losses, every engine's with labels, HAProxy's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.serving.deployment.status import replica_states
+from swift_dist.serving.front import runtime
 
 if TYPE_CHECKING:
     from swift_dist.serving.deployment.controller import Controller
@@ -15,7 +16,7 @@ _ENGINE_SECONDS = 3.0
 
 
 async def deployment_metrics(controller: Controller) -> str:
-    """Text of ``/metrics``. An engine that does not answer within 3 s is left out."""
+    """Text of ``/metrics``. An engine that does not answer within 3 s is left out, and the front while it does not."""
     import httpx
 
     seen = list(controller.registry.seen.values())
@@ -26,7 +27,11 @@ async def deployment_metrics(controller: Controller) -> str:
         for s, answer in zip(seen, answers, strict=True)
         if not isinstance(answer, BaseException) and answer.status_code == 200
     ]
-    return await asyncio.to_thread(_text, [*_own(controller), *relabelled(engines)])
+    own = await asyncio.to_thread(_text, [*_own(controller), *relabelled(engines)])
+    try:
+        return own + await asyncio.to_thread(runtime.metrics, controller.folder.front)
+    except OSError:
+        return own
 
 
 def _own(controller: Controller) -> list[Any]:

@@ -111,7 +111,7 @@ def make_plan(options: DeployOptions) -> Plan:
         RunError: a conversion failed.
     """
     from swift_dist.cluster.devices import gpus_of_this_machine
-    from swift_dist.serving.engines.choose import choose
+    from swift_dist.serving.engines.choose import choose, uses_gpu
     from swift_dist.serving.front.haproxy import Front, require_port
 
     bounds = _bounds(options)
@@ -122,10 +122,11 @@ def make_plan(options: DeployOptions) -> Plan:
     if folder.runs():
         raise JobError("output", f"a deployment runs in {folder.path}", "--output another folder, or --stop it first")
     require_port(options.host, options.port)
-    Front(folder.path / "front", part_of(options, FrontOptions))  # its keys can be read; starts nothing
+    Front(folder.front, part_of(options, FrontOptions))  # its keys can be read; starts nothing
     engine = choose(part_of(options, EngineOptions))
     models = _models(options)
     gpus = gpus_of_this_machine() if address == "local" else 0
+    use_gpu = address == "local" and uses_gpu(options, gpus, "this machine")  # of a cluster: once it is asked
     devices = options.tensor_parallel_size * options.pipeline_parallel_size
     num_versions = len(models) * (bounds.most if bounds else options.replicas)
     plan = Plan(
@@ -135,8 +136,8 @@ def make_plan(options: DeployOptions) -> Plan:
         folder=folder,
         bounds=bounds,
         address=address,
-        use_gpu=gpus > 0,
-        num_gpus=devices if gpus else 0,
+        use_gpu=use_gpu,
+        num_gpus=devices if use_gpu else 0,
         num_cpus=options.cpus_per_replica or (_share_of_cpus(num_versions) if address == "local" else devices),
     )
     if plan.is_own:
@@ -186,13 +187,15 @@ def _require_roots(options: DeployOptions) -> None:
 
 def _models(options: DeployOptions) -> tuple[Planned, ...]:
     """What --model, --follow and --models name."""
+    from swift_dist.serving.deployment.follow import first_checkpoint, require_run, resolve_checkpoint
+
     planned = []
+    if options.follow:
+        require_run(options)
     if options.model or not (options.models or options.follow):
         source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
         planned.append(_planned(options.model or "", source, options.served_model_name))
     elif options.follow:
-        from swift_dist.serving.deployment.follow import first_checkpoint, resolve_checkpoint
-
         if options.adapters:
             raise JobError("adapters", "belong to one model, and --follow replaces it", "leave them out")
         checkpoint = first_checkpoint(options)
@@ -262,7 +265,7 @@ def _require_resources(plan: Plan, num_replicas: int, gpus: int) -> None:
 
 def _bytes(model: Planned, plan: Plan) -> float:
     weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
-    return weights + plan.options.cpu_cache_gib * 2**30
+    return weights + plan.engine.cache_gib(plan.options) * 2**30
 
 
 def _haproxy_cfg(plan: Plan) -> str:

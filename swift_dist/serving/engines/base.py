@@ -70,6 +70,10 @@ class Engine(ABC):
             RunError: it cannot be made.
         """
 
+    def cache_gib(self, options: EngineOptions) -> float:
+        """What a replica on a CPU takes for keys and values."""
+        return options.cpu_cache_gib
+
     def adapter_request(self, name: str, path: str | None) -> tuple[str, dict[str, Any]]:
         """What to POST (path, JSON) so that adapter `name` is loaded from folder `path`, or unloaded (None).
 

@@ -28,6 +28,20 @@ def choose(options: EngineOptions) -> Engine:
     return engine
 
 
+def uses_gpu(options: EngineOptions, gpus: float, where: str) -> bool:
+    """Whether engines compute on GPUs.
+
+    Args:
+        gpus: that there are. where: whose they are, for messages.
+
+    Raises:
+        JobError: they are asked for, and there are none.
+    """
+    if options.accelerator == "gpu" and not gpus:
+        raise JobError("accelerator", f"{where} has no GPU", "--accelerator cpu, or leave it out")
+    return gpus > 0 and options.accelerator != "cpu"
+
+
 def find_engine(name: str) -> Engine:
     """The engine of that name (engines/NAME.py, or 'package.module:ATTRIBUTE'), whether or not it can run here.
 

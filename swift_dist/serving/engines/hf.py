@@ -11,7 +11,7 @@ from swift_dist.errors import JobError
 from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import check_parsers, template_of
 from swift_dist.serving.hf.arguments import parser
-from swift_dist.serving.options import ServedModel
+from swift_dist.serving.options import EngineOptions, ServedModel
 
 
 class HfEngine(Engine):
@@ -41,6 +41,9 @@ class HfEngine(Engine):
             parser().parse_args(["--served", "{}", "--host", "h", "--port", "1", *options.engine_args])
         except ValueError as error:
             raise JobError("engine_args", str(error), parser().format_usage().strip()) from None
+
+    def cache_gib(self, options: EngineOptions) -> float:
+        return 0.0 if options.task == "embed" else options.cpu_cache_gib
 
     def command(self, served: ServedModel, host: str, port: int) -> list[str]:
         given = {**asdict(served), "options": served.options.model_dump()}

@@ -95,11 +95,6 @@ class Front:
     def alive(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids: HAProxy, and its guard."""
-        return (self._pid, self._guard.pid) if self.alive and self._guard and self._pid else ()
-
     def start(self, state: FrontState) -> Front:
         """Start with a state. Returns once it routes.
 
@@ -118,7 +113,7 @@ class Front:
     def update(self, state: FrontState) -> None:
         """Route by another state. In force when this returns; no request is lost or delayed by it.
 
-        Requests that run go on where they are, also at replicas that the new state does not have (`running` tells).
+        Requests that run go on where they are, also at replicas that the new state does not have.
 
         Raises:
             RunError: HAProxy refused. What it routes then is the old state, the new one, or a part of it: call again.
@@ -156,29 +151,6 @@ class Front:
                 self._clear()
             self._rotate()
             return False
-
-    def running(self, version: str) -> int:
-        """Requests of a version that run or wait, also after a state without it. 0 once there are none."""
-        with self._lock:
-            number = self._names.used.get(version)
-            try:
-                found = runtime.use(self.folder).get(f"v{number}")
-            except OSError:
-                return 0
-            return found.running + found.waiting if found else 0
-
-    def metrics(self) -> str:
-        """HAProxy's metrics in Prometheus' text format.
-
-        Raises:
-            OSError: it does not run.
-        """
-        with runtime.connect(self.folder, config.METRICS_SOCKET) as connection:
-            connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-            answer = b""
-            while received := connection.recv(1 << 16):
-                answer += received
-        return answer.partition(b"\r\n\r\n")[2].decode()
 
     def stop(self, drain: float | None = None) -> None:
         """Take no more connections, let running requests end, and end. Idempotent.

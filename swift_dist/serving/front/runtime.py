@@ -7,10 +7,12 @@ import re
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
+from urllib.parse import unquote
 
 from swift_dist.errors import RunError
-from swift_dist.serving.front.config import ADMIN_SOCKET, MODELS, SERVERS, SHARES
+from swift_dist.serving.front.config import ADMIN_SOCKET, METRICS_SOCKET, MODELS, SERVERS, SHARES
 from swift_dist.serving.front.tables import Server, Tables, first_number
 
 _SECONDS = 10.0
@@ -73,6 +75,33 @@ def use(folder: Path) -> dict[str, Use]:
         for row in rows
         if re.fullmatch(r"v\d+", row[name])
     }
+
+
+def metrics(folder: Path) -> str:
+    """HAProxy's metrics in Prometheus' text format, and which replica each of its servers is.
+
+    The samples of slots that have no server are left out.
+
+    Raises:
+        OSError: it does not run.
+    """
+    with connect(folder, METRICS_SOCKET) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: front\r\nConnection: close\r\n\r\n")
+        answer = HTTPResponse(connection)
+        answer.begin()
+        lines = answer.read().decode().splitlines()
+    used = {match[1] for line in lines if (match := _SAMPLE_OF_SERVER.match(line))}
+    kept = [line for line in lines if not (match := _SAMPLE_OF_SLOT.match(line)) or match[1] in used]
+    info = "swift_dist:front_server_info"
+    kept += [f"# HELP {info} Which replica a server of HAProxy's is.", f"# TYPE {info} gauge"]
+    for server, label in _map(ask(folder, f"show map {SERVERS}")[0]).items():
+        version, replica = (unquote(word) for word in label.split("|"))
+        kept.append(f'{info}{{server="{server}",version="{version}",replica="{replica}"}} 1')
+    return "\n".join([*kept, ""])
+
+
+_SAMPLE_OF_SERVER = re.compile(r'haproxy_server_status\{proxy="(v\d+)"')
+_SAMPLE_OF_SLOT = re.compile(r'haproxy_\w+\{proxy="(v\d+)"')
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,13 @@ def ray_replicas(
     Raises:
         JobError: no cluster answers, or the engine cannot serve the source as asked.
     """
+    from swift_dist.serving.engines.choose import uses_gpu
     from swift_dist.workers.ray_pool import connect
 
     stack.callback(connect(address))
     import ray
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu = uses_gpu(options, ray.cluster_resources().get("GPU", 0), "the cluster")
     engines = engine_for(options, source, use_gpu=use_gpu)
     devices = options.tensor_parallel_size * options.pipeline_parallel_size
     log.info("%s: %d engines of %s on the cluster", source.description, count, engines.engine.name)
@@ -82,7 +83,7 @@ class RayReplica:
         self._engines, self._number = engines, number
         self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self._actor: Any = None
-        self._stopped = False
+        self._stopped = self._is_placed = False
 
     def start(self) -> str:
         import ray
@@ -98,6 +99,7 @@ class RayReplica:
         if not ready:
             wanted = ", ".join(f"{count:g} {name[4:].upper()}s" for name, count in self._resources.items() if count)
             raise RunError(f"no node of the cluster has {wanted} free for {self.name}", "use fewer --replicas")
+        self._is_placed = True
         try:
             return str(ray.get(self._actor.start.remote()))
         except ray.exceptions.RayTaskError as error:
@@ -124,9 +126,11 @@ class RayReplica:
         import ray
 
         actor, self._actor = self._actor, None
+        is_placed, self._is_placed = self._is_placed, False
         if actor is not None:
             with suppress(Exception):  # the actor, its node or the cluster may be gone
-                ray.get(actor.stop.remote(), timeout=20)
+                if is_placed:
+                    ray.get(actor.stop.remote(), timeout=20)
             with suppress(Exception):
                 ray.kill(actor)
 

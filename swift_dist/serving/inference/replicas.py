@@ -35,17 +35,17 @@ def engine_for(options: EngineOptions, source: Source, *, use_gpu: bool | None =
 
     Args:
         options: may have further keys.
-        use_gpu: None: where this machine has GPUs.
+        use_gpu: None: as `options.accelerator` says of this machine.
 
     Raises:
         JobError: it cannot.
     """
     from swift_dist.cluster.devices import gpus_of_this_machine
-    from swift_dist.serving.engines.choose import choose
+    from swift_dist.serving.engines.choose import choose, uses_gpu
 
     own = part_of(options, EngineOptions)
     engine = choose(own)
-    use_gpu = gpus_of_this_machine() > 0 if use_gpu is None else use_gpu
+    use_gpu = uses_gpu(own, gpus_of_this_machine(), "this machine") if use_gpu is None else use_gpu
     served = ServedModel(source.base_name, source.path, own, source.adapters, use_gpu)
     engine.check(served)
     return Engines(engine, served)

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from fronts import pids as pids_of
+from fronts import running as in_front
 from load_generator import Load, chat_body
 from upstreams import Upstream
 
@@ -205,7 +207,7 @@ def test_a_client_that_leaves_is_seen_by_the_engine(make_upstream, make_front, s
         if stream:
             assert client.recv(100).startswith(b"HTTP/1.1 200")
     assert wait_for(lambda: upstream.seen()["left"] == 1) < 1
-    assert front.running("v1") == 0
+    assert in_front(front, "v1") == 0
 
 
 def test_a_client_that_leaves_the_queue_is_never_executed(make_upstream, make_front) -> None:
@@ -298,7 +300,7 @@ def test_updates_under_load_fail_nothing(make_upstream, make_front) -> None:
             front.ensure()
     assert not running.report.failures, running.report.describe()
     assert len(running.report.count("x-swift-version")) > 8
-    wait_for(lambda: front.ensure() or all(front.running(f"v{n}") == 0 for n in range(12)))
+    wait_for(lambda: front.ensure() or all(in_front(front, f"v{n}") == 0 for n in range(12)))
     front.ensure()
     assert list(front._names.used) == ["v12"]
 
@@ -307,12 +309,12 @@ def test_what_waits_for_a_version_that_goes_is_answered_by_the_next(make_upstrea
     old, new = make_upstream("old"), make_upstream("new")
     front = make_front(routed(version("v1", old)), max_concurrent=1)
     with Load(front.url, [chat_body("m", "x", delay=0.3)], concurrency=10, requests=10).in_background() as running:
-        wait_for(lambda: front.running("v1") == 10)
+        wait_for(lambda: in_front(front, "v1") == 10)
         front.update(routed(version("v2", new)))
-        assert front.running("v1") > 0
+        assert in_front(front, "v1") > 0
     assert not running.report.failures, running.report.describe()
     assert running.report.count("x-swift-version") == {"v1": 1, "v2": 9}
-    assert front.running("v1") == 0
+    assert in_front(front, "v1") == 0
 
 
 def test_a_state_without_a_meaning_changes_nothing(make_upstream, make_front) -> None:
@@ -329,7 +331,7 @@ def test_a_killed_front_is_started_again(make_upstream, make_front) -> None:
     front = make_front(routed(version("v1", upstream)))
     front.update(routed(version("v2", upstream)))
     assert not front.ensure()
-    os.kill(front.pids[0], signal.SIGKILL)
+    os.kill(pids_of(front)[0], signal.SIGKILL)
     assert wait_for(lambda: not front.alive) < 1
     began = time.monotonic()
     assert front.ensure() and time.monotonic() - began < 3
@@ -339,7 +341,7 @@ def test_a_killed_front_is_started_again(make_upstream, make_front) -> None:
 @pytest.mark.parametrize("noticed", [True, False])
 def test_an_update_starts_a_killed_front(make_upstream, make_front, noticed: bool) -> None:
     front = make_front(routed(version("v1", make_upstream("a"))))
-    os.kill(front.pids[0], signal.SIGKILL)
+    os.kill(pids_of(front)[0], signal.SIGKILL)
     if noticed:
         wait_for(lambda: not front.alive)
     front.update(routed(version("v2", make_upstream("b"))))
@@ -351,8 +353,8 @@ def test_stopping_lets_requests_end(make_upstream, make_front) -> None:
     bodies = [chat_body("m", "x", delay=1), chat_body("m", "x", stream=True, delay=0.2)]
     with httpx.Client() as idle, Load(front.url, bodies, concurrency=8, requests=8).in_background() as running:
         idle.post(front.url + CHAT, json=chat_body("m", "x"))
-        wait_for(lambda: front.running("v1") == 8)
-        pids, began = front.pids, time.monotonic()
+        wait_for(lambda: in_front(front, "v1") == 8)
+        pids, began = pids_of(front), time.monotonic()
         front.stop(drain=20)
         assert 0.5 < time.monotonic() - began < 6  # a connection that idles is waited for 3 seconds
     assert not running.report.failures, running.report.describe()
@@ -363,7 +365,7 @@ def test_stopping_lets_requests_end(make_upstream, make_front) -> None:
 def test_stopping_has_an_end(make_upstream, make_front) -> None:
     front = make_front(routed(version("v1", make_upstream("a"))))
     with Load(front.url, [chat_body("m", "x", delay=30)], concurrency=1, requests=1).in_background() as running:
-        wait_for(lambda: front.running("v1") == 1)
+        wait_for(lambda: in_front(front, "v1") == 1)
         began = time.monotonic()
         front.stop(drain=1)
         assert 0.9 < time.monotonic() - began < 3
@@ -381,7 +383,7 @@ from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.front.state import FrontState, Replica, Route, Version
 route = Route(("m",), (Version("v1", (Replica("a", "127.0.0.1", {upstream.port}),)),))
 front = Front(Path({str(tmp_path)!r}), FrontOptions(port={port})).start(FrontState((route,), ("127.0.0.1", 9)))
-print(*front.pids, flush=True)
+print(front._pid, front._guard.pid, flush=True)
 time.sleep(60)
 """],
         stdout=subprocess.PIPE, text=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
+from fronts import pids
 from load_generator import Load, chat_body
+from prometheus_client.parser import text_string_to_metric_families
 from upstreams import Upstream
 
 from swift_dist.errors import JobError
 from swift_dist.serving.front.haproxy import Front, require_port
 from swift_dist.serving.front.options import FrontOptions
+from swift_dist.serving.front.runtime import metrics
 from swift_dist.serving.front.state import FrontState, Replica, Route, Version
 
 CHAT = "/v1/chat/completions"
@@ -77,7 +81,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         front.stop(drain=0)
         for upstream in upstreams.values():
             upstream.__exit__(None, None, None)
-    assert not front.alive and front.pids == ()
+    assert not front.alive and pids(front) == ()
 
 
 def error(response: httpx.Response) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def test_keys_are_nowhere_and_not_handed_on(stage: Stage) -> None:
     assert "Authorization" not in stage.upstreams["b2"].seen()["headers"]
     written = [file.read_bytes() for file in stage.front.folder.iterdir() if file.is_file()]
     assert not any(secret.encode() in text for text in written for secret in (*KEYS, ADMIN, "secret prompt"))
-    for pid in stage.front.pids:
+    for pid in pids(stage.front):
         assert b"sk-" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
@@ -283,7 +287,20 @@ def test_a_request_has_an_id_and_a_line(stage: Stage) -> None:
 
 
 def test_metrics(stage: Stage) -> None:
-    assert "haproxy_frontend_http_responses_total" in stage.front.metrics()
+    answer = stage.post(chat_body("other", "x"))
+    assert answer.headers["x-swift-version"] == "other/v1%20%C3%BC"
+    text = metrics(stage.front.folder)
+    names = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert {"haproxy_process_uptime_seconds", "haproxy_frontend_http_responses_total"} <= names
+    servers = re.findall(r'swift_dist:front_server_info\{server="(r\d+)",version="(.+)",replica="(.+)"\} 1', text)
+    assert sorted(names for _, *names in servers) == [["chat-v1", "a"], ["chat-v2", "b"], ["other/v1 ü", "b2"]]
+    served = {
+        server: sessions
+        for server, sessions in re.findall(r'haproxy_server_sessions_total\{.*server="(r\d+)"\} (\d+)', text)
+    }
+    assert int(served[next(server for server, _, replica in servers if replica == "b2")]) > 0
+    proxies = set(re.findall(r'haproxy_backend_status\{proxy="(v\d+)"', text))
+    assert len(proxies) == 3, "of 64 slots those that are used"
 
 
 def test_a_port_that_cannot_be_had(stage: Stage, tmp_path: Path) -> None:
