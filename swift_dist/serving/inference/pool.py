@@ -68,6 +68,8 @@ class _Place:
     client: AsyncOpenAI | None = None
     busy: int = 0
     answered: int = 0
+    has_served: bool = False
+    is_given_up: bool = False
     looked_at: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -108,6 +110,7 @@ class EnginePool:
             while True:
                 began, before = time.monotonic(), place.answered
                 url = await asyncio.to_thread(place.replica.start)
+                place.has_served = True
                 if place.replica.is_ours:
                     log.info("%s is ready after %.1f s", place.replica.name, time.monotonic() - began)
                 await self._serve(place, url)
@@ -117,10 +120,12 @@ class EnginePool:
                 self.restarts += 1
                 log.warning("%s ended: it is started again, and its requests are sent again", place.replica.name)
         except (RunError, JobError) as error:
-            await self._fail(error)
+            await self._fail(place, error)
         except Exception as error:  # such as a full disk: whoever waits for a replica must be told
             log.debug("%s cannot be had", place.replica.name, exc_info=True)
-            await self._fail(RunError(f"{place.replica.name} cannot be started: {type(error).__name__}: {error}"))
+            await self._fail(
+                place, RunError(f"{place.replica.name} cannot be started: {type(error).__name__}: {error}")
+            )
 
     async def _serve(self, place: _Place, url: str) -> None:
         """Offer a replica until it is seen to have ended."""
@@ -149,7 +154,12 @@ class EnginePool:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _fail(self, error: RunError | JobError) -> None:
+    async def _fail(self, place: _Place, error: RunError | JobError) -> None:
+        """A replica cannot be had: all fails if it never was, or if no other is left."""
+        place.is_given_up = True
+        if place.has_served and not all(other.is_given_up for other in self._places):
+            log.warning("%s cannot be started again, the others go on without it: %s", place.replica.name, error)
+            return
         self._failure = self._failure or error
         async with self._changed:
             self._changed.notify_all()
