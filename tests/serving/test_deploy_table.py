@@ -172,9 +172,8 @@ def test_recovery_times(tmp_path):
     head = [
         "# Recovery of a deployment",
         "",
-        f"SIGKILL of one process while {CLIENTS} clients send {REQUESTS} requests that are not streamed, each when its "
-        "last was",
-        "answered; two replicas of a model of 0.25 million parameters. Nothing of a killed replica was left after it.",
+        f"SIGKILL of one process while {CLIENTS} clients send {REQUESTS} requests that are not streamed, each when its",
+        "last was answered; two replicas of a model of 0.25 M parameters. Nothing of a killed replica was left.",
         f"Written by tests/serving/test_deploy_table.py (`make tables`): {where}{at_the_end()}.",
         "",
         "| engine | killed | requests | lost | slowest answer, s | until all is as before, s |",
@@ -214,8 +213,8 @@ def test_recovery_of_the_front(tmp_path):
     head = [
         "# Recovery of the front",
         "",
-        f"HAProxy killed with SIGKILL while {CLIENTS} clients send {REQUESTS} requests that are not streamed, each when",
-        "its last was answered or had failed; two replicas of the hf engine. Replicas and what they compute go on meanwhile.",
+        f"SIGKILL of HAProxy while {CLIENTS} clients send {REQUESTS} requests that are not streamed, each when its",
+        "last was answered or had failed; two replicas of the hf engine, which go on meanwhile.",
         f"Written by tests/serving/test_deploy_table.py (`make tables`): {where}{at_the_end()}.",
         "",
         "| clients | requests | lost | refused while it was gone | slowest answer, s | until it answers again, s |",
