@@ -71,6 +71,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("--follow", "nowhere"), "there is no folder nowhere"),
         (("--model", "model", "--follow", "nowhere"), "there is no folder nowhere"),
         (("--follow", "model"), "has no checkpoint yet"),
+        (("--follow", "model", "--surge", "0"), "surge: 0 ends a replica before its successor starts"),
         (("--model", "model", "--address", "127.0.0.1:1"), "no Ray cluster answers"),
     ],
 )

@@ -71,25 +71,15 @@ def require_run(options: DeployOptions) -> Path:
     """The run that is to be followed.
 
     Raises:
-        JobError: there is no such folder.
+        JobError: there is no such folder, or its checkpoints could not be deployed.
     """
     run = Path(options.follow or "")
     if not run.is_dir():
         raise JobError("follow", f"there is no folder {run}", "name the --output of a training run")
+    if options.surge == 0 and options.replicas == 1 and options.autoscale is None:
+        problem = "0 ends a replica before its successor starts, and without the only one nothing would answer"
+        raise JobError("surge", problem, "--surge 1, or --replicas 2")
     return run
-
-
-def first_checkpoint(options: DeployOptions) -> str:
-    """What a deployment that follows a run begins with.
-
-    Raises:
-        JobError: there is no such run, or no checkpoint yet.
-    """
-    run = require_run(options)
-    newest = newest_weights(run)
-    if newest is None:
-        raise JobError("follow", f"{run} has no checkpoint yet", "give --model PATH to serve until the first is there")
-    return str(newest.folder)
 
 
 def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions) -> Source:
@@ -105,6 +95,26 @@ def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions) -> Source
     )
     source = resolve()
     return resolve(merge_lora=True) if source.adapters else source
+
+
+def first_model(options: DeployOptions) -> tuple[str, Source]:
+    """What a deployment that follows a run begins with: the weights that are the newest, and the model in them.
+
+    Raises:
+        JobError: there is no such run, no checkpoint yet, or the newest cannot be served. RunError: nor read.
+    """
+    run = require_run(options)
+    while True:
+        newest = newest_weights(run)
+        if newest is None:
+            remedy = "give --model PATH to serve until the first is there"
+            raise JobError("follow", f"{run} has no checkpoint yet", remedy)
+        try:
+            return str(newest.folder), resolve_checkpoint(newest.folder, options)
+        except (JobError, RunError, OSError) as error:
+            if newest.folder.is_dir():
+                raise
+            log.warning("%s was deleted by its run while it was read, which has a newer one: %s", newest.folder, error)
 
 
 class Follower:
@@ -134,7 +144,7 @@ class Follower:
             seen |= _covered(newest)
             try:
                 self._deploy(newest.folder)
-            except (JobError, RunError) as error:
+            except (JobError, RunError, OSError) as error:
                 log.warning("%s is skipped: %s", newest.folder, error)
             except Exception:  # the next one may be good
                 log.exception("%s is skipped", newest.folder)

@@ -47,7 +47,7 @@ def _own(controller: Controller) -> list[Any]:
         part = model.candidate.share if model.candidate else 0.0
         for version in (v for v in (model.live, model.candidate) if v):
             states = replica_states(controller, version.id)
-            for state, count in {"wanted": version.num_replicas, **states}.items():
+            for state, count in {"wanted": version.num_wanted, **states}.items():
                 replicas.add_metric([model.name, version.id, state], count)
             share.add_metric([model.name, version.id], version.share if version is model.candidate else 1 - part)
     for name, losses in controller.registry.losses.items():

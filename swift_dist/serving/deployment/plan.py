@@ -187,7 +187,7 @@ def _require_roots(options: DeployOptions) -> None:
 
 def _models(options: DeployOptions) -> tuple[Planned, ...]:
     """What --model, --follow and --models name."""
-    from swift_dist.serving.deployment.follow import first_checkpoint, require_run, resolve_checkpoint
+    from swift_dist.serving.deployment.follow import first_model, require_run
 
     planned = []
     if options.follow:
@@ -198,8 +198,7 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
     elif options.follow:
         if options.adapters:
             raise JobError("adapters", "belong to one model, and --follow replaces it", "leave them out")
-        checkpoint = first_checkpoint(options)
-        source = resolve_checkpoint(checkpoint, options)
+        checkpoint, source = first_model(options)
         planned.append(_planned(checkpoint, source, options.served_model_name))
     elif options.adapters or options.served_model_name or options.merge_lora:
         key = "adapters" if options.adapters else "served_model_name" if options.served_model_name else "merge_lora"
