@@ -1,20 +1,24 @@
 """What every launcher offers: render -> artefact, submit -> handle. Its file also declares its `Options`.
 
-A launcher's options are the job's keys ``launch.<name>.*``: settings of a site, which change nothing of the training.
+A launcher's options are the keys ``launch.<name>.*`` of a job or a deployment: settings of a site, which change nothing
+of what is computed.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel
 
+from swift_dist.errors import EXIT_INTERRUPTED, EXIT_JOB_WRONG, JobError, RunError
+
 if TYPE_CHECKING:
     from swift_dist.config import JobConfig
+    from swift_dist.config.job import ClusterSection
 
 Where = Literal["ray", "machine", "elsewhere"]
 """Who drives a job: this process through a Ray cluster, this process on its own machine, or another one."""
@@ -35,6 +39,43 @@ class Submission:
     launcher: str
     id: str
     address: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is sent elsewhere: a job, or a deployment.
+
+    Attributes:
+        verb: of ``swift-dist``.
+        words: after it, without those of launchers.
+        output: its folder, absolute.
+        cluster: the nodes, devices and CPUs that it needs.
+        launch: the options of all launchers.
+        is_service: it runs until it is told to end, which SIGTERM does. It has no ranks that are placed together, and
+            does not go back into a queue.
+        adds_host: the address of the node where it runs is to be added as ``--host``.
+    """
+
+    verb: str
+    words: tuple[str, ...]
+    output: str
+    cluster: ClusterSection
+    launch: Any
+    is_service: bool = False
+    adds_host: bool = False
+
+    @classmethod
+    def of(cls, work: JobConfig | Work) -> Work:
+        """A job as it is sent; what is one already."""
+        if isinstance(work, Work):
+            return work
+        plain = work.model_copy(update={"launch": type(work.launch)()})
+        return cls(work.task, tuple(words(plain)), str(work.output), work.cluster, work.launch)
+
+    @property
+    def command(self) -> list[str]:
+        """What runs it where it arrives."""
+        return ["swift-dist", self.verb, *self.words, "--launcher", "local"]
 
 
 class Handle(Protocol):
@@ -69,6 +110,9 @@ class Launcher(Protocol):
     """
 
     where: Where
+    no_deployments: str
+    """Why it cannot run `swift-dist deploy`; "": it can. One that can takes `Work` as well, and its handles have
+    ``run_beside(words) -> (exit code, stdout)``: a command on the machine where the job was driven first."""
 
     def render(self, job: JobConfig) -> str:
         """What `submit` would start, complete enough to be saved and run by hand."""
@@ -88,11 +132,33 @@ def command_line(job: JobConfig) -> str:
 
 def words(job: JobConfig) -> list[str]:
     """The job as command-line words: everything that differs from the defaults."""
+    by_task = {"task": job.task, "engine": type(job)(task=job.task).engine}
+    return words_of(job, {name for name, value in by_task.items() if getattr(job, name) == value})
+
+
+def words_of(section: BaseModel, without: Iterable[str] = ()) -> list[str]:
+    """All keys of a section that differ from their defaults, as command-line words."""
+    left_out = frozenset(without)
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in _changes(job)
-        if name != "task" and (name != "engine" or value != type(job)(task=job.task).engine)
+        for name, value in _changes(section)
+        if name not in left_out
     ]
+
+
+def raise_told(result: Mapping[str, Any]) -> NoReturn:
+    """Raise the error that a ``swift-dist --json`` has ended with, as it was raised there.
+
+    Args:
+        result: ``{"error": {"message", "key", "remedy"}, "exit_code"}``.
+    """
+    error, code = result["error"], result["exit_code"]
+    message = error["message"].partition("\n  remedy: ")[0]
+    if code == EXIT_JOB_WRONG:
+        raise JobError(error["key"], message.removeprefix(f"{error['key']}: "), error["remedy"])
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt(message)
+    raise RunError(message, error["remedy"])
 
 
 def _changes(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RETRY_SECONDS = 2.0
+_BESIDE_SECONDS = 0.5
 _LONGEST_MESSAGE = 30  # lines
 
 
@@ -30,6 +33,7 @@ class RayHandle(Handle):
         run: its run folder, where this handle is to say how it ended.
         attempts: that the run had before; they are not this job's.
         follow: whether `wait` shows what it prints and waits, or returns at once.
+        is_service: whether it is a deployment: its end is that it was stopped.
         reconnect_timeout: seconds to look for a cluster that no longer answers.
     """
 
@@ -40,11 +44,12 @@ class RayHandle(Handle):
         *,
         attempts: int = 0,
         follow: bool = True,
+        is_service: bool = False,
         reconnect_timeout: float = 600.0,
     ) -> None:
         self._id, self._address = submission.id, submission.address
         self._submission, self._run, self._attempts = submission, run, attempts
-        self._follow, self._reconnect_timeout = follow, reconnect_timeout
+        self._follow, self._is_service, self._reconnect_timeout = follow, is_service, reconnect_timeout
         self._jobs_of_address: RayJobs | None = None
 
     @property
@@ -58,6 +63,31 @@ class RayHandle(Handle):
 
     def stop(self) -> None:
         self._jobs.stop(self._id)
+
+    def run_beside(self, words: Sequence[str]) -> tuple[int, str]:
+        """Run a command on the node where the job's driver runs, in the job's environment, as a Ray job of its own.
+
+        Returns:
+            its exit code and all that it printed.
+
+        Raises:
+            RunError: the job does not run (any more), or Ray could not run the command.
+        """
+        info = self._jobs.info(self._id)
+        if state_of(info) != "running" or info.driver_info is None:
+            raise RunError(f"{self._id} at {self._address} is {state_of(info)}; its driver does not run", "try again")
+        beside = f"{self._id}-{secrets.token_hex(3)}"
+        self._jobs.submit(
+            entrypoint=f"exec {shlex.join(words)}",
+            submission_id=beside,
+            runtime_env=info.runtime_env,
+            entrypoint_resources={f"node:{info.driver_info.node_ip_address}": 0.001},
+        )
+        while (done := self._jobs.info(beside)).status not in _ENDED:
+            time.sleep(_BESIDE_SECONDS)
+        if done.driver_exit_code is None:
+            raise RunError(f"Ray could not run it: {(done.message or 'no reason given').strip().splitlines()[-1]}", "")
+        return done.driver_exit_code, self._jobs.text(beside)
 
     def logs(self, follow: bool = False) -> Iterator[str]:
         pieces = self._followed() if follow else iter([self._jobs.text(self._id)])
@@ -147,6 +177,8 @@ class RayHandle(Handle):
         if info.status == "SUCCEEDED":
             seconds = ((info.end_time or 0) - (info.start_time or 0)) / 1000
             return result or {**self._pending(), "seconds": seconds}  # a run folder that cannot be seen from here
+        if info.status == "STOPPED" and self._is_service:
+            return {**self._pending(), "state": "stopped"}
         if info.status == "STOPPED" or code == EXIT_INTERRUPTED:
             if result and result["state"] == "interrupted" and result["checkpoint"] is not None:
                 return result

@@ -8,22 +8,21 @@ from swift_dist.errors import JobError
 
 if TYPE_CHECKING:
     from swift_dist.cluster.placement import Demand
-    from swift_dist.config import JobConfig
+    from swift_dist.launchers._base import Work
 
 
-def require_room(job: JobConfig, nodes: list[dict[str, float]]) -> None:
+def require_room(work: Work, nodes: list[dict[str, float]]) -> None:
     """Refuse what nodes with these total resources can never hold, all at once: the ranks and the driver.
+
+    A deployment has no ranks, and finds out itself whether its replicas have room.
 
     Raises:
         JobError: saying what is missing. (Ray itself would leave the job PENDING for ever.)
     """
-    from swift_dist.cluster.devices import choose_devices, gpus_per_node
-    from swift_dist.cluster.placement import Demand, require_placeable, what_is_missing
+    from swift_dist.cluster.placement import what_is_missing
 
-    devices = choose_devices(job.cluster, gpus_per_node(nodes, job.cluster.nnodes), "a node of the cluster")
-    demand: Demand = Demand.of(job.cluster, devices.nproc_per_node, devices.use_gpu)
-    require_placeable(demand, nodes)
-    options = job.launch.ray
+    demand = None if work.is_service else _placeable(work, nodes)
+    options = work.launch.ray
     kept = {
         "CPU": options.entrypoint_num_cpus,
         "GPU": options.entrypoint_num_gpus,
@@ -32,7 +31,9 @@ def require_room(job: JobConfig, nodes: list[dict[str, float]]) -> None:
     }
     kept = {name: amount for name, amount in kept.items() if amount}
     hosts = [i for i, node in enumerate(nodes) if all(node.get(name, 0) >= amount for name, amount in kept.items())]
-    if not kept or any(what_is_missing(demand, _without(nodes, i, kept)) is None for i in hosts):
+    if not kept or (demand is None and hosts):
+        return
+    if demand and any(what_is_missing(demand, _without(nodes, i, kept)) is None for i in hosts):
         return
     asked = ", ".join(f"{amount:g} {name}" for name, amount in kept.items())
     key = next(name for name, value in options if name.startswith("entrypoint_") and value)
@@ -43,6 +44,17 @@ def require_room(job: JobConfig, nodes: list[dict[str, float]]) -> None:
         f"with {asked} kept for the driver there is no room for {demand}",
         "ask for less",
     )
+
+
+def _placeable(work: Work, nodes: list[dict[str, float]]) -> Demand:
+    """What the ranks ask of the nodes, which have it."""
+    from swift_dist.cluster.devices import choose_devices, gpus_per_node
+    from swift_dist.cluster.placement import Demand, require_placeable
+
+    devices = choose_devices(work.cluster, gpus_per_node(nodes, work.cluster.nnodes), "a node of the cluster")
+    demand = Demand.of(work.cluster, devices.nproc_per_node, devices.use_gpu)
+    require_placeable(demand, nodes)
+    return demand
 
 
 def _without(nodes: list[dict[str, float]], index: int, kept: dict[str, float]) -> list[dict[str, float]]:

@@ -8,14 +8,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from swift_dist.errors import EXIT_INTERRUPTED, EXIT_JOB_WRONG, JobError, RunError
-from swift_dist.launchers._base import Handle, State, Submission
+from swift_dist.errors import EXIT_INTERRUPTED, JobError, RunError
+from swift_dist.launchers._base import Handle, State, Submission, raise_told
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +159,21 @@ class SlurmHandle(Handle):
             # To the batch script alone: the ranks must live until the checkpoint is written.
             slurm("scancel", "--batch", "--signal=TERM", self._id)
 
+    def run_beside(self, words: Sequence[str]) -> tuple[int, str]:
+        """Run a command on the job's first node, with its CPUs; its exit code and stdout. Outside of a container.
+
+        Raises:
+            RunError: the job does not run there (any more).
+        """
+        host = re.search(r"\bBatchHost=(\S+)", slurm("scontrol", "-o", "show", "job", self._id))
+        if host is None:
+            raise RunError(f"Slurm job {self._id} runs on no node", f"squeue -j {self._id} says why")
+        step = ["srun", f"--jobid={self._id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host[1]}"]
+        done = subprocess.run(
+            [*step, "--mpi=none", "--quiet", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        return done.returncode, done.stdout
+
     def logs(self, follow: bool = False) -> Iterator[str]:
         position, rest, began, lost, ended = 0, "", time.monotonic(), 0.0, not follow
         while True:
@@ -256,13 +271,7 @@ class SlurmHandle(Handle):
         if result and "error" not in result and (ended.state in ("done", "interrupted")):
             return result
         if result and "error" in result and ended.code == result["exit_code"]:
-            error = result["error"]
-            message = error["message"].partition("\n  remedy: ")[0]
-            if ended.code == EXIT_JOB_WRONG:
-                raise JobError(error["key"], message.removeprefix(f"{error['key']}: "), error["remedy"])
-            if ended.code == EXIT_INTERRUPTED:
-                raise KeyboardInterrupt(message)
-            raise RunError(message, error["remedy"])
+            raise_told(result)
         if ended.state == "interrupted":
             raise KeyboardInterrupt(f"Slurm job {self._id} was cancelled; what its newest checkpoint holds is there")
         raise RunError(self._describe(ended), f"see {self._log} and {self._result_path.parent}/ray_*.log")

@@ -137,6 +137,9 @@ class KubeRayHandle:
 
 class KubeRayLauncher:
     where: Where = "elsewhere"
+    no_deployments = (
+        "nothing of a RayJob leads clients to an API in its head's pod, and its pods go before requests are answered"
+    )
 
     def render(self, job: JobConfig) -> str:
         return yaml.safe_dump(manifest(job), sort_keys=False, width=10**6)

@@ -58,6 +58,7 @@ class LocalLauncher:
     """On this machine, or on the Ray cluster that the job names."""
 
     where: Where = "ray"
+    no_deployments = ""  # it is what `swift-dist deploy` does itself
 
     def render(self, job: JobConfig) -> str:
         return command_line(job)

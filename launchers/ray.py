@@ -23,7 +23,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.launchers._base import Submission, Where, command_line
+from swift_dist.launchers._base import Submission, Where, Work
 from swift_dist.launchers._ray_client import RayJobs, UnknownJob, Unreachable, resolve_address
 from swift_dist.launchers._ray_handle import RayHandle
 from swift_dist.launchers._ray_room import require_room
@@ -63,9 +63,11 @@ class RayLauncher:
     """Through the job server of a cluster's dashboard."""
 
     where: Where = "elsewhere"
+    no_deployments = ""
 
-    def render(self, job: JobConfig) -> str:
-        options = job.launch.ray
+    def render(self, job: JobConfig | Work) -> str:
+        work = Work.of(job)
+        options = work.launch.ray
         runtime_env = self._runtime_env(options)
         words = ["ray", "job", "submit", "--address", resolve_address(options.address), "--no-wait"]
         if options.upload:
@@ -73,27 +75,27 @@ class RayLauncher:
             words += ["--working-dir", str(folder)]
             left_out = [f"/{name}" for name in _collected(options).left_out]
             runtime_env["excludes"] = [*options.excludes, *left_out]
-        words += ["--runtime-env-json", json.dumps(runtime_env), "--metadata-json", json.dumps(_metadata(job))]
+        words += ["--runtime-env-json", json.dumps(runtime_env), "--metadata-json", json.dumps(_metadata(work))]
         for name, value in _entrypoint(options).items():
             given = f"{value:g}" if isinstance(value, float) else json.dumps(value)
             words += [f"--{name.replace('_', '-')}", given]
-        return f"{shlex.join(words)} -- {_command(job)}"
+        return f"{shlex.join(words)} -- {_command(work)}"
 
-    def submit(self, job: JobConfig) -> RayHandle:
+    def submit(self, job: JobConfig | Work) -> RayHandle:
         """
         Raises:
             JobError: no cluster answers, it does not take our token, or it can never place the job. Nothing has begun.
         """
-        options = job.launch.ray
+        work = Work.of(job)
+        options = work.launch.ray
         address = resolve_address(options.address)
-        assert job.output
-        run = Path(job.output)
+        run = Path(work.output)
         try:
             jobs = RayJobs(address)
             self._require_new(run)
             _require_same_ray(jobs, options)
-            require_room(job, jobs.nodes())
-            return self._submit(job, jobs, run)
+            require_room(work, jobs.nodes())
+            return self._submit(work, jobs, run)
         except Unreachable as error:
             raise JobError(
                 "launch.ray.address",
@@ -104,10 +106,10 @@ class RayLauncher:
     def attach(self, submission: Submission) -> RayHandle:
         return RayHandle(submission)
 
-    def _submit(self, job: JobConfig, jobs: RayJobs, run: Path) -> RayHandle:
+    def _submit(self, work: Work, jobs: RayJobs, run: Path) -> RayHandle:
         from swift_dist.runs.submission import read_submission, remove_submission, write_submission
 
-        options = job.launch.ray
+        options = work.launch.ray
         submission = Submission(
             "ray", f"swift_dist-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(3)}", jobs.address
         )
@@ -124,10 +126,10 @@ class RayLauncher:
             attempts = (read_submission(run) or {}).get("attempts", 0)
             try:
                 jobs.submit(
-                    entrypoint=_command(job),
+                    entrypoint=_command(work),
                     submission_id=submission.id,
                     runtime_env=runtime_env,
-                    metadata=_metadata(job),
+                    metadata=_metadata(work),
                     **_entrypoint(options),
                 )
             except Exception:
@@ -139,6 +141,7 @@ class RayLauncher:
             run,
             attempts=attempts,
             follow=options.follow,
+            is_service=work.is_service,
             reconnect_timeout=options.reconnect_timeout,
         )
 
@@ -173,25 +176,24 @@ class RayLauncher:
         return {**options.runtime_env, "env_vars": env}
 
 
-def _command(job: JobConfig) -> str:
+def _command(work: Work) -> str:
     """What runs on the cluster; its Ray puts RAY_ADDRESS, and its nodes their token, into the environment.
 
     Ray gives it to a shell. `exec`: a stop in the moment in which that shell forks would end the shell alone, Ray would
     call the job stopped, and the driver would train on (seen with Ray 2.60).
     """
-    plain = job.model_copy(update={"launch": type(job.launch)()})
-    return f"exec {command_line(plain)} --launcher local"
+    return f"exec {shlex.join(work.command)}"
 
 
-def _metadata(job: JobConfig) -> dict[str, str]:
+def _metadata(work: Work) -> dict[str, str]:
     from swift_dist import __version__
 
     return {
-        "task": job.task,
-        "output": str(job.output),
+        "task": work.verb,
+        "output": work.output,
         "swift_dist": __version__,
         "submitted_by": f"{getpass.getuser()}@{socket.gethostname()}",
-        **job.launch.ray.metadata,
+        **work.launch.ray.metadata,
     }
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError, RunError
-from swift_dist.launchers._base import Submission, Where, command_line
+from swift_dist.launchers._base import Submission, Where, Work
 from swift_dist.launchers._slurm_handle import SlurmHandle, slurm
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ Size = Annotated[str, Field(pattern=r"^\d+[KMGT]?$", coerce_numbers_to_str=True)
 PORTS = range(24000, 32000)
 """The band that jobs share where `launch.slurm.ports` names no other; each takes 32 of it, by its id."""
 PORTS_OF_A_JOB = 32
+
+ADD_HOST = """bash -c 'exec "$@" --host "${RAY_ADDRESS%:*}"' deploy"""
+"""Before the words of a deployment, which then listens at the address of the job's first node: the one that the nodes'
+Ray talks to. slurm/serve.sbatch does the same."""
 
 OWN_WORDS = {
     "--nodes": "cluster.nnodes says it",
@@ -88,15 +92,17 @@ class SlurmLauncher:
     """Through sbatch. The job is driven on its first node and goes on without this process."""
 
     where: Where = "elsewhere"
+    no_deployments = ""
 
-    def render(self, job: JobConfig) -> str:
-        _check(job)
-        options, folder = job.launch.slurm, _log_folder(job)
+    def render(self, job: JobConfig | Work) -> str:
+        work = Work.of(job)
+        _check(work)
+        options, folder = work.launch.slurm, _log_folder(work)
         parts = [
             "#!/usr/bin/env bash",
-            f"# {job.task} into {job.output}, rendered by swift-dist. By hand:",
+            f"# {work.verb} into {work.output}, rendered by swift-dist. By hand:",
             f"#     mkdir -p {shlex.quote(str(folder))} && sbatch THIS_FILE",
-            *_directives(job),
+            *_directives(work),
             "",
             *options.setup,
             *(
@@ -104,24 +110,24 @@ class SlurmLauncher:
                 if options.container_image
                 else [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
             ),
-            *_settings(job),
+            *_settings(work),
             "",
             ray_cluster().rstrip(),
             "",
-            f'ray_cluster_run {_command(job)} >"$RAY_CLUSTER_LOGS/result.json"',
+            f'ray_cluster_run {_command(work)} >"$RAY_CLUSTER_LOGS/result.json"',
         ]
         return "\n".join(parts) + "\n"
 
-    def submit(self, job: JobConfig) -> SlurmHandle:
+    def submit(self, job: JobConfig | Work) -> SlurmHandle:
         """
         Raises:
             JobError: no Slurm is here, it refuses the job, or the run folder is a waiting job's. Nothing has begun.
         """
         from swift_dist.runs.submission import write_submission
 
-        script = self.render(job)
-        assert job.output
-        run, folder = Path(job.output), _log_folder(job)
+        work = Work.of(job)
+        script = self.render(work)
+        run, folder = Path(work.output), _log_folder(work)
         self._require_new(run)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "job.sbatch"
@@ -139,7 +145,7 @@ class SlurmLauncher:
         submission = Submission("slurm", number, str(folder / f"{number}.log"))
         write_submission(run, asdict(submission))
         log.info("submitted as Slurm job %s; its output: %s", number, submission.address)
-        return SlurmHandle(submission, run, follow=job.launch.slurm.follow)
+        return SlurmHandle(submission, run, follow=work.launch.slurm.follow)
 
     def attach(self, submission: Submission) -> SlurmHandle:
         return SlurmHandle(submission)
@@ -166,21 +172,22 @@ def ray_cluster() -> str:
     return importlib.resources.files("swift_dist").joinpath("slurm", "ray_cluster.sh").read_text(encoding="utf-8")
 
 
-def _check(job: JobConfig) -> None:
-    options = job.launch.slurm
-    if job.cluster.address:
+def _check(work: Work) -> None:
+    options = work.launch.slurm
+    if work.cluster.address:
         raise JobError(
             "cluster.address",
             "a job in Slurm brings its own Ray cluster",
             "leave it out, or --launcher ray for that cluster",
         )
-    band(job)
-    least = _cpus(job)
+    band(work)
+    least = _cpus(work)
+    what, key = ("devices", "cpus_per_replica") if work.is_service else ("ranks", "cluster.cpus_per_rank")
     if options.cpus_per_task and options.cpus_per_task < least:
         raise JobError(
             "launch.slurm.cpus_per_task",
-            f"{options.cpus_per_task}, but {job.cluster.nproc_per_node} ranks with "
-            f"{job.cluster.cpus_per_rank:g} CPUs (cluster.cpus_per_rank) need {least}",
+            f"{options.cpus_per_task}, but {work.cluster.nproc_per_node} {what} with "
+            f"{work.cluster.cpus_per_rank:g} CPUs ({key}) need {least}",
             f"--launch.slurm.cpus_per_task {least}",
         )
     for word in options.sbatch:
@@ -191,38 +198,38 @@ def _check(job: JobConfig) -> None:
             raise JobError("launch.slurm.sbatch", f"{name}: {OWN_WORDS[name]}", "leave it out")
 
 
-def band(job: JobConfig) -> range:
+def band(work: JobConfig | Work) -> range:
     """Ports that jobs of this site share.
 
     Raises:
         JobError: they are too few, or none.
     """
-    first, last = map(int, job.launch.slurm.ports.split("-"))
+    first, last = map(int, work.launch.slurm.ports.split("-"))
     if not 0 < first <= last - PORTS_OF_A_JOB + 1 <= 65535 - PORTS_OF_A_JOB + 1:
         raise JobError(
             "launch.slurm.ports",
-            f"{job.launch.slurm.ports} is no band of {PORTS_OF_A_JOB} ports or more, up to 65535",
+            f"{work.launch.slurm.ports} is no band of {PORTS_OF_A_JOB} ports or more, up to 65535",
             f"--launch.slurm.ports {PORTS[0]}-{PORTS[-1]}",
         )
     return range(first, last + 1)
 
 
-def _cpus(job: JobConfig) -> int:
-    assert job.cluster.nproc_per_node
-    return math.ceil(job.cluster.cpus_per_rank * job.cluster.nproc_per_node)
+def _cpus(work: Work) -> int:
+    assert work.cluster.nproc_per_node
+    return math.ceil(work.cluster.cpus_per_rank * work.cluster.nproc_per_node)
 
 
-def _directives(job: JobConfig) -> list[str]:
+def _directives(work: Work) -> list[str]:
     """The #SBATCH lines."""
-    options, folder = job.launch.slurm, _log_folder(job)
+    options, folder = work.launch.slurm, _log_folder(work)
     gres = options.gres
     if gres is None:
-        gres = "" if job.cluster.accelerator == "cpu" else f"gpu:{job.cluster.nproc_per_node}"
+        gres = "" if work.cluster.accelerator == "cpu" else f"gpu:{work.cluster.nproc_per_node}"
     given = {
-        "job-name": options.job_name or f"swift_dist-{Path(str(job.output)).name}",
-        "nodes": str(job.cluster.nnodes),
+        "job-name": options.job_name or f"swift_dist-{Path(work.output).name}",
+        "nodes": str(work.cluster.nnodes),
         "ntasks-per-node": "1",
-        "cpus-per-task": str(options.cpus_per_task or _cpus(job)),
+        "cpus-per-task": str(options.cpus_per_task or _cpus(work)),
         "gres": gres,
         "partition": options.partition,
         "account": options.account,
@@ -231,48 +238,53 @@ def _directives(job: JobConfig) -> list[str]:
         "time": options.time,
         "mem": options.mem,
         "dependency": options.dependency,
-        "signal": f"B:USR1@{options.signal_seconds}",
+        # at USR1 ray_cluster.sh puts the job back into the queue once it has ended
+        "signal": f"B:{'TERM' if work.is_service else 'USR1'}@{options.signal_seconds}",
         "chdir": str(Path.cwd()),
         "output": f"{folder}/%j.log",
         "open-mode": "append",
     }
     words = [f"--{name}={shlex.quote(value)}" for name, value in given.items() if value]
-    words.append("--requeue" if options.requeue else "--no-requeue")
+    words.append("--requeue" if _goes_back(work) else "--no-requeue")
     words += ["--exclusive"] if options.exclusive else []
     words += ["--kill-on-invalid-dep=yes"] if options.dependency else []  # else it would wait for ever
     return [f"#SBATCH {word}" for word in [*words, *options.sbatch]]
 
 
-def _settings(job: JobConfig) -> list[str]:
+def _settings(work: Work) -> list[str]:
     """What ray_cluster.sh reads. All of it: nothing of the submitter's environment is to decide."""
-    options = job.launch.slurm
-    mounts = [str(job.output), *options.container_mounts]
+    options = work.launch.slurm
+    mounts = [work.output, *options.container_mounts]
     settings = {
         "PORTS": options.ports,
         "WORKER_PORTS": "",
         "INTERFACE": options.interface or "",
         "JOIN_SECONDS": options.join_timeout,
-        "MAX_RESTARTS": options.max_restarts if options.requeue else 0,
+        "MAX_RESTARTS": options.max_restarts if _goes_back(work) else 0,
         "STOP_SECONDS": options.stop_timeout,
-        "DASHBOARD": str(job.cluster.dashboard).lower(),
-        "GPUS": "0" if job.cluster.accelerator == "cpu" else "",
+        "DASHBOARD": str(work.cluster.dashboard).lower(),
+        "GPUS": "0" if work.cluster.accelerator == "cpu" else "",
         "IMAGE": options.container_image or "",
         "RUNTIME": options.container_runtime,
         "MOUNTS": ",".join(mounts) if options.container_image else "",
     }
     lines = [f"RAY_CLUSTER_{name}={shlex.quote(str(value))}" for name, value in settings.items()]
-    return [f'RAY_CLUSTER_LOGS={shlex.quote(str(_log_folder(job)))}/"$SLURM_JOB_ID".d', *lines]
+    return [f'RAY_CLUSTER_LOGS={shlex.quote(str(_log_folder(work)))}/"$SLURM_JOB_ID".d', *lines]
 
 
-def _log_folder(job: JobConfig) -> Path:
-    folder = job.launch.slurm.log_folder
-    return Path(folder).absolute() if folder else Path(str(job.output)) / "slurm"
+def _log_folder(work: Work) -> Path:
+    folder = work.launch.slurm.log_folder
+    return Path(folder).absolute() if folder else Path(work.output) / "slurm"
 
 
-def _command(job: JobConfig) -> str:
+def _goes_back(work: Work) -> bool:
+    return work.launch.slurm.requeue and not work.is_service
+
+
+def _command(work: Work) -> str:
     """What runs on the first node; ray_cluster.sh says where its Ray cluster is."""
-    plain = job.model_copy(update={"launch": type(job.launch)()})
-    return f"{command_line(plain)} --launcher local --json"
+    line = f"{shlex.join(work.command)} --json"
+    return f"{ADD_HOST} {line}" if work.adds_host else line
 
 
 LAUNCHER = SlurmLauncher()

@@ -38,6 +38,7 @@ class TorchrunLauncher:
     """Run by hand, or by what the site has (srun, pdsh, mpirun), once on each node."""
 
     where: Where = "machine"
+    no_deployments = "it starts ranks that train, without Ray, which places a deployment's replicas"
 
     def render(self, job: JobConfig) -> str:
         options = job.launch.torchrun

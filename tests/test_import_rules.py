@@ -64,7 +64,8 @@ ALLOWED: dict[str, set[str]] = {
     "serving": {
         *("config", "models", "converters", "checkpoint", "convert", "tuners", "runs", "data", "workers"),
         "engines.hf.saved_step",
-        *("cluster.runtime", "cluster.devices"),  # a deployment's own Ray cluster, and what it computes on
+        # a deployment's own Ray cluster, what it computes on, and what is sent to another machine
+        *("cluster.runtime", "cluster.devices", "cluster.versions", "launchers._base"),
     },
     # A launcher asks in the gang's own words whether a job can be placed, and what a node must have installed; what it
     # submitted it notes beside the run, and reads there how that ended.

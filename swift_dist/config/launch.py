@@ -1,4 +1,4 @@
-"""The job's `launch` section: the options of every launcher, each declared in its own file."""
+"""The `launch` section of a job, and that of a deployment: the options of launchers, each declared in its own file."""
 
 from __future__ import annotations
 
@@ -7,3 +7,8 @@ from typing import Any
 from swift_dist.config.plugged import plugged
 
 LaunchSection: Any = plugged("swift_dist.launchers", name="LaunchSection")
+
+DeploymentLaunchSection: Any = plugged(
+    "swift_dist.launchers", name="DeploymentLaunchSection", keep=lambda module: not module.LAUNCHER.no_deployments
+)
+"""Of the launchers that take deployments."""

@@ -1,7 +1,8 @@
 """`swift-dist deploy`: an OpenAI API for models, and the same word for what is changed while it runs.
 
-With `--model` a deployment starts, in the foreground. With one of `--update`, `--promote`, `--rollback`, `--status`,
-`--stop`, `--load_adapter` and `--unload_adapter` a running one is asked, which is found by `--output`.
+With `--model` a deployment starts: in the foreground, or with `--launcher` elsewhere. With one of `--update`,
+`--promote`, `--rollback`, `--status`, `--stop`, `--load_adapter` and `--unload_adapter` a running one is asked, which
+is found by `--output`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from swift_dist.config.launch import DeploymentLaunchSection
 from swift_dist.errors import JobError
 from swift_dist.serving.deployment.scaling import ScaleOptions
 from swift_dist.serving.front.options import FrontOptions
@@ -32,6 +34,18 @@ class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
         (), description="folders below which adapters may be loaded while it runs (also: those that --adapters names)"
     )
     address: str | None = Field(None, description="Ray cluster to run on (default: RAY_ADDRESS, else one of its own)")
+    launcher: str = Field(
+        "local",
+        description="where it runs: local (here, or on --address), ray (on a cluster, as a Ray job), slurm (as a batch "
+        "job); with a change: local asks from this machine even if the deployment was sent elsewhere",
+    )
+    nnodes: int = Field(1, ge=1, description="nodes of the batch job (--launcher slurm)")
+    nproc_per_node: int | None = Field(
+        None,
+        ge=1,
+        description="devices of each of them that replicas get (default: as many as they need; an update needs twice "
+        "as many)",
+    )
     output: str | None = Field(None, description="folder of the deployment (default: runs/deploy-<time>; the newest)")
     follow: str | None = Field(
         None, description="folder of a training run, each of whose new checkpoints replaces the model"
@@ -57,10 +71,11 @@ class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
     stop: bool = Field(False, description="end a running deployment; requests that run are answered")
     load_adapter: str | None = Field(None, description="name=DIR: load an adapter into a running deployment")
     unload_adapter: str | None = Field(None, description="name of an adapter that a running deployment is to forget")
+    launch: DeploymentLaunchSection = DeploymentLaunchSection()
 
 
 # What each change of a running deployment may be told beside itself.
-_FINDS = frozenset({"output"})
+_FINDS = frozenset({"output", "launcher"})
 _REPLACES = _FINDS | {"served_model_name", "surge", "wait_timeout"}
 _CHANGES: dict[str, frozenset[str]] = {
     "update": _REPLACES | {"canary", "hf_config", "tokenizer", "cache", "merge_lora"},
@@ -74,7 +89,7 @@ _CHANGES: dict[str, frozenset[str]] = {
 
 
 def deploy(options: DeployOptions) -> dict[str, Any]:
-    """Start a deployment and stay until it is stopped, or change one that runs.
+    """Start a deployment and stay until it is stopped, send it elsewhere, or change one that runs.
 
     Raises:
         JobError: something is wrong with the keys, the model, or this machine; nothing was started.
@@ -82,9 +97,16 @@ def deploy(options: DeployOptions) -> dict[str, Any]:
     """
     change = _change(options)
     if change is not None:
-        from swift_dist.serving.deployment import changes
+        from swift_dist.serving.deployment import changes, launched
 
+        if (there := launched.find(options)) is not None:
+            return launched.change(there, options, change)
         return getattr(changes, change)(options)
+    if options.launcher != "local":
+        from swift_dist.serving.deployment import launched
+
+        return launched.submit(options)
+    require_local(options)
     from swift_dist.serving.deployment.plan import describe, make_plan
 
     plan = make_plan(options)
@@ -93,6 +115,13 @@ def deploy(options: DeployOptions) -> dict[str, Any]:
     from swift_dist.serving.deployment.driver import serve
 
     return serve(plan)
+
+
+def require_local(options: DeployOptions) -> None:
+    """Raises JobError for keys that only launchers read."""
+    given = options.model_fields_set & {"nnodes", "nproc_per_node", "launch"}
+    if given:
+        raise JobError(min(given), "is read with --launcher slurm or ray only", "add --launcher, or leave it out")
 
 
 def _change(options: DeployOptions) -> str | None:
@@ -113,6 +142,8 @@ def _change(options: DeployOptions) -> str | None:
     extra = sorted(given - _CHANGES[asked[0]] - {asked[0]})
     if extra:
         raise JobError(extra[0], f"has no meaning with --{asked[0]}: the deployment runs already", _NOT)
+    if options.launcher != "local":
+        raise JobError("launcher", "a change goes where the deployment was sent", "leave it out, or --launcher local")
     if options.surge is not None and options.canary is not None:
         raise JobError("surge", "a canary runs beside all old replicas", "--promote --surge for the rest of them")
     return asked[0]

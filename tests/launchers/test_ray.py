@@ -17,7 +17,7 @@ from swift_dist.config import JobConfig
 from swift_dist.config.load import load_job
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers import _ray_handle
-from swift_dist.launchers._base import Submission
+from swift_dist.launchers._base import Submission, Work
 from swift_dist.launchers._ray_client import Unreachable, resolve_address
 from swift_dist.launchers._ray_handle import RayHandle, state_of
 from swift_dist.launchers._ray_room import require_room
@@ -195,9 +195,9 @@ def test_the_dashboards_address(monkeypatch, asked, variables, expected_address)
 
 def test_what_can_never_be_placed_is_refused():
     small, large = {"CPU": 4.0, "memory": 1e9}, {"CPU": 8.0, "GPU": 8.0, "memory": 1e9, "head": 1.0}
-    require_room(a_job(), [small, small])
-    require_room(a_job(entrypoint_num_cpus=1), [small, small, small])
-    require_room(a_job(entrypoint_num_cpus=4, entrypoint_resources={"head": 1}), [small, large])
+    require_room(Work.of(a_job()), [small, small])
+    require_room(Work.of(a_job(entrypoint_num_cpus=1)), [small, small, small])
+    require_room(Work.of(a_job(entrypoint_num_cpus=4, entrypoint_resources={"head": 1})), [small, large])
     for nodes, options, key, text in [
         ([small], {}, "cluster.nnodes", "has 1 such node"),
         ([small, small], {"entrypoint_num_cpus": 1}, "launch.ray.entrypoint_num_cpus", "no room for 2 nodes"),
@@ -208,7 +208,7 @@ def test_what_can_never_be_placed_is_refused():
         ([small, small], {"entrypoint_memory": 2 * 10**9}, "launch.ray.entrypoint_memory", "memory"),
     ]:  # fmt: skip
         with pytest.raises(JobError, match=text) as caught:
-            require_room(a_job(**options), nodes)
+            require_room(Work.of(a_job(**options)), nodes)
         assert caught.value.key == key
 
 

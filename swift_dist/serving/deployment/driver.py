@@ -7,7 +7,9 @@ order: first the front, which answers what runs, then the replicas, then the clu
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -35,8 +37,10 @@ def serve(plan: Plan) -> dict[str, Any]:
     """
     from swift_dist.cluster.devices import Devices, gpus_of_this_machine
     from swift_dist.cluster.runtime import Cluster
+    from swift_dist.cluster.versions import check_versions
     from swift_dist.config.job import ClusterSection
 
+    check_versions(os.environ)
     num_cpus = plan.num_cpus * (SURGE * plan.most_replicas * len(plan.models) + 1)
     gpus = gpus_of_this_machine() if plan.use_gpu and plan.is_own else 0
     with ExitStack() as stack:
@@ -147,11 +151,10 @@ class _Deployment:
         return f"{url_of(self._plan.options)}/v1"
 
     def _write(self, state: str) -> None:
-        import os
-
         self._folder.write(
             state=state,
             pid=os.getpid(),
+            host=socket.gethostname(),
             started=self._started,
             address=self._address,
             controller=self._spec.name,

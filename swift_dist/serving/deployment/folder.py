@@ -21,7 +21,7 @@ PARENT = Path("runs")
 class DeploymentFolder:
     """Files of one deployment.
 
-    deployment.json (pid, address, control, state), state.json (models and versions), admin_token (mode 0600),
+    deployment.json (host, pid, address, control, state), state.json (models and versions), admin_token (mode 0600),
     lock (held while it runs), logs/.
     """
 

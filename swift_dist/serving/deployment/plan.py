@@ -114,10 +114,10 @@ def make_plan(options: DeployOptions) -> Plan:
     from swift_dist.serving.engines.choose import choose, uses_gpu
     from swift_dist.serving.front.haproxy import Front, require_port
 
-    bounds = _bounds(options)
+    bounds = bounds_of(options)
     options = with_absolute_files(options)
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    _require_roots(options)
+    require_roots(options)
     folder = DeploymentFolder(options.output or default_folder())
     if folder.runs():
         raise JobError("output", f"a deployment runs in {folder.path}", "--output another folder, or --stop it first")
@@ -152,7 +152,8 @@ def check_models(plan: Plan) -> None:
         plan.engine.check(plan.served(model))
 
 
-def _bounds(options: DeployOptions) -> Bounds | None:
+def bounds_of(options: DeployOptions) -> Bounds | None:
+    """Of `--autoscale`. Raises JobError where it, or a key that belongs to it, cannot be meant."""
     if options.autoscale is None:
         for key in ("target_ongoing_requests", "upscale_delay", "downscale_delay"):
             if key in options.model_fields_set:
@@ -179,7 +180,8 @@ def with_absolute_files(options: DeployOptions) -> DeployOptions:
     return options.model_copy(update={key: str(Path(path).absolute()) for key, path in given.items()})
 
 
-def _require_roots(options: DeployOptions) -> None:
+def require_roots(options: DeployOptions) -> None:
+    """Raises JobError where `--adapter_root` names no folder."""
     for root in options.adapter_root:
         if not Path(root).is_dir():
             raise JobError("adapter_root", f"there is no folder {root}", "name one that exists")
