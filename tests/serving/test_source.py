@@ -19,6 +19,8 @@ from toy_engine import save_toy_model
 from swift_dist.errors import JobError
 from swift_dist.serving.sources.source import Source, name_of, named_adapters, resolve_model
 
+SYSTEM = "Be {{ brief }}."
+pytestmark = pytest.mark.timeout(900)  # two runs are trained first: minutes on a busy machine
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())"]
 
 
@@ -28,20 +30,21 @@ def command(*words: str | Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and runs of it: ``full`` and ``lora`` of two steps each."""
+    """A model, and runs of it: ``full`` and ``lora`` (with a system message) of two steps each."""
     home = tmp_path_factory.mktemp("home")
     chat_model.save_chat_model(home / "base")
     rows = chat_model.save_rows(home / "rows.jsonl", chat_model.conversations(16))
     for tuner in ("lora", "full"):
         words = ["--tuner_type", tuner, "--max_length", "128", "--train.steps", "2", "--checkpoint.interval", "1"]
         words += ["--nproc_per_node", "1", "--launcher", "torchrun", "--optimizer.lr", "0.01"]
+        words += ["--system", SYSTEM] if tuner == "lora" else []
         command("sft", "--model", home / "base", "--dataset", rows, "--output", home / tuner, *words)
     return home
 
@@ -64,7 +67,9 @@ def test_a_finished_run_is_its_export(home: Path) -> None:
     full, lora = resolve_model(str(home / "full")), resolve_model(str(home / "lora"))
     assert (full.name, full.adapters, Path(full.path).parent) == ("full", {}, home / ".cache" / "serving")
     assert equal(weights(full.path), weights(home / "full" / "model"))
-    assert (lora.name, lora.base_name, lora.path) == ("lora", "base", str(home / "base"))
+    assert (lora.name, lora.base_name) == ("lora", "base")
+    assert Path(lora.path).parent == home / ".cache" / "serving"
+    assert equal(weights(lora.path), weights(home / "base"))
     kept = Path(lora.adapters["lora"])
     assert {f.name: f.read_bytes() for f in kept.iterdir()} == {
         f.name: f.read_bytes() for f in (home / "lora" / "adapter").iterdir()
@@ -100,6 +105,39 @@ def test_what_a_run_exported_is_served_where_nothing_can_be_kept(tmp_path: Path)
     save_toy_model(run / "model", "hello")
     (tmp_path / ".cache").write_text("no folder")
     assert resolve_model(str(run)).path == str(run / "model")
+
+
+def test_a_run_is_asked_with_the_system_message_it_was_trained_with(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Token for token as training's own template writes it: of its adapter, of a step, merged."""
+    from transformers import AutoTokenizer
+
+    from swift_dist.config.finetune import TemplateSection
+    from swift_dist.data.rows import Row
+    from swift_dist.data.templates.template import load_template
+
+    user, answer = {"role": "user", "content": "the moon"}, {"role": "assistant", "content": "is red."}
+    own = {"role": "system", "content": "Mine."}
+
+    def trained(*messages: dict[str, str], system: str | None = None) -> list[int]:
+        template = load_template(str(home / "base"), TemplateSection(system=system))
+        encoded = template.encode(Row((*messages, answer)))
+        return encoded.ids[: encoded.weights.argmax()].tolist()
+
+    lora = resolve_model(str(home / "lora"))
+    step = resolve_model(str(home / "lora" / "checkpoints" / "step_1"))
+    merged = resolve_model(str(home / "lora"), merge_lora=True)
+    for source in (lora, step, merged):
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        for messages in ([user], [own, user]):
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert ids == trained(*messages, system=SYSTEM)
+    assert trained(user, system=SYSTEM) != trained(user)
+    assert (Path(lora.path) / "model.safetensors").samefile(home / "base" / "model.safetensors"), "no second copy"
+    beside = resolve_model(str(home / "base"), adapters={"a": str(home / "lora")})
+    assert beside.path == str(home / "base")
+    assert "a was trained with a chat template of its own" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -283,3 +321,36 @@ def test_names_of_adapters(home: Path) -> None:
         with pytest.raises(JobError, match="adapters"):
             named_adapters(words)
     assert name_of(str(home / "lora" / "checkpoints" / "step_1")) == "lora" and name_of("owner/Name-1") == "Name-1"
+
+
+def test_models_of_the_hub_are_found_in_its_cache(home: Path, tmp_path: Path) -> None:
+    """By id, branch and commit, without a network: in a process of its own, since the hub's place is read at import."""
+    folder = tmp_path / "hf" / "hub" / "models--owner--name"
+    for commit, ref in (("a" * 40, "main"), ("b" * 40, "trial")):
+        shutil.copytree(home / "base", folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / ref).write_text(commit)
+    code = """
+import sys
+from swift_dist.errors import JobError
+from swift_dist.serving.sources.source import resolve_model
+for named in sys.argv[1:]:
+    try:
+        source = resolve_model(named)
+        print(source.name, source.path)
+    except JobError as error:
+        print(error.key, error.message)
+"""
+    asked = ["owner/name", "owner/name@trial", "owner/name@" + "b" * 40, "owner/name@none", "owner/other"]
+    place = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # where nothing listens
+    clean = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked], env={**clean, **place}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    snapshots = folder / "snapshots"
+    assert said[:3] == [f"name {snapshots / ('a' * 40)}", *[f"name {snapshots / ('b' * 40)}"] * 2]
+    for line, named in zip(said[3:], asked[3:], strict=True):
+        assert line.startswith(f"model {named} is no folder here and could not be had from the Hugging Face hub")
+        assert "it is not in the local cache, and http://127.0.0.1:9 does not answer" in line

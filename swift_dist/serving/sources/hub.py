@@ -23,16 +23,20 @@ _PATTERNS = [
 def snapshot(name: str, key: str) -> Path:
     """The folder of a hub model (``owner/name``), downloaded where it is not cached; an adapter as well.
 
-    Where the hub does not answer within seconds the cached copy is taken, whichever revision that is.
+    Where the hub does not answer within seconds the cached copy is taken: of the branch, tag or commit of
+    ``owner/name@revision``, else of ``main``, however old that is.
 
     Raises:
         JobError: (with `key`) the hub has no such model or cannot be reached, and none is cached.
     """
     from huggingface_hub import constants, snapshot_download
 
+    model, _, revision = name.partition("@")
     offline = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS, local_files_only=offline))
+        folder = Path(
+            snapshot_download(model, revision=revision or None, allow_patterns=_PATTERNS, local_files_only=offline)
+        )
     except Exception as error:  # the hub's errors have no common base: network, permission, name, cache
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if offline:

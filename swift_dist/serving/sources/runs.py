@@ -55,7 +55,8 @@ def _kept(export: Path, key: str, cache: Path | None) -> Path:
             raise JobError(key, f"{export} cannot be kept in {folder}: {error}", "try again, or --cache DIR") from None
 
     try:
-        return made_once(f"{export.parent.name}-{export.name}", [export], {}, keep, cache, f"keeping {export}")
+        name, what = f"{export.parent.name}-{export.name}", f"keeping {export}"
+        return made_once(name, [export], {}, keep, cache, what, series=f"export {export.absolute()}")
     except JobError as error:
         if cache is not None or error.key != "cache":
             raise
@@ -130,7 +131,8 @@ def _of_hf_engine(checkpoint: Checkpoint, job_file: Path, cache: Path | None, ke
 
     run = job_file.parent
     what = f"exporting step {checkpoint.step} of {run}"
-    return made_once(f"{run.name}-step_{checkpoint.step}", sources, {}, export, cache, what)
+    series = f"steps {run.absolute()}"
+    return made_once(f"{run.name}-step_{checkpoint.step}", sources, {}, export, cache, what, series)
 
 
 def _of_megatron(checkpoint: Path, cache: Path | None, megatron: dict[str, Any]) -> Path:
@@ -149,4 +151,5 @@ def _of_megatron(checkpoint: Path, cache: Path | None, megatron: dict[str, Any])
 
     is_run_step = job_file.is_file()
     name = f"{checkpoint.parent.parent.name}-{checkpoint.name}" if is_run_step else checkpoint.name
-    return made_once(name, sources, {}, convert, cache, f"converting {checkpoint}")
+    series = f"steps {checkpoint.parent.parent.absolute()}" if is_run_step else f"checkpoint {checkpoint.absolute()}"
+    return made_once(name, sources, {}, convert, cache, f"converting {checkpoint}", series)

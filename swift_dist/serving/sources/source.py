@@ -1,7 +1,7 @@
 """What a user names -> what an engine serves: a Hugging Face folder, and adapters beside it.
 
 Named may be: a Hugging Face folder or hub id, a PEFT adapter, a run folder or its checkpoints, a Megatron checkpoint of
-any kind. What is neither a Hugging Face folder nor an adapter is converted once and kept (`made`).
+any kind. What is neither a Hugging Face folder nor an adapter is converted once and kept (`made.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from swift_dist.config.section import Section
 from swift_dist.errors import JobError
-from swift_dist.serving.sources.made import made_once
+from swift_dist.serving.sources.adapters import CHAT_TEMPLATE, brings_template, merged, not_plain_lora, with_template
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,9 @@ Task = Literal["generate", "embed"]
 class SourceOptions(Section):
     """Keys that say which model; the verbs that serve have them in common."""
 
-    model: str | None = Field(None, description="folder or hub id of a model, adapter, run folder, Megatron checkpoint")
+    model: str | None = Field(
+        None, description="folder of a model, adapter, run or Megatron checkpoint, or hub id (owner/name@revision)"
+    )
     adapters: tuple[str, ...] = Field((), description="PEFT folders or runs of adapters: DIR or name=DIR, several")
     merge_lora: bool = Field(False, description="merge the one adapter into the model's weights (kept in --cache)")
     hf_config: str | None = Field(None, description="config.json of a Megatron checkpoint that does not say it")
@@ -62,6 +64,10 @@ class Source:
     path: str
     adapters: dict[str, str] = field(default_factory=dict)
     description: str = ""
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.path, *self.adapters.values())
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,8 @@ def name_of(model: str) -> str:
         path = path.absolute()
         run = next((folder for folder in [path, *path.parents][:3] if (folder / "job.yaml").is_file()), None)
         path = run or (path.parent if _STEP.fullmatch(path.name) else path)
+    elif "/" in model:
+        path = Path(model.partition("@")[0])  # of a hub id, without its revision
     return re.sub(r"[^A-Za-z0-9._-]", "-", path.name).lstrip("._-") or "model"
 
 
@@ -190,41 +198,26 @@ def _with_adapters(
         problem = "there is no adapter to merge" if not found else f"{', '.join(found)}: only one can be merged"
         raise JobError("merge_lora", problem, "leave it out" if not found else "name one adapter")
     only_name, only = next(iter(found.items())) if len(found) == 1 else ("", None)
+    base = Path(source.path)
     reason = not_plain_lora(only_name, only.folder) if only else None
     if only is not None and (merge_lora or (model_is_adapter and reason)):
         if reason and not merge_lora:
             log.info("%s: it is merged into its model", reason)
-        folder = _merged(source, only, rules)
+        folder = merged(source.name, base, only.folder, rules.cache, trust_remote_code=rules.trust_remote_code)
         return replace(source, base_name=source.name, path=str(folder), description=f"{source.description}, merged")
+    for name, adapter in found.items():
+        if not brings_template(adapter.folder, base):
+            continue
+        if model_is_adapter and name == source.name:
+            folder = with_template(f"{source.base_name}-for-{name}", base, adapter.folder, rules.cache)
+            source = replace(source, path=str(folder))
+        else:
+            log.warning(
+                "%s was trained with a chat template of its own, and is asked with the model's beside which it is "
+                "served: name it as --model, or --merge_lora true, or --chat_template %s",
+                *(name, adapter.folder / CHAT_TEMPLATE),
+            )
     return replace(source, adapters={name: str(adapter.folder.absolute()) for name, adapter in found.items()})
-
-
-def not_plain_lora(name: str, folder: Path) -> str | None:
-    """Why vLLM and LMDeploy cannot load an adapter, whatever its rank; None: they can.
-
-    Raises:
-        JobError: its adapter_config.json cannot be read.
-    """
-    from swift_dist.serving.engines._adapters import check_lora, read_adapter
-
-    read_adapter(name, str(folder))
-    try:
-        check_lora("not every engine", name, str(folder), None)
-    except JobError as error:
-        return error.message
-    return None
-
-
-def _merged(source: Source, adapter: _Found, rules: _Rules) -> Path:
-    base = Path(source.path)
-
-    def merge_into(folder: Path) -> None:
-        from swift_dist.tuners import merge
-
-        merge(base, adapter.folder, folder, trust_remote_code=rules.trust_remote_code)
-
-    what = f"merging {adapter.said} into {base}"
-    return made_once(f"{source.name}-merged", [adapter.folder, base], {}, merge_into, rules.cache, what)
 
 
 def _find_adapter(path: str, rules: _Rules) -> _Found:
@@ -266,7 +259,7 @@ def _find(named: str, key: str, rules: _Rules) -> _Found:
         return _as_found(folder, said, key)
     if path.exists():
         raise JobError(key, f"{named} is a file", f"give {_KNOWN}")
-    if named.startswith((".", "/", "~")) or named.count("/") > 1 or not named:
+    if named.startswith((".", "/", "~")) or named.partition("@")[0].count("/") > 1 or not named:
         raise JobError(key, f"there is no {named or 'such folder'}", _did_you_mean(path))
     from swift_dist.serving.sources.hub import snapshot
 
