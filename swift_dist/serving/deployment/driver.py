@@ -123,6 +123,7 @@ class _Deployment:
 
         from swift_dist.serving.deployment.apps import start_serve
         from swift_dist.serving.deployment.controller import start_controller
+        from swift_dist.serving.deployment.in_use import FoldersInUse
         from swift_dist.serving.front.haproxy import Front
 
         self._write("starting")
@@ -133,7 +134,8 @@ class _Deployment:
         try:
             ray.get(self._controller.begin.remote())
             log.info("serving %s; logs in %s", ", ".join(m.name for m in self._plan.models), self._folder.logs)
-            with self._following():
+            first = [folder for model in self._plan.models for folder in (model.path, *model.adapters.values())]
+            with FoldersInUse(self._folder, first), self._following():
                 self._loop()
         finally:
             self._end(starts_serve)
