@@ -24,6 +24,11 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("deepseek_v3", ("<｜tool▁calls▁begin｜>", "```json")),
     ("deepseek_v31", ("<｜tool▁calls▁begin｜>",)),
     ("pythonic", ("<|python_start|>",)),
+    ("kimi_k2", ("<|tool_calls_section_begin|>",)),
+    ("minimax_m2", ("<minimax:tool_call>",)),
+    ("seed_oss", ("<seed:tool_call>",)),
+    ("phi4_mini_json", ("functools[",)),
+    ("granite", ("<|tool_call|>",)),
     ("llama3_json", ('"parameters": dictionary of argument name and its value',)),
 )
 

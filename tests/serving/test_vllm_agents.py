@@ -60,7 +60,9 @@ def test_react(server, stream):
 # Which of its two notations vLLM reads goes by the version of Mistral's own tokenizer, which the others do not have.
 FAMILIES = [name for name in ANSWERS if name.split()[0] not in ("mistral", "react", "qwen_agent")]
 MARKERS = ["<|python_tag|>", "<tool_call>", "</tool_call>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"]
-MARKERS += ["<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"]
+MARKERS += ["<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>"]
+MARKERS += ["<|tool_call_argument_begin|>", "<minimax:tool_call>", "</minimax:tool_call>", "<|tool_call|>"]
+MARKERS += ["<seed:tool_call>", "</seed:tool_call>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"]
 
 
 @pytest.mark.table

@@ -10,6 +10,7 @@ WEATHER = {
 }
 SCHEMAS = {"weather": WEATHER, "now": {"type": "object", "properties": {}}}
 ARGUMENTS = {"city": 'Köln "am" {Rhein}', "days": 3, "units": ["°C"]}
+FLAT = {"city": "Köln", "days": 3}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
 BOTH = [("weather", ARGUMENTS), ("now", {})]
 
@@ -59,6 +60,40 @@ ANSWERS = {
         '<arg_key>units</arg_key>\n<arg_value>["°C"]</arg_value>\n</tool_call><tool_call>now\n</tool_call>',
         "",
         BOTH,
+    ),
+    "kimi_k2": (
+        "Ok.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        f"{WRITTEN}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}"
+        "<|tool_call_end|><|tool_calls_section_end|>",
+        "Ok.",
+        BOTH,
+    ),
+    "minimax_m2": (
+        'So.\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">'
+        + ARGUMENTS["city"]
+        + "</parameter>\n"
+        '<parameter name="days">3</parameter>\n<parameter name="units">["°C"]</parameter>\n</invoke>\n'
+        '<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+        "So.",
+        BOTH,
+    ),
+    "seed_oss": (
+        "<seed:tool_call>\n<function=weather>\n<parameter=city>\n" + ARGUMENTS["city"] + "\n</parameter>\n"
+        '<parameter=days>\n3\n</parameter>\n<parameter=units>\n["°C"]\n</parameter>\n</function>\n</seed:tool_call>\n'
+        "<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+        "",
+        BOTH,
+    ),
+    "granite": (
+        f'<|tool_call|>[{{"name": "weather", "arguments": {WRITTEN}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        BOTH,
+    ),
+    "phi4_mini_json": (
+        # without a list in it, at whose end vLLM's would stop to read
+        f'functools[{{"name": "weather", "arguments": {json.dumps(FLAT)}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        [("weather", FLAT), ("now", {})],
     ),
     "react": (
         f"Thought: I need both.\nAction: weather\nAction Input: {WRITTEN}\nAction: now\nAction Input: {{}}\n",

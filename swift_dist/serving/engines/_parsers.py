@@ -16,12 +16,7 @@ from swift_dist.serving.options import EngineOptions
 _TOOL_PARSERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<|channel|>", "<|call|>"), "openai"),
     (("<｜DSML｜",), "deepseek_v32"),
-    (("<|tool_calls_section_begin|>",), "kimi_k2"),
-    (("<minimax:tool_call>",), "minimax_m2"),
-    (("<seed:tool_call>",), "seed_oss"),
     (("<|action_start|>",), "internlm"),
-    (("functools[",), "phi4_mini_json"),
-    (("<|tool_call|>",), "granite"),
 )
 # model_type begins with, the template holds -> parser. These parsers go by the answer alone and differ in what they
 # make of one without tags, so a family that is not here is not guessed: its thinking stays in the text.

@@ -151,7 +151,7 @@ class ChatAnswer:
 
 def _shown(index: int, call: Call) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
-    return {"index": index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"index": index, "id": call.id or f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def message_of(deltas: list[Delta]) -> dict[str, Any]:

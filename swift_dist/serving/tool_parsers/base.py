@@ -16,10 +16,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool. `arguments` is the JSON text of an object."""
+    """A call of a tool. `arguments` is the JSON text of an object; `id` is the model's own, if it has one."""
 
     name: str
     arguments: str
+    id: str = ""
 
 
 Event = str | Call
@@ -27,7 +28,7 @@ Schemas = Mapping[str, Mapping[str, Any]]  # a tool's name -> JSON schema of its
 Reader = Callable[[str, Schemas], "list[Call] | None"]  # None: this is not a call
 
 
-NUMBER = "\0"  # in a `CallFormat`: some digits
+WORD = "\0"  # in a `CallFormat`: some letters or digits
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, call_of
+from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, CallFormat, Schemas, ToolParser, call_of
 
 _CALL = re.compile(
     r"<｜tool▁call▁begin｜>[^<]*<｜tool▁sep｜>([^\n]*)\n```json\n(.*?)\n```\s*(?:<｜tool▁call▁end｜>|\Z)", re.DOTALL
 )
 MARKERS = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_FORMAT = CallFormat(
+    BEGIN, f"{MARKERS[0]}function{MARKERS[1]}", "\n```json\n", f"\n```{MARKERS[2]}", END, separator="\n"
+)
 
 
 def read(text: str, schemas: Schemas, pattern: re.Pattern[str] = _CALL) -> list[Call] | None:
@@ -25,4 +29,4 @@ def read(text: str, schemas: Schemas, pattern: re.Pattern[str] = _CALL) -> list[
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return BetweenMarkers("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", read, schemas, markers=MARKERS)
+    return BetweenMarkers(BEGIN, END, read, schemas, markers=MARKERS, formats=(_FORMAT,))

@@ -5,9 +5,26 @@ from __future__ import annotations
 import json
 import re
 
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, parameter, typed
+from swift_dist.serving.tool_parsers.base import (
+    BetweenMarkers,
+    Call,
+    CallFormat,
+    Schemas,
+    Tagged,
+    ToolParser,
+    parameter,
+    typed,
+)
 
 _PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+
+_FORMAT = CallFormat(
+    "<tool_call>",
+    "",
+    "\n",
+    "</tool_call>",
+    tagged=Tagged("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "\n"),
+)
 
 
 def read(text: str, schemas: Schemas) -> list[Call] | None:
@@ -21,4 +38,4 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas)
+    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas, formats=(_FORMAT,))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Schemas, ToolParser, read_json
+from swift_dist.serving.tool_parsers.base import BetweenMarkers, CallFormat, Schemas, ToolParser, read_json
+
+FORMATS = tuple(
+    CallFormat("<tool_call>", space + '{"name": "', '", "arguments": ', "}" + space + "</tool_call>")
+    for space in ("\n", "")
+)
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return BetweenMarkers("<tool_call>", "</tool_call>", read_json, schemas)
+    return BetweenMarkers("<tool_call>", "</tool_call>", read_json, schemas, formats=FORMATS)

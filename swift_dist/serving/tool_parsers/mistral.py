@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import json
 
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, call_of, read_json
+from swift_dist.serving.tool_parsers.base import (
+    WORD,
+    BetweenMarkers,
+    Call,
+    CallFormat,
+    Schemas,
+    ToolParser,
+    call_of,
+    read_json,
+)
 
 _BEGIN, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+_LIST = CallFormat(_BEGIN, '{"name": "', '", "arguments": ', "}", open="[", separator=", ", end="]")
+_SIGNS = tuple(CallFormat(_BEGIN, "", id + _ARGUMENTS, "") for id in ("", _ID + WORD))
 
 
 def read(text: str, schemas: Schemas) -> list[Call] | None:
@@ -29,4 +40,4 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return BetweenMarkers(_BEGIN, "", read, schemas, markers=(_ID, _ARGUMENTS))
+    return BetweenMarkers(_BEGIN, "", read, schemas, markers=(_ID, _ARGUMENTS), formats=(_LIST, *_SIGNS))

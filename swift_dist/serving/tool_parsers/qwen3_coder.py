@@ -5,10 +5,27 @@ from __future__ import annotations
 import json
 import re
 
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, parameter, typed
+from swift_dist.serving.tool_parsers.base import (
+    BetweenMarkers,
+    Call,
+    CallFormat,
+    Schemas,
+    Tagged,
+    ToolParser,
+    parameter,
+    typed,
+)
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+
+FORMAT = CallFormat(
+    "<tool_call>",
+    "\n<function=",
+    ">\n",
+    "</function>\n</tool_call>",
+    tagged=Tagged("<parameter=", ">\n", "\n</parameter>", "\n"),
+)
 
 
 def read(text: str, schemas: Schemas) -> list[Call] | None:
@@ -21,4 +38,4 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas)
+    return BetweenMarkers("<tool_call>", "</tool_call>", read, schemas, formats=(FORMAT,))
