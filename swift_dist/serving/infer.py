@@ -59,7 +59,9 @@ class InferOptions(SourceOptions, SamplingOptions, EngineOptions):
         None, gt=0, description="rows asked at once (default: max_num_seqs of each engine; 64 of a --url)"
     )
     replicas: int = Field(1, gt=0, description="engines that share the rows")
-    launcher: Literal["local", "ray"] = Field("local", description="engines on this machine, or over a Ray cluster")
+    launcher: Literal["local", "ray"] = Field(
+        "local", description="engines on this machine, or on a Ray cluster that runs"
+    )
     ray_address: str | None = Field(None, description="of --launcher ray (default: RAY_ADDRESS, or this machine's)")
     usage: bool = Field(False, description="give each row its counts of tokens")
     url: str | None = Field(None, description="ask this OpenAI server instead (its key: variable OPENAI_API_KEY)")
@@ -183,10 +185,12 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
             yield name, options.url, names, lambda: client
             return
         from swift_dist.serving.inference.replicas import LogFolder, engine_for, local_replicas
+        from swift_dist.serving.sources.made import in_use
         from swift_dist.serving.sources.source import resolve_options
 
         source = resolve_options(options, trust_remote_code=options.trust_remote_code)
         name = chosen_name(options, source)
+        stack.enter_context(in_use(*source.folders))
         engines = engine_for(options, source)
         replica = local_replicas(engines, 1, stack.enter_context(LogFolder()))[0]
         stack.callback(replica.stop)
@@ -336,20 +340,10 @@ def identity_of(options: InferOptions, rows: PromptSource, source: Source | None
     own = files_of(Path(options.output or ""))  # which may lie in one of them
     files = json.dumps([facts(Path(folder), but=own) for folder in folders]).encode()
     template = given_template(options.chat_template).encode() if options.chat_template else None
-    asked = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "max_tokens",
-        "stop",
-        "n",
-        "frequency_penalty",
-        "presence_penalty",
-    )
-    more = ("repetition_penalty", "logprobs", "top_logprobs", "system", "complete", "format", "columns", "usage")
+    sampling = SamplingOptions.model_fields.keys() - {"json_schema"}
+    of_rows = ("system", "complete", "format", "columns", "usage")
     of_engine = ("dtype", "agent_format", "tool_call_parser", "reasoning_parser", "engine_args")
-    settings = {key: getattr(options, key) for key in (*asked, *more, *of_engine)}
+    settings = {key: getattr(options, key) for key in (*sampling, *of_rows, *of_engine)}
     schema = request_fields(options).get("response_format")
     return {
         "dataset": rows.fingerprint(),
@@ -371,9 +365,11 @@ def _asking(options: InferOptions, name: str) -> Asking:
 def _replicas(options: InferOptions, source: Source | None, stack: ExitStack) -> Sequence[Replica]:
     """What answers the rows, not started yet."""
     from swift_dist.serving.inference.replicas import LogFolder, RemoteReplica, engine_for, local_replicas
+    from swift_dist.serving.sources.made import in_use
 
     if source is None:
         return [RemoteReplica(str(options.url))]
+    stack.enter_context(in_use(*source.folders))
     if options.launcher == "ray":
         from swift_dist.serving.inference.ray_engines import ray_replicas
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -214,12 +215,35 @@ class Terminal:
 def test_a_conversation_in_a_terminal(engine: swift_dist.Engine, model: Path) -> None:
     terminal = Terminal("--url", engine.url, "--temperature", "0", "--max_tokens", "5")
     assert "tiny  (/help" in terminal.until("> ")
-    terminal.type("the moon\n")
-    answer = greedy(model, [{"role": "user", "content": "the moon"}], 5)
-    first = terminal.until("> ")
-    assert "".join(answer.split()) in "".join(first.split())
+    history: list[dict[str, str]] = []
+
+    def ask(text: str) -> None:
+        history.append({"role": "user", "content": text})
+        answer = greedy(model, history, 5)
+        history.append({"role": "assistant", "content": answer})
+        terminal.type(f"{text}\n")
+        terminal.until(f"{text}\r\n")  # the echo
+        said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.until("> ").removesuffix("> "))
+        assert said.split() == answer.split()
+
+    ask("the moon")
+    ask("silver")  # after the first round
+    assert greedy(model, history[2:3], 5) != history[3]["content"]
+    terminal.type("/reset\n")
+    terminal.until("the conversation is forgotten")
+    terminal.until("> ")
+    history.clear()
+    ask("silver")
     terminal.type("/system Be brief.\n")
     terminal.until("with this system message")
+    terminal.until("> ")
+    history[:] = [{"role": "system", "content": "Be brief."}]
+    ask("silver")
+    terminal.type("/system\n")
+    terminal.until("without one of yours")
+    terminal.until("> ")
+    history.clear()
+    ask("silver")
     terminal.type("/nonsense\n")
     terminal.until("unknown command /nonsense")
     terminal.type("/adapter x\n")
@@ -238,9 +262,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(engine: swift_dist.Engine) 
     terminal.type("\x03")
     terminal.until("(stopped)")
     deadline = time.monotonic() + 20
-    while engine._replica.process.load().running:  # the engine has stopped, too
+    while engine._replicas[0].process.load().running:  # the engine has stopped, too
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    terminal.until("> ")
+    terminal.type("half a line\x03")  # at the prompt it drops the line
+    terminal.until("(Ctrl-D or /exit ends)")
     terminal.until("> ")
     terminal.type("/exit\n")
     assert terminal.end() == 0
@@ -273,6 +300,10 @@ def test_a_conversation_over_pipes(engine: swift_dist.Engine, model: Path) -> No
         (["--model", "/nowhere/m", "--prompt", "p"], "there is no /nowhere/m"),
         (["--model", "m", "--prompt", "p", "--json_schema", "/nowhere"], "json_schema: /nowhere cannot be read"),
         (["--model", "m", "--prompt", "p", "--task", "embed"], "task: infer generates text"),
+        (
+            ["--model", "m", "--dataset", "d", "--output", "o", "--launcher", "slurm"],
+            "launcher: Input should be 'local' or 'ray', got 'slurm'",
+        ),
     ],
 )
 def test_wrong_flags_are_told_before_anything_starts(

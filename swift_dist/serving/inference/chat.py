@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 HELP = """\
 a line is a message; one that ends with \\ goes on in the next line
 /reset          forget the conversation
-/system TEXT    begin anew with this system message (without a text: with none)
+/system TEXT    begin anew with this system message (without a text: the model's own, if it has one)
 /adapter NAME   let this adapter answer from now on; without a name: which there are
 /help           this
 /exit           end (Ctrl-D too); Ctrl-C stops an answer"""
@@ -62,7 +62,7 @@ class Chat:
         if name == "system":
             self.system = rest or None
             self.turns.clear()
-            return "a new conversation" + (" with this system message" if rest else " without a system message")
+            return "a new conversation " + ("with this system message" if rest else "without one of yours")
         if name == "adapter":
             return self._use(rest)
         return f"unknown command /{name}; /help lists them"
