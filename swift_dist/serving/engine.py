@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from swift_dist.config.load import build
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.options import EngineOptions
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
 
+    from swift_dist.serving.inference.replicas import LocalReplica
+
 Messages = str | Sequence[Mapping[str, Any]]
 """A conversation as OpenAI's API has it, or the text of one message of the user."""
 
@@ -24,9 +28,11 @@ Messages = str | Sequence[Mapping[str, Any]]
 class _Options(SourceOptions, EngineOptions):
     """What `Engine` may be given."""
 
+    replicas: int = Field(1, gt=0, description="processes that share what `batch` asks")
+
 
 class Engine:
-    """A model that answers, in a process of its own on this machine.
+    """A model that answers, in a process of its own on this machine; or in several, which share a batch.
 
     >>> with swift_dist.Engine("runs/x", infer_backend="hf") as engine:  # doctest: +SKIP
     ...     print(engine.chat("Hello", max_tokens=20).choices[0].message.content)
@@ -37,7 +43,8 @@ class Engine:
 
     Args:
         model: what ``--model`` of `swift-dist infer` takes.
-        options: its keys that say which model and how it is served (``adapters=["a=DIR"]``, ``dtype="fp32"``, ...).
+        options: its keys that say which model and how it is served (``adapters=["a=DIR"]``, ``dtype="fp32"``, ...),
+            and ``replicas``: how many such processes there are. All but `batch` ask the first.
 
     Attributes:
         model: the name that answers where a call names none: the adapter's, where an adapter was named.
@@ -58,34 +65,40 @@ class Engine:
         self.models = [self._source.base_name, *self._source.adapters]
         self.model = self._source.name
         self._stack = ExitStack()
-        self._replica: Any = None
+        self._replicas: list[LocalReplica] = []
         self._clients: dict[str, OpenAI] = {}
 
     def __enter__(self) -> Engine:
-        """Start it and wait until it answers. Raises RunError where it cannot be."""
+        """Start it, all its replicas at once, and wait until they answer. Raises RunError where one cannot be had."""
+        from concurrent.futures import ThreadPoolExecutor
+
         from swift_dist.serving.inference.replicas import LogFolder, local_replicas
+        from swift_dist.serving.sources.made import in_use
 
         with ExitStack() as stack:
-            self._replica = local_replicas(self._engines, 1, stack.enter_context(LogFolder()))[0]
-            stack.callback(self._replica.stop)
-            self._replica.start()
-            self._stack = stack.pop_all()
+            stack.enter_context(in_use(*self._source.folders))
+            replicas = local_replicas(self._engines, self.options.replicas, stack.enter_context(LogFolder()))
+            threads = stack.enter_context(ThreadPoolExecutor(len(replicas)))
+            for replica in replicas:
+                stack.callback(replica.stop)  # before the threads are waited for
+            list(threads.map(lambda replica: replica.start(), replicas))
+            self._replicas, self._stack = replicas, stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._replica, self._clients = None, {}
+        self._replicas, self._clients = [], {}
         self._stack.__exit__(kind, error, at)
 
     @property
     def url(self) -> str:
-        """Where it listens; OpenAI's API is below ``/v1``.
+        """Where it listens (the first replica); OpenAI's API is below ``/v1``.
 
         Raises:
             RunError: it is not started.
         """
-        if self._replica is None:
+        if not self._replicas:
             raise RunError("the engine is not started", "with swift_dist.Engine(...) as engine: ...")
-        return str(self._replica.process.url)
+        return self._replicas[0].process.url
 
     @property
     def client(self) -> OpenAI:
@@ -93,8 +106,8 @@ class Engine:
         from swift_dist.serving.inference.client import open_client
 
         url = self.url
-        if not self._replica.alive():
-            url = self._replica.start()
+        if not self._replicas[0].alive():
+            url = self._replicas[0].start()
         if url not in self._clients:
             self._clients[url] = self._stack.enter_context(open_client(url))
         return self._clients[url]
@@ -136,10 +149,10 @@ class Engine:
     def batch(
         self, items: Sequence[Messages], *, concurrency: int = 64, model: str | None = None, **sampling: Any
     ) -> list[ChatCompletion]:
-        """The answers to conversations, in their order, so many asked at the same time.
+        """The answers to conversations, in their order, so many asked at the same time, of all replicas.
 
         Raises:
-            openai.APIError: one was refused; RunError: the engine was lost again and again.
+            openai.APIError: one was refused; RunError: engines were lost again and again.
         """
         import asyncio
         import functools
@@ -153,12 +166,14 @@ class Engine:
         asking = Asking(model or self.model, sampling, {})
 
         async def ask_all() -> list[ChatCompletion]:
-            async with EnginePool([OwnedReplica(self._replica)], concurrency) as pool, asyncio.TaskGroup() as tasks:
+            replicas = [OwnedReplica(replica) for replica in self._replicas]
+            most = -(-concurrency // len(replicas))
+            async with EnginePool(replicas, most) as pool, asyncio.TaskGroup() as tasks:
                 sends = [functools.partial(ask, prompt=prompt, asking=asking) for prompt in as_prompts(items)]
                 asked = [tasks.create_task(pool.ask(send)) for send in sends]
             return [task.result() for task in asked]
 
-        self.client  # noqa: B018 - starts an engine that has ended
+        self.url  # noqa: B018 - it is started
         try:
             return run_async(ask_all)
         except LostError as error:
@@ -168,8 +183,10 @@ class Engine:
         """The embedding of each text; of an engine with ``task="embed"``.
 
         Raises:
-            openai.APIError: the engine refused it, or ended.
+            RunError: it is one of text. openai.APIError: the engine refused it, or ended.
         """
+        if self.options.task != "embed":
+            raise RunError("this engine generates text", 'swift_dist.Engine(MODEL, task="embed")')
         answer = self.client.embeddings.create(model=self.model, input=list(texts), encoding_format="float")
         return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
 
