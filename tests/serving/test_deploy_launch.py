@@ -225,7 +225,7 @@ def _start_ray(stack: ExitStack, variables: dict[str, str], log: Path) -> str | 
     with log.open("wb") as output:
         process = stack.enter_context(subprocess.Popen(command, stdout=output, stderr=output, env=variables))
     stack.callback(process.send_signal, signal.SIGQUIT)  # ends everything of it at once
-    wait_until(lambda: process.poll() is not None or "Ray runtime started" in log.read_text(), 120, "Ray is up")
+    wait_until(lambda: process.poll() is not None or "Ray runtime started" in log.read_text(), 240, "Ray is up")
     return f"http://127.0.0.1:{taken['dashboard-port']}" if process.poll() is None else None
 
 
@@ -249,6 +249,7 @@ def taken(variables: dict[str, str], *words: str) -> dict[str, Any] | None:
     return json.loads(done.stdout)
 
 
+@pytest.mark.timeout(900)  # of a machine that does much else
 def test_a_deployment_on_a_ray_cluster_outlives_its_terminal_and_is_found_again(cluster, tmp_path):
     run, model = tmp_path / "run", save_chat_model(tmp_path / "tiny")
     folder, port = DeploymentFolder(run), free_port()

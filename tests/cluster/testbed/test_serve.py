@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,40 @@ def test_without_keys_nothing_begins(slurm: Slurm, tmp_path: Path) -> None:
     log = (tmp_path / f"{number}.log").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), log
     assert "no keys in" in log and "openssl rand -hex 32" in log and not (tmp_path / "run").exists()
+
+
+def deploy(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "swift_dist.cli", "deploy", *words, "--json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_the_launcher_s_job_is_found_again_from_another_machine(slurm: Slurm, tmp_path: Path) -> None:
+    model, output, keys = save_chat_model(tmp_path / "tiny"), tmp_path / "run", tmp_path / "keys"
+    keys.write_text(KEY + "\n")
+    words = ["--model", str(model), "--infer_backend", "hf", "--accelerator", "cpu", "--port", str(free_port())]
+    site = ["--launch.slurm.ports", JOB_PORTS, "--launch.slurm.follow", "false", "--launch.slurm.exclusive", "true"]
+    here = ["--output", str(output)]
+    sent = deploy("--launcher", "slurm", *words, "--api_keys", str(keys), *site, *here)
+    assert sent.returncode == 0, sent.stderr
+    number = json.loads(sent.stdout)["submission"]["id"]
+    log = output / "slurm" / f"{number}.log"
+    url = until_ready(slurm, number, output, log)["address"].removesuffix("/v1")
+    question = chat_body("tiny", "the red moon is", max_tokens=8, temperature=0)
+    assert not Load(url, [question], 1, requests=1, api_key=KEY).run().failures
+
+    note = json.loads((output / "deployment.json").read_text())
+    (output / "deployment.json").write_text(json.dumps({**note, "host": "another-machine"}))
+    status_there = deploy("--status", *here)
+    assert status_there.returncode == 0, status_there.stderr
+    assert [m["name"] for m in json.loads(status_there.stdout)["models"]] == ["tiny"]
+    wrong = deploy("--promote", *here)
+    assert wrong.returncode == 1 and "swift-dist: " in wrong.stderr, wrong.stderr
+
+    stopped = deploy("--stop", *here)
+    assert stopped.returncode == 0, stopped.stderr
+    ended = slurm.wait(number)
+    assert (ended["JobState"], ended["ExitCode"], ended["Requeue"]) == ("COMPLETED", "0:0", "0"), log.read_text()
+    result = json.loads((output / "slurm" / f"{number}.d" / "result.json").read_text())
+    assert (result["state"], result["folder"]) == ("stopped", str(output))
+    assert deploy("--status", *here).returncode == 2
+    slurm.clear()
