@@ -223,8 +223,8 @@ def test_recovery_of_the_front(tmp_path):
     tail = [
         "",
         "Lost: the connection broke and no further try was answered. Clients that try once send their next request at",
-        "once, so they use up the rest while nothing listens. openai's client waits 0.4 to 0.5 s before its second try",
-        "and 0.75 to 1 s before its third (its default of two more tries).",
+        "once, which is refused until it listens again. openai's client waits 0.4 to 0.5 s before its second try and",
+        "0.75 to 1 s before its third (its default of two more tries).",
     ]
     (TABLES / "serving_front_recovery.md").write_text("\n".join([*head, *lines, *tail]) + "\n")
 
