@@ -10,7 +10,6 @@ WEATHER = {
 }
 SCHEMAS = {"weather": WEATHER, "now": {"type": "object", "properties": {}}}
 ARGUMENTS = {"city": 'Köln "am" {Rhein}', "days": 3, "units": ["°C"]}
-FLAT = {"city": "Köln", "days": 3}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
 BOTH = [("weather", ARGUMENTS), ("now", {})]
 
@@ -91,9 +90,9 @@ ANSWERS = {
     ),
     "phi4_mini_json": (
         # without a list in it, at whose end vLLM's would stop to read
-        f'functools[{{"name": "weather", "arguments": {json.dumps(FLAT)}}}, {{"name": "now", "arguments": {{}}}}]',
+        'functools[{"name": "weather", "arguments": {"city": "Köln", "days": 3}}, {"name": "now", "arguments": {}}]',
         "",
-        [("weather", FLAT), ("now", {})],
+        [("weather", {"city": "Köln", "days": 3}), ("now", {})],
     ),
     "react": (
         f"Thought: I need both.\nAction: weather\nAction Input: {WRITTEN}\nAction: now\nAction Input: {{}}\n",

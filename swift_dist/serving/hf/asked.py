@@ -10,7 +10,8 @@ from typing import Any
 
 from swift_dist.serving.hf.failures import bad_request, too_long
 from swift_dist.serving.hf.protocol import JsonSchema, NamedTool, SamplingBody, StructuredOutputs, Tool
-from swift_dist.serving.hf.requests import Guide, Sampling
+from swift_dist.serving.hf.requests import Calls, Guide, Sampling, Thinking
+from swift_dist.serving.tool_parsers.base import ToolParser
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,31 @@ def guide_of(body: SamplingBody) -> Guide | None:
 
 
 ResponseKind = StructuredOutputs | JsonSchema | None
+
+
+def strict_guide(tools: Sequence[Tool], parser: ToolParser | None, parallel: bool) -> Guide | None:
+    """Calls that the model chooses to make, where a tool is strict: those of strict tools fit their schemas.
+
+    Raises:
+        RequestError: calls are written in a way that cannot be guided.
+    """
+    if not any(tool.function.strict for tool in tools):
+        return None
+    if parser is None or not parser.formats:
+        raise bad_request(
+            "strict tools are not guided in the notation of this model: leave strict out, or force the call "
+            '(tool_choice "required" or a tool\'s name)',
+            "tools",
+        )
+    schemas = [(tool.function.name, json.dumps(schema_of(tool)) if tool.function.strict else None) for tool in tools]
+    return Guide("calls", Calls(parser.formats, tuple(schemas), parallel))
+
+
+def thinking_before(tags: tuple[str, str] | None, prompt: str) -> Thinking | None:
+    """What comes before an answer to this prompt: a guide holds for what follows, as vLLM has it."""
+    if tags is None or prompt.rstrip().endswith(tags[1]):
+        return None
+    return Thinking(*tags, begun=prompt.rstrip().endswith(tags[0]))
 
 
 def forced_guide(choice: Any, tools: Sequence[Tool], parallel: bool) -> Guide | None:

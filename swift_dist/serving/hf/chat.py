@@ -12,7 +12,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from swift_dist.serving.hf.answers import ChatAnswer, NamedArguments, RequiredCalls, chat_logprobs, message_of
-from swift_dist.serving.hf.asked import checked_length, choices_of, forced_guide, sampling_of, schema_of
+from swift_dist.serving.hf.asked import (
+    checked_length,
+    choices_of,
+    forced_guide,
+    sampling_of,
+    schema_of,
+    strict_guide,
+    thinking_before,
+)
 from swift_dist.serving.hf.failures import bad_request
 from swift_dist.serving.hf.generation import Events, Serving, streamed, unless_gone, usage_of, whole
 from swift_dist.serving.hf.prompts import Rendered
@@ -93,11 +101,15 @@ def _plan(serving: Serving, body: ChatRequest) -> Plan:
     if serving.special_tokens.intersection(markers):
         # they order calls and thinking, and would be missing
         sampling = replace(sampling, skip_special_tokens=False)
-    forced = forced_guide(choice, tools, body.parallel_tool_calls is not False)
-    if forced is not None:
-        if sampling.guide is not None:
-            raise bad_request("forced calls and response_format both say what the text must be", "tool_choice")
-        sampling = replace(sampling, guide=forced)
+    parallel = body.parallel_tool_calls is not False
+    calls = strict_guide(tools, parser, parallel) if choice == "auto" else forced_guide(choice, tools, parallel)
+    if calls is not None and sampling.guide is not None:
+        both = "strict tools" if choice == "auto" else "forced calls"
+        raise bad_request(f"{both} and response_format both say what the text must be", "tool_choice")
+    guide = calls or sampling.guide
+    if guide is not None:
+        guide = replace(guide, thinking=thinking_before(serving.reasoning, prompt.text))
+        sampling = replace(sampling, guide=guide)
     return Plan(body, choice, tools, prompt, choices_of(sampling, body.n or 1))
 
 
@@ -112,10 +124,8 @@ def _parser(serving: Serving, choice: Any, tools: list[Tool]) -> ToolParser | No
 
 
 def _writer(serving: Serving, plan: Plan) -> ChatAnswer:
-    # what is guided is the answer from its first token on: nothing is thought before
-    thinks = serving.reasoning is not None and plan.samplings[0].guide is None
     return ChatAnswer(
-        ReasoningSplitter(serving.reasoning, plan.prompt.text) if thinks and serving.reasoning else None,
+        ReasoningSplitter(serving.reasoning, plan.prompt.text) if serving.reasoning else None,
         _parser(serving, plan.choice, plan.tools),
         parallel=plan.body.parallel_tool_calls is not False,
         show_reasoning=plan.body.include_reasoning,

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from swift_dist.serving.hf.requests import Guide
+from swift_dist.serving.hf.grammars import JSON_OPTIONS, after_thinking, calls_in_text
+from swift_dist.serving.hf.requests import Calls, Guide
 
-# JSON allows any whitespace, and a model in doubt writes nothing else until its tokens are used up; this is what
-# `json.dumps` writes, with or without its spaces. (llguidance's whitespace_pattern may repeat, so it limits nothing.)
-_JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_JSON_OPTIONS: Any = JSON_OPTIONS
 _KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 
 
@@ -35,6 +34,9 @@ class Guides:
             tokenizer, n_vocab=max(vocabulary, len(tokenizer)), eos_token=ends or None
         )
         self._vocabulary = vocabulary
+        # also those that only look like special ones to llguidance, such as Qwen's <tool_call>
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {text: number for text, number in added.items() if self._tokenizer.is_special_token(number)}
 
     def matcher(self, guide: Guide) -> Any:
         """A fresh `llguidance.LLMatcher`.
@@ -44,7 +46,12 @@ class Guides:
         """
         from llguidance import LLMatcher
 
-        grammar = _grammar(guide)
+        if isinstance(guide.value, Calls):
+            grammar = calls_in_text(guide.value, guide.thinking, self._special)
+        else:
+            grammar = _grammar(guide)
+            if guide.thinking is not None:
+                grammar = after_thinking(grammar, guide.thinking, self._special)
         if problem := LLMatcher.validate_grammar(grammar, self._tokenizer):
             raise ValueError(f"guided decoding cannot follow this {guide.kind}: {problem.strip()}")
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)

@@ -77,7 +77,7 @@ class Function(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
-        None, description="calls that are forced always fit the schema; those the model chooses to make may not"
+        None, description="calls that are forced always fit the schema; those the model chooses to make only with true"
     )
 
 
