@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from deployment import Deployment, wait_until
 from load_generator import Load, chat_body
 from openai import NotFoundError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from toy_engine import save_toy_adapter, save_toy_model
 
 TOY = ("--infer_backend", "toy_engine:ENGINE")
@@ -159,6 +163,61 @@ def test_update_canary_promotion_and_rollback_fail_no_request(deployment, models
     assert not running.report.failures, running.report.describe()
 
 
+@pytest.mark.timeout(600)
+def test_one_after_the_other_where_there_is_no_room_for_twice_as_many(deployment, models, client):
+    """`--surge 0`: never more than two replicas, and no request fails."""
+    wanted: set[int] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.3):
+            versions = deployment.status()["models"][0]["versions"]
+            running = [v for v in versions if v["role"] in ("live", "candidate")]
+            wanted.add(sum(v["num_replicas"] if v["now"] is None else v["now"] for v in running))
+
+    looking = threading.Thread(target=look)
+    with load(deployment).in_background() as running:
+        looking.start()
+        try:
+            change = ["--surge", "0", "--served_model_name", "chat"]
+            updated = deployment.change("--update", str(models / "two"), *change)
+            back = deployment.change("--rollback", *change)
+        finally:
+            done.set()
+            looking.join()
+        assert updated.returncode == 0, updated.stderr
+        assert "1 of 2 replicas answer, 100% of the requests" in updated.stderr
+        assert back.returncode == 0, back.stderr
+        running.wait_for(len(running.answers) + 20)
+    assert not running.report.failures, running.report.describe()
+    assert len(running.report.count("x-swift-version")) > 1
+    assert wanted == {2}
+    assert {said(client, "chat").split()[0] for _ in range(10)} == {"one"}
+    live = next(v["id"] for v in deployment.status()["models"][0]["versions"] if v["role"] == "live")
+    deployment.wait_for(2, live)
+
+
+def test_who_waits_for_an_update_may_leave_and_the_update_goes_on(deployment, models, client):
+    save_toy_model(models / "slow", "slow", start_seconds=12)
+    words = ["--update", str(models / "slow"), "--served_model_name", "chat"]
+    left = deployment.change(*words, "--wait_timeout", "1")
+    assert left.returncode == 1
+    assert "goes on being deployed: it was not done within 1 s" in left.stderr and "--status" in left.stderr
+    version = next(v["id"] for v in deployment.status()["models"][0]["versions"] if v["role"] == "candidate")
+    assert f"{version}: 0 of 2 replicas answer" in left.stderr
+    wait_until(lambda: said(client, "chat").startswith("slow"), 60, "the update goes on")
+    command = [sys.executable, "-m", "swift_dist.cli", "deploy", "--rollback", "--served_model_name", "chat"]
+    command += ["--output", str(deployment.folder.path)]
+    waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert waiting.stderr
+    line = next(line for line in waiting.stderr if "replicas answer" in line)
+    waiting.send_signal(signal.SIGINT)
+    rest = waiting.stderr.read()
+    assert waiting.wait(30) == 130, line + rest
+    assert "goes on being deployed: only this command has ended" in rest
+    wait_until(lambda: said(client, "chat").startswith("one"), 60, "the rollback goes on")
+
+
 def test_a_new_version_that_does_not_start_leaves_the_old_one(deployment, models, client):
     with load(deployment).in_background() as running:
         done = deployment.change("--update", str(models / "broken"), "--served_model_name", "chat")
@@ -189,6 +248,11 @@ def test_metrics(deployment, client):
     assert f'swift_dist:replicas{{model="chat",state="ready",version="{version}"}} 2.0' in text
     samples = [line for line in text.splitlines() if line.startswith("swift_dist:num_requests_running{")]
     assert len(samples) == 4 and all("replica=" in line for line in samples)
+    through_front = httpx.get(f"{deployment.url}/metrics").text
+    for own in ("haproxy_frontend_http_requests_total", 'swift_dist:front_server_info{server="r'):
+        assert own in text and own in through_front
+    families = list(text_string_to_metric_families(through_front))
+    assert len({family.name for family in families}) == len(families), "no family stands twice"
 
 
 def test_status_reads_well(deployment):
