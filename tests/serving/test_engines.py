@@ -20,7 +20,7 @@ from swift_dist.serving.engines.choose import choose, find_engine
 from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.options import EngineOptions, ServedModel
 
-VLLM, LMDEPLOY = find_engine("vllm"), find_engine("lmdeploy")
+VLLM, LMDEPLOY, HF = (find_engine(name) for name in ("vllm", "lmdeploy", "hf"))
 LMDEPLOY_FLAGS = Path(__file__).parent / "lmdeploy_flags.txt"
 CONFIG = {"model_type": "qwen3", "dtype": "bfloat16", "hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
 
@@ -213,6 +213,7 @@ def test_plain_lora_is_asked_for_by_name(tmp_path):
     ("key", "options"),
     [
         ("model", {"config": {**CONFIG, "head_dim": 8}}),  # would start, and end at the first request
+        ("max_model_len", {"config": {**CONFIG, "max_position_embeddings": 256}, "max_model_len": 257}),
         ("max_lora_rank", {"max_lora_rank": 1024}),
         ("tool_call_parser", {"task": "embed", "tool_call_parser": "hermes"}),
         ("max_loras", {"task": "embed", "max_loras": 8}),
@@ -231,6 +232,16 @@ def test_vllm_refuses(model, key, options):
     with pytest.raises(JobError) as caught:
         VLLM.check(served(model, gpu=options.pop("gpu", False), **options))
     assert caught.value.key == key
+
+
+def test_a_length_is_compared_with_positions_that_are_not_scaled(model):
+    config = CONFIG | {"max_position_embeddings": 256}
+    (model / "config.json").write_text(json.dumps(config))
+    HF.check(served(model, max_model_len=256))
+    with pytest.raises(JobError, match="257 is more than the model's 256 positions"):
+        HF.check(served(model, max_model_len=257))
+    (model / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "yarn", "factor": 4.0}}))
+    HF.check(served(model, max_model_len=1024))
 
 
 @pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist.errors import JobError
+from swift_dist.serving.options import EngineOptions
 
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -34,6 +35,22 @@ def head_size(config: dict[str, Any]) -> int | None:
         return int(text["head_dim"])
     hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
     return hidden // heads if hidden and heads else None
+
+
+def check_length(config: dict[str, Any], options: EngineOptions) -> None:
+    """Refuse a `max_model_len` beyond the model's positions, which an engine would find out minutes later.
+
+    Where positions are scaled each engine has a rule of its own, and says it when it starts.
+
+    Raises:
+        JobError: it is longer.
+    """
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    own, asked = text.get("max_position_embeddings"), options.max_model_len
+    if asked is not None and own and asked > own and not scaled:
+        raise JobError("max_model_len", f"{asked} is more than the model's {own} positions", "lower it")
 
 
 def saved_dtype(folder: str, config: dict[str, Any]) -> str | None:

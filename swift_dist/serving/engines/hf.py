@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from swift_dist.errors import JobError
+from swift_dist.serving.engines._model import check_length, read_config
 from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import check_parsers, template_of
 from swift_dist.serving.hf.arguments import parser
@@ -31,6 +32,7 @@ class HfEngine(Engine):
                     "--infer_backend vllm, or 1",
                 )
         check_parsers(options)
+        check_length(read_config(served.path), options)
         if options.agent_format and not template_of(served.path, options):
             raise JobError(
                 "agent_format", f"{served.path} has no chat template to write the tools into", "give --chat_template"

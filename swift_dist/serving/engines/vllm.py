@@ -12,7 +12,7 @@ from typing import Any
 from swift_dist.errors import JobError
 from swift_dist.serving import agents
 from swift_dist.serving.engines._adapters import check_lora
-from swift_dist.serving.engines._model import head_size, read_config, saved_dtype
+from swift_dist.serving.engines._model import check_length, head_size, read_config, saved_dtype
 from swift_dist.serving.engines._parsers import check_names, reasoning_parser, tool_parser
 from swift_dist.serving.engines.base import Engine, refuse_changed
 from swift_dist.serving.families import template_of
@@ -77,6 +77,8 @@ class Vllm(Engine):
     def _check_model(self, served: ServedModel) -> None:
         """Refuse what would start, call itself ready, and end at the first request."""
         config = read_config(served.path)
+        if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() not in ("1", "true"):
+            check_length(config, served.options)
         size = head_size(config)
         if not served.use_gpu and size not in (None, *_CPU_HEAD_SIZES) and "kv_lora_rank" not in config:
             sizes = ", ".join(map(str, _CPU_HEAD_SIZES))
