@@ -80,7 +80,7 @@ def _grammar(guide: Guide) -> str:
     if guide.kind not in _KINDS:
         raise ValueError(f"no such guide: {guide.kind}; there are {', '.join(_KINDS)}")
     if guide.kind == "choice":
-        alternatives = [guide.value] if isinstance(guide.value, str) else list(guide.value)
+        alternatives = [guide.value] if isinstance(guide.value, str | Calls) else list(guide.value)
         if not alternatives or not all(isinstance(a, str) and a for a in alternatives):
             raise ValueError("a choice needs texts to choose from, none of them empty")
         return LLMatcher.grammar_from_lark(
