@@ -9,9 +9,13 @@ import random
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from swift_dist.config.finetune import TemplateSection
+from swift_dist.data.templates.exported import as_trained
 from swift_dist.plugins import find
 from swift_dist.serving.agents import FORMATS, TOOL_PARSERS, agent_template
+from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.families import ROOM
+from swift_dist.serving.options import EngineOptions, ServedModel
 from swift_dist.serving.tool_parsers.base import Call
 
 BASE = (
@@ -72,6 +76,18 @@ def test_the_prompt_is_the_one_of_training(name):
     assert within_turn > 20 or name == "hermes"
 
 
+@pytest.mark.parametrize("inner", FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_around_another_writes_what_it_writes_alone(name, inner):
+    """As with --agent_format of a model whose export has one, or a run that goes on from such an export."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages.append({"role": "tool", "content": "r42"})
+    alone = rendered(messages, TOOLS, agent_template(name, BASE), prompt=True)
+    assert "r42" in alone
+    assert rendered(messages, TOOLS, agent_template(name, agent_template(inner, BASE)), prompt=True) == alone
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_calls_of_training_are_read_back(name):
     write = importlib.import_module(f"swift_dist.data.templates.agents.{name}").render
@@ -92,3 +108,21 @@ def test_the_calls_of_training_are_read_back(name):
 def test_a_result_that_no_call_asked_for_is_refused():
     with pytest.raises(Exception, match="follows no call"):
         rendered([{"role": "tool", "content": "r"}], TOOLS, agent_template("react", BASE))
+
+
+def test_vllm_reads_what_a_run_was_trained_to_write(tmp_path):
+    """The template of an export says how calls are written, and that no thinking is to be told from answers."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "dtype": "bfloat16"}')
+
+    def words(template: str) -> dict[str, str]:
+        (tmp_path / "chat_template.jinja").write_text(template)
+        asked = find_engine("vllm").command(ServedModel("chat", str(tmp_path), EngineOptions()), "127.0.0.1", 1)
+        return dict(zip(asked, [*asked[1:], ""], strict=True))
+
+    plain = "{% if enable_thinking %}<think></think>{% endif %}<tool_call>"
+    trained = words(as_trained(plain, TemplateSection(agent="react", thinking="drop")))
+    assert trained["--tool-call-parser"] == "react" and trained["--tool-parser-plugin"].endswith("vllm_agents.py")
+    assert not {"--reasoning-parser", "--chat-template"} & trained.keys()
+    own = words(plain)
+    assert (own["--tool-call-parser"], own["--reasoning-parser"]) == ("hermes", "qwen3")
+    assert "--tool-parser-plugin" not in own

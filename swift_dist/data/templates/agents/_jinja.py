@@ -110,6 +110,7 @@ _END = """\
 {%- set messages = agent.out -%}
 {%- set tools = none -%}
 {%- if agent.tail -%}{%- set add_generation_prompt = true -%}{%- endif -%}
+{%- set TAIL = agent.tail -%}
 {{- "" }}"""
 
 _NAMES = 'agent.functions | map(attribute="name") | join(",")'
@@ -139,9 +140,10 @@ def agent_template(name: str, template: str) -> str:
         prompt = _described("tool | tojson", "\n\n", react.PROMPT)
         if name == "toolbench":
             prompt = "{%- set agent_prompt = " + json.dumps(toolbench.PROMPT) + " + agent.functions | tojson -%}\n"
-    end = _END.replace("PROMPT", "agent_prompt")
+    tail = f"agent_tail_{template.count('{%- set agent_tail_')}"  # `template` may hold a format, with a tail of its own
+    end = _END.replace("PROMPT", "agent_prompt").replace("TAIL", tail)
     # Jinja drops the newline that a template ends with; here it would not be the end any more.
-    return _BEGIN + turns + prompt + end + template.removesuffix("\n") + "{{ agent.tail }}"
+    return _BEGIN + turns + prompt + end + template.removesuffix("\n") + "{{ " + tail + " }}"
 
 
 def _in_one_turn(name: str, arguments: str, result: str, between: str, after: str, reply: str) -> str:
