@@ -340,7 +340,7 @@ def identity_of(options: InferOptions, rows: PromptSource, source: Source | None
     own = files_of(Path(options.output or ""))  # which may lie in one of them
     files = json.dumps([facts(Path(folder), but=own) for folder in folders]).encode()
     template = given_template(options.chat_template).encode() if options.chat_template else None
-    sampling = SamplingOptions.model_fields.keys() - {"json_schema"}
+    sampling = [key for key in SamplingOptions.model_fields if key != "json_schema"]  # in one order in every process
     of_rows = ("system", "complete", "format", "columns", "usage")
     of_engine = ("dtype", "agent_format", "tool_call_parser", "reasoning_parser", "engine_args")
     settings = {key: getattr(options, key) for key in (*sampling, *of_rows, *of_engine)}
