@@ -58,8 +58,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[swift_dist.Engi
     model = save_chat_model(tmp_path_factory.mktemp("m") / "tiny", initializer_range=0.1, max_position_embeddings=4096)
     with swift_dist.Engine(str(model), replicas=2, **HF) as engine:
         yield engine
-        pids = descendants(os.getpid())
-    assert gone_within(pids, 10)
+        servers = [replica.process.pid for replica in engine._replicas]
+        pids = [pid for server in servers for pid in (server, *descendants(server))]
+    assert len(pids) >= 4 and gone_within(pids, 10)  # of each its guard and its server
 
 
 def served(engine: swift_dist.Engine) -> list[bool]:
