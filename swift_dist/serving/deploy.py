@@ -18,7 +18,7 @@ from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.options import EngineOptions
 from swift_dist.serving.sources.source import SourceOptions
 
-_NOT = "start without it, with --model"
+_NOT = "leave it out; it is for the start of one"
 
 
 class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):

@@ -223,14 +223,14 @@ def test_what_an_engine_lost_or_kept_behind_our_back_does_not_stay_in_the_way(tm
         (tmp_path / "B" / "refuse").write_text("")
         toy.load_adapter("b", str(tmp_path / "A"))
         with pytest.raises(AdapterRefused):
-            await made.adapters.load("b", str(tmp_path / "B"), None)
+            await made.adapters.load("b", str(tmp_path / "B"), None, [str(tmp_path)])
         assert (made.registry.seen["r"].adapters, folders(toy)) == ({}, {}), "asked after the refusal, and taken out"
         (tmp_path / "B" / "refuse").unlink()
         made.registry.seen["r"].adapters = {"b": str(tmp_path / "A")}
         with pytest.raises(AdapterRefused, match="still being unloaded"):
-            await made.adapters.load("b", str(tmp_path / "B"), None)
+            await made.adapters.load("b", str(tmp_path / "B"), None, [str(tmp_path)])
         assert await settled(made)
-        await made.adapters.load("b", str(tmp_path / "B"), None)
+        await made.adapters.load("b", str(tmp_path / "B"), None, [str(tmp_path)])
 
     with_replica(tmp_path, toy, talk)
     assert folders(toy) == {"b": "B"}
@@ -250,7 +250,7 @@ def test_an_unload_that_waits_for_an_answer_holds_up_no_other_adapter(tmp_path, 
         monkeypatch.setattr(made.adapters, "_post", slow)
         unloading = asyncio.create_task(made.adapters.unload("a"))
         await asyncio.sleep(0)
-        await asyncio.wait_for(made.adapters.load("b", str(tmp_path / "B"), None), 5.0)
+        await asyncio.wait_for(made.adapters.load("b", str(tmp_path / "B"), None, [str(tmp_path)]), 5.0)
         answered.set()
         await unloading
 

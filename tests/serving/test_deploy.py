@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deployment(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("run") / "deployment"
     words = ["--model", str(models / "one"), "--served_model_name", "chat", "--models", f"other={models / 'other'}"]
-    with Deployment(folder, *words, *TOY, "--replicas", "2", "--adapter_root", str(models)) as running:
+    with Deployment(folder, *words, *TOY, "--replicas", "2") as running:
         yield running.wait_ready()
 
 

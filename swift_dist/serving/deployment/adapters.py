@@ -59,7 +59,7 @@ def require_folder(path: str, roots: Iterable[str]) -> str:
     except (OSError, ValueError):  # such as a name that no file can have
         raise AdapterRefused(f"{path[:200]!r} cannot be looked at, so it is no adapter") from None
     if not is_below:
-        raise AdapterRefused("the folder is not below one that --adapter_root names", 403)
+        raise AdapterRefused("the folder is not below one that the deployment was started with: --adapter_root", 403)
     if not is_adapter:
         raise AdapterRefused(f"{path} holds no adapter_config.json, so it is no adapter")
     return str(real)
@@ -74,8 +74,14 @@ class Adapters:
         self._syncing: dict[str, asyncio.Task[None]] = {}
         self._refusals: dict[str, str] = {}
 
-    async def load(self, name: str, path: str, model_name: str | None) -> None:
+    async def load(self, name: str, path: str, model_name: str | None, roots: Iterable[str]) -> None:
         """On every replica of a model, or on none.
+
+        Args:
+            name: requests' name for it.
+            path: its folder.
+            model_name: of its model; None where there is one only.
+            roots: folders below which it must lie.
 
         Raises:
             AdapterRefused: the name or folder is not allowed, or an engine refuses.
@@ -84,7 +90,7 @@ class Adapters:
             controller = self._controller
             model = _checked(controller.model, model_name)
             require_name(name, [n for m in controller.models.values() for n in (m.name, *m.adapters)])
-            folder = await asyncio.to_thread(require_folder, path, controller.spec.adapter_roots)
+            folder = await asyncio.to_thread(require_folder, path, roots)
             replicas = [seen for seen in self._replicas(model) if seen.adapters is not None]
             if not replicas:
                 raise AdapterRefused(f"{model.name} has no replica that is ready", 503)

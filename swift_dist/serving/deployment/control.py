@@ -95,8 +95,10 @@ def control_app(controller: "Controller") -> Any:
     async def admin(request: Request) -> None:
         require(request, [token])
 
-    async def adapter_admin(request: Request) -> None:
+    async def adapter_admin(request: Request) -> bool:
+        """Whether it is who owns the deployment, and may name any folder that they can name to `--adapters`."""
         require(request, adapter_keys)
+        return request.headers["authorization"] == f"Bearer {token}"
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -121,7 +123,7 @@ def control_app(controller: "Controller") -> Any:
 
         return PlainTextResponse(await deployment_metrics(controller), media_type="text/plain; version=0.0.4")
 
-    _add_adapters(app, controller, [Depends(adapter_admin)])
+    _add_adapters(app, controller, Depends(adapter_admin))
     _add_changes(app, controller, [Depends(admin)])
     _add_errors(app)
     return app
@@ -147,13 +149,14 @@ def _add_errors(app: Any) -> None:
         return _error(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
-def _add_adapters(app: Any, controller: "Controller", only_admin: list[Any]) -> None:
-    @app.post("/v1/load_lora_adapter", dependencies=only_admin)
-    async def load(body: LoadAdapter) -> dict[str, Any]:
-        await controller.adapters.load(body.lora_name, body.lora_path, body.model)
+def _add_adapters(app: Any, controller: "Controller", admin: Any) -> None:
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadAdapter, is_owner: bool = admin) -> dict[str, Any]:
+        roots = ("/",) if is_owner else controller.spec.adapter_roots
+        await controller.adapters.load(body.lora_name, body.lora_path, body.model, roots)
         return {"status": "loaded", "lora_name": body.lora_name}
 
-    @app.post("/v1/unload_lora_adapter", dependencies=only_admin)
+    @app.post("/v1/unload_lora_adapter", dependencies=[admin])
     async def unload(body: UnloadAdapter) -> dict[str, Any]:
         await controller.adapters.unload(body.lora_name)
         return {"status": "unloaded", "lora_name": body.lora_name}

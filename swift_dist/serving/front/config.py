@@ -166,9 +166,7 @@ listen public from tcp
 def _api(options: FrontOptions) -> str:
     model = "%[var(txn.model),json(utf8s)]"
     limit = options.max_request_bytes
-    too_large = _refuse(
-        413, f"A request may have {limit} bytes.", "invalid_request_error", "request_too_large", param="body"
-    )
+    refusal = error_body(f"A request may have {limit} bytes.", "invalid_request_error", "request_too_large", "body")
     return f"""frontend api from http
     bind unix@{API_SOCKET} accept-proxy mode 600 proto h1
     log stdout len 8192 format raw local0 info
@@ -186,12 +184,13 @@ def _api(options: FrontOptions) -> str:
     http-request allow if {{ path /health }}
 {_keys(options)}
     {_refuse(404, "There is no such path.", "invalid_request_error", "not_found")} if !generated !control
-    {too_large} if {{ req.hdr_val(content-length) gt {limit} }}
+    http-request set-var-fmt(txn.refusal) {_quoted(refusal)}
+    http-request use-service lua.too_large if {{ req.hdr_val(content-length) gt {limit} }}
     http-request allow if !generated
     {_refuse(405, "Use POST.", "invalid_request_error", "method_not_allowed", headers=" hdr Allow POST")} if !METH_POST
     {_refuse(415, "Send application/json.", "invalid_request_error", "unsupported_content_type")} if !{{ req.hdr(content-type) -m reg -i ^application/([a-z.-]+[+])?json(\\s*;.*)?$ }}
     http-request wait-for-body time {options.timeout_client}s
-    {too_large} if {{ req.body_len gt {limit} }}
+    http-request use-service lua.too_large if {{ req.body_len gt {limit} }}
     http-request set-var(txn.model) req.body,json_query('$.model')
     http-request set-var(txn.stream) bool(true) if {{ req.body,json_query('$.stream') -m bool }}
 {_lookup()}

@@ -197,7 +197,11 @@ class Runtime:
                     commands.append(f"del server {slot}/{name}")  # refused while a request runs there
         if commands:
             ask(self.folder, *commands)
-            found = _servers(ask(self.folder, "show servers state")[0])
+            state, shown = ask(self.folder, "show servers state", f"show map {SERVERS}")
+            found = _servers(state)
+            there = {name for servers in found.values() for name in servers}
+            if gone := [f"del map {SERVERS} {name}" for name in _map(shown) if name not in there]:
+                ask(self.folder, *gone)
         return [slot for slot in idle if not found.get(slot)]
 
     def _coming(self, path: str, server: Server, found: Found | None) -> list[str]:

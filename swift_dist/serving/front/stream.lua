@@ -1,4 +1,4 @@
--- Two things that HAProxy's configuration cannot say. Loaded once for each thread.
+-- Three things that HAProxy's configuration cannot say. Loaded once for each thread.
 --
 -- complete_streams: a filter of the TCP listener that clients talk to. When the connection behind it ends within a
 -- streamed answer (server-sent events in chunks), the client is sent an event that says so and the end of the body,
@@ -6,6 +6,9 @@
 --
 -- read_model: an action that reads "model" (and "stream") from a request's JSON where the converter json_query cannot:
 -- names with \u escapes, and keys that follow a value of more than 20 levels.
+--
+-- too_large: answers 413 with the text of txn.refusal once the body has come. A connection that is closed while the
+-- client still sends is reset, and the client loses the answer.
 
 local BROKEN = 'data: {"error": {"message": "The replica that generated this answer was lost. What was sent is '
     .. 'incomplete.", "type": "server_error", "param": null, "code": "stream_interrupted"}}\n\n'
@@ -184,3 +187,23 @@ core.register_action("read_model", { "http-req" }, function(txn)
         end
     end
 end, 0)
+
+local DRAINED_BYTES = 1 << 28 -- of a body that is refused; whoever sends more may lose the answer
+local PIECE_BYTES = 65536
+
+core.register_service("too_large", "http", function(applet)
+    local left = DRAINED_BYTES
+    while left > 0 and not applet.headers["expect"] do -- who waits for 100 Continue has sent nothing
+        local piece = applet:receive(PIECE_BYTES)
+        if #piece == 0 then
+            break
+        end
+        left = left - #piece
+    end
+    local text = applet:get_var("txn.refusal")
+    applet:set_status(413)
+    applet:add_header("content-type", "application/json")
+    applet:add_header("content-length", #text)
+    applet:start_response()
+    applet:send(text)
+end)

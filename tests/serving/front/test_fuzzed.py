@@ -174,10 +174,10 @@ def test_names_that_no_adapter_may_have(served, name):
 @pytest.mark.parametrize(
     ("path", "status", "says"),
     [
-        ("../outside", 403, "not below one that --adapter_root names"),
-        ("a/../../outside", 403, "not below one that --adapter_root names"),
-        ("link", 403, "not below one that --adapter_root names"),
-        ("/etc", 403, "not below one that --adapter_root names"),
+        ("../outside", 403, "not below one that the deployment was started with"),
+        ("a/../../outside", 403, "not below one that the deployment was started with"),
+        ("link", 403, "not below one that the deployment was started with"),
+        ("/etc", 403, "not below one that the deployment was started with"),
         ("nothing", 400, "holds no adapter_config.json"),
         ("a\0b", 400, "cannot be looked at"),
         ("x" * 5000, 400, "cannot be looked at"),
