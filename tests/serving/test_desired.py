@@ -169,10 +169,11 @@ def test_a_take_over_that_fails_gives_the_old_version_its_replicas_back():
     assert (desired.wanted([model]), shares(model)) == ({"chat-v1": 2}, {"chat-v1": 1.0})
 
 
-def test_a_canary_is_promoted_a_few_replicas_at_a_time():
+@pytest.mark.parametrize(("surge", "old"), [(1, 2), (0, 1)])
+def test_a_canary_is_promoted_a_few_replicas_at_a_time(surge, old):
     model = desired.settle(desired.propose(live_model(3), "two", "/two", 1, share=0.25), {"chat-v2": 1})
-    model = desired.promote(model, surge=1)
-    assert (desired.wanted([model]), model.candidate.share) == ({"chat-v1": 2, "chat-v2": 2}, 1 / 3)
+    model = desired.promote(model, surge)
+    assert (desired.wanted([model]), model.candidate.share) == ({"chat-v1": old, "chat-v2": 2}, 1 / (1 + old))
     for _ in range(2):
         model = desired.settle(model, desired.wanted([model]))
     assert (model.live.id, desired.wanted([model])) == ("chat-v2", {"chat-v2": 3})

@@ -121,10 +121,10 @@ def _begin(model: ModelState, surge: int | None) -> ModelState:
     candidate, live = model.candidate, model.live
     if candidate is None or live is None or surge is None:
         return model
-    if not surge and candidate.num_replicas == 1:
+    most = max(candidate.num_replicas, live.num_replicas)
+    if not surge and most == 1:
         raise Refused(f"{model.name} has one replica, and without it nothing would answer: a surge of 1 or more")
     ready = candidate.num_replicas if candidate.share else 0  # a canary's
-    most = max(candidate.num_replicas, live.num_replicas)
     return _take_over(_with(model, candidate, now=ready, num_replicas=most, surge=surge))
 
 
