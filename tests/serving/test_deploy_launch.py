@@ -106,7 +106,8 @@ def test_every_path_is_absolute_at_submission(work):
         words = (value,) if isinstance(value, str) else value
         wanted = tuple("=".join([*w.split("=")[:-1], str(work / w.split("=")[-1])]) for w in words)
         assert getattr(sent, key) == (wanted[0] if isinstance(value, str) else wanted)
-    assert launched.with_absolute_paths(DeployOptions(model="Qwen/Qwen3-8B")).model == "Qwen/Qwen3-8B"
+    for hub_id in ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B@refs/pr/1"):
+        assert launched.with_absolute_paths(DeployOptions(model=hub_id)).model == hub_id
 
 
 def test_what_arrives_is_what_was_typed(work):

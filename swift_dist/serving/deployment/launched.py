@@ -207,7 +207,7 @@ def _absolute(key: str, given: str) -> str:
     path = Path(given).expanduser()
     if path.exists() or key in OTHER_PATHS:
         return str(path.absolute())
-    is_hub_id = given.count("/") == 1 and not given.startswith(("/", ".", "~"))
+    is_hub_id = given.partition("@")[0].count("/") == 1 and not given.startswith(("/", ".", "~"))
     if key in FILES or key == "follow" or not is_hub_id:
         raise JobError(key, f"there is no {given} on this machine", "name what every node sees under the same path")
     return given
