@@ -109,10 +109,12 @@ class RayHandle(Handle):
         except KeyboardInterrupt as error:
             if error.args:
                 raise  # the job's own end
+            # `runs stop` has Ray signal the driver's children too, and a deployment's front is one of them.
+            stop = "deploy --stop --output" if self._is_service else "runs stop"
             raise KeyboardInterrupt(
                 f"detached: the job goes on as {self._id} at {self._address}\n"
                 f"  see it again: swift-dist runs logs {self._run} --follow\n"
-                f"  end it: swift-dist runs stop {self._run}"
+                f"  end it: swift-dist {stop} {self._run}"
             ) from None
 
     def _pending(self) -> dict[str, Any]:

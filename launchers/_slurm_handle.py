@@ -232,7 +232,8 @@ class SlurmHandle(Handle):
                 raise RunError(f"Slurm knows no job {self._id}, and it left no result: {unknown}") from None
             if "error" in result:
                 return JobState("FAILED", result["exit_code"])
-            return JobState("COMPLETED") if result["state"] == "done" else JobState("FAILED", EXIT_INTERRUPTED)
+            in_order = result["state"] in ("done", "stopped")  # a job's end, a deployment's
+            return JobState("COMPLETED") if in_order else JobState("FAILED", EXIT_INTERRUPTED)
 
     def _read(self, position: int) -> tuple[str, int]:
         """What the output file holds from a position (in bytes) on, and where it ends."""

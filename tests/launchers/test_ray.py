@@ -359,8 +359,10 @@ def test_leaving_a_job_says_how_to_come_back(follow, tmp_path):
             raise KeyboardInterrupt
 
     server = Interrupted("", "RUNNING")
-    with pytest.raises(KeyboardInterrupt, match=f"runs logs {tmp_path}/run --follow"):
+    with pytest.raises(KeyboardInterrupt, match=f"runs logs {tmp_path}/run --follow\n.*runs stop {tmp_path}/run"):
         follow(server).wait()
+    with pytest.raises(KeyboardInterrupt, match=f"deploy --stop --output {tmp_path}/run"):
+        follow(server, is_service=True).wait()
     assert server.stopped == 0
     waiting = follow(Server("", "PENDING"), follow=False).wait()
     assert waiting["state"] == "waiting" and waiting["submission"]["id"] == "job-1"

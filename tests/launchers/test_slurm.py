@@ -305,9 +305,10 @@ def test_a_cancelled_job_was_interrupted(ended):
         ended("CANCELLED", "0:15").wait()
 
 
-def test_a_job_that_slurm_forgot_is_known_by_its_result(ended):
-    handle = ended("", "", {"state": "done", "step": 3})
-    assert handle.status() == "done" and handle.wait()["step"] == 3
+@pytest.mark.parametrize(("result", "state"), [("done", "done"), ("stopped", "done"), ("interrupted", "interrupted")])
+def test_a_job_that_slurm_forgot_is_known_by_its_result(ended, result, state):
+    handle = ended("", "", {"state": result, "step": 3})
+    assert handle.status() == state and handle.wait()["step"] == 3
 
 
 def test_a_job_that_nobody_knows(ended):
