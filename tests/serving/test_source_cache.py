@@ -121,7 +121,8 @@ def test_a_deployment_keeps_what_it_runs_and_what_it_can_return_to(
         model = desired.settle(desired.propose(model, f"step_{step}", steps[step], 1), {f"chat-v{step}": 1})
     candidate = desired.propose(model, "step_4", "/elsewhere", 1)
     assert sorted(folders_of(candidate.model_dump())) == sorted(["/elsewhere", adapter, steps[2], steps[3]])
-    shown = [desired.ModelState(name="chat"), RunError("the controller is being replaced"), model]
+    gone = [RunError("the controller is being replaced"), FileNotFoundError("deployment.json")]
+    shown = [desired.ModelState(name="chat"), *gone, model]
 
     class Asked:
         def __init__(self, folder: object) -> None:
@@ -129,7 +130,7 @@ def test_a_deployment_keeps_what_it_runs_and_what_it_can_return_to(
 
         def ask(self, method: str, path: str) -> dict[str, object]:
             now = shown.pop(0) if len(shown) > 1 else shown[0]
-            if isinstance(now, RunError):
+            if isinstance(now, Exception):
                 raise now
             return {"models": [now.model_dump()]}
 

@@ -40,7 +40,7 @@ class FoldersInUse:
         while not self._stop.wait(_LOOK_SECONDS):
             try:
                 models = self._control.ask("GET", "/control/status")["models"]
-            except RunError:  # it starts, or its controller is being replaced: what is held stays
+            except (RunError, OSError, ValueError):  # its controller is being replaced: what is held stays
                 continue
             self._holds.hold(folder for model in models for folder in folders_of(model))
 
