@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chat_model import WORDS, conversations, save_chat_model, save_rows
@@ -19,8 +20,12 @@ from load_generator import Load, Running, chat_body
 from openai_reference import reference, whole
 from toy_engine import save_toy_model
 
+from swift_dist.errors import RunError
 from swift_dist.runs.folder import Status
 from swift_dist.runs.process import ProcessIdentity
+from swift_dist.serving.deploy import DeployOptions
+from swift_dist.serving.deployment import follow as follow_module
+from swift_dist.serving.deployment.folder import DeploymentFolder
 from swift_dist.serving.deployment.follow import newest_weights
 
 TOY = ("--infer_backend", "toy_engine:ENGINE")
@@ -69,6 +74,49 @@ def test_what_is_newest_of_a_run(tmp_path: Path) -> None:
     assert not newest_weights(run.folder).is_final, "an export of before, and the run goes on"
     run.say("done")
     assert (newest_weights(run.folder).folder, newest_weights(run.folder).is_final) == (run.folder, True)
+
+
+def a_follower(run: Run, folder: DeploymentFolder, source: str, **options: str) -> follow_module.Follower:
+    """Of a deployment that began with `source`."""
+    models = [SimpleNamespace(name="chat", source=source)]
+    plan = SimpleNamespace(options=DeployOptions(follow=str(run.folder), **options), models=models)
+    return follow_module.Follower(plan, folder)  # type: ignore[arg-type]
+
+
+def test_a_run_that_goes_on_while_its_export_is_started_is_followed(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.save(1)
+    save_toy_model(run.folder / "model", "final")
+    run.say("done")
+    follower = a_follower(run, DeploymentFolder(tmp_path / "deployment"), str(run.folder))
+    assert newest_weights(run.folder) in follower._first()
+    run.say("running")
+    run.save(2)
+    assert newest_weights(run.folder) not in follower._first()
+
+
+def test_a_checkpoint_waits_while_another_version_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be refused then; it is not passed over."""
+    run = Run(tmp_path / "run")
+    run.save(1)
+    folder = DeploymentFolder(tmp_path / "deployment")
+    folder.claim()
+    folder.write(state="ready", control="http://127.0.0.1:9")
+    follower = a_follower(run, folder, "before", model="before")
+    looks, deployed = iter([RunError("the controller is being replaced"), "candidate", "candidate"]), []
+
+    def ask(method: str, path: str) -> dict:
+        look = next(looks, "live")
+        if isinstance(look, RunError):
+            raise look
+        return {"models": [{"name": "chat", "versions": [{"role": look}]}]}
+
+    monkeypatch.setattr(follower._control, "ask", ask)
+    monkeypatch.setattr(follow_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follower, "_deploy", lambda checkpoint: deployed.append((checkpoint.name, list(looks))))
+    with follower:
+        wait_until(lambda: deployed, 20, "it is deployed")
+    assert deployed == [("step_1", [])]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import exported
 from swift_dist.serving.deployment.changes import Control, check_new_version, settle_change
 from swift_dist.serving.deployment.folder import DeploymentFolder
+from swift_dist.serving.deployment.scaling import parse_bounds
 from swift_dist.serving.sources.source import Source, resolve_model
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def require_run(options: DeployOptions) -> Path:
     run = Path(options.follow or "")
     if not run.is_dir():
         raise JobError("follow", f"there is no folder {run}", "name the --output of a training run")
-    if options.surge == 0 and options.replicas == 1 and options.autoscale is None:
+    least = parse_bounds(options.autoscale).least if options.autoscale else options.replicas
+    if options.surge == 0 and least == 1:
         problem = "0 ends a replica before its successor starts, and without the only one nothing would answer"
-        raise JobError("surge", problem, "--surge 1, or --replicas 2")
+        raise JobError("surge", problem, "--surge 1, or two replicas or more")
     return run
 
 
@@ -136,10 +138,15 @@ class Follower:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = self._first()
+        seen, waits = self._first(), None
         while not self._stop.wait(_POLL_SECONDS):
             newest = newest_weights(self._run)
-            if newest is None or newest in seen or self._folder.read().get("state") != "ready":
+            if newest is None or newest in seen or not self._is_ready():
+                continue
+            if self._is_taken():
+                if newest != waits:
+                    log.info("%s waits for another version that is under way", newest.folder)
+                waits = newest
                 continue
             seen |= _covered(newest)
             try:
@@ -149,13 +156,29 @@ class Follower:
             except Exception:  # the next one may be good
                 log.exception("%s is skipped", newest.folder)
 
+    def _is_ready(self) -> bool:
+        try:
+            return self._folder.read().get("state") == "ready"
+        except (OSError, ValueError):
+            return False
+
+    def _is_taken(self) -> bool:
+        """Whether another update or a canary is under way, or the controller away: an update would be refused."""
+        try:
+            models = self._control.ask("GET", "/control/status")["models"]
+        except RunError:
+            return True
+        versions = [version for model in models if model["name"] == self._model.name for version in model["versions"]]
+        return any(version["role"] == "candidate" for version in versions)
+
     def _first(self) -> set[Weights]:
         """What the deployment began with: nothing of the run where that is a model beside it."""
         source = Path(self._model.source)
         if self._options.model:
             return set()
         newest = newest_weights(self._run) if source == self._run else Weights(source, source.name)
-        return _covered(newest) if newest else set()
+        served = newest is not None and newest.is_final == (source == self._run)  # else it has gone on meanwhile
+        return _covered(newest) if newest and served else set()
 
     def _deploy(self, checkpoint: Path) -> None:
         began = time.monotonic()
