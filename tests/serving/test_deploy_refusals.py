@@ -18,7 +18,7 @@ from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.inference.replicas import engine_for
 from swift_dist.serving.options import EngineOptions
-from swift_dist.serving.sources.source import resolve_options
+from swift_dist.serving.sources.source import Source, resolve_options
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("--model", "model", "--follow", "nowhere"), "there is no folder nowhere"),
         (("--follow", "model"), "has no checkpoint yet"),
         (("--follow", "model", "--surge", "0"), "surge: 0 ends a replica before its successor starts"),
+        (("--follow", "model", "--surge", "0", "--autoscale", "1:3"), "surge: 0 ends a replica before its successor"),
         (("--model", "model", "--address", "127.0.0.1:1"), "no Ray cluster answers"),
     ],
 )
@@ -147,6 +148,19 @@ def test_a_machine_with_gpus_can_be_asked_for_its_cpus(model, monkeypatch, accel
     assert plan.served(plan.models[0]).use_gpu == (num_gpus > 0)
     engines = engine_for(plan.options, resolve_options(plan.options, trust_remote_code=False))
     assert engines.served.use_gpu == (num_gpus > 0), "of `swift-dist infer`"
+
+
+def test_every_model_is_converted_into_the_cache_that_is_named(model, monkeypatch):
+    asked = []
+
+    def resolve(named, *, cache, **_):
+        asked.append((named, cache))
+        return Source("other", "other", named)
+
+    monkeypatch.setattr("swift_dist.serving.deployment.plan.resolve_model", resolve)
+    given = {"models": ("b=model",), "cache": "kept", "port": free_port()}
+    make_plan(DeployOptions(**given, infer_backend="toy_engine:ENGINE"))
+    assert asked == [("model", Path("kept"))]
 
 
 def test_memory_is_asked_for_a_cache_where_there_is_one(model):

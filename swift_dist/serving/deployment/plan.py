@@ -209,7 +209,8 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
         name, equals, path = word.partition("=")
         if not equals:
             raise JobError("models", f"{word!r} has no name", "--models name=MODEL")
-        source = resolve_model(path, trust_remote_code=options.trust_remote_code, task=options.task)
+        cache = Path(options.cache) if options.cache else None
+        source = resolve_model(path, cache=cache, trust_remote_code=options.trust_remote_code, task=options.task)
         planned.append(_planned(path, source, name))
     names = [n for model in planned for n in (model.name, *model.adapters)]
     for name in names:
