@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from swift_dist.serving.deployment.control import control_app
 from swift_dist.serving.deployment.controller import Controller
 from swift_dist.serving.deployment.desired import ModelState
 from swift_dist.serving.deployment.folder import DeploymentFolder
-from swift_dist.serving.deployment.metrics import relabelled
+from swift_dist.serving.deployment.metrics import deployment_metrics, relabelled
 from swift_dist.serving.deployment.registry import Registry
 from swift_dist.serving.deployment.replica import Report, drained
 from swift_dist.serving.deployment.resources import fitting
@@ -267,6 +268,16 @@ def test_metrics_of_several_engines_are_one_text():
         ({"model": "m", "replica": "a"}, 1.0),
         ({"model": "m", "replica": "b"}, 2.0),
     ]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no socket"), IncompleteRead(b"half of it")])
+def test_a_front_that_ends_takes_only_its_own_numbers_with_it(tmp_path, monkeypatch, error):
+    def ended(folder: Path) -> str:
+        raise error
+
+    monkeypatch.setattr("swift_dist.serving.front.runtime.metrics", ended)
+    text = asyncio.run(deployment_metrics(controller(tmp_path)))
+    assert 'swift_dist:replicas{model="chat",state="wanted",version="chat-v1"} 1.0' in text
 
 
 def test_a_folder_is_one_deployments(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from swift_dist.serving.deployment.status import replica_states
@@ -30,7 +31,7 @@ async def deployment_metrics(controller: Controller) -> str:
     own = await asyncio.to_thread(_text, [*_own(controller), *relabelled(engines)])
     try:
         return own + await asyncio.to_thread(runtime.metrics, controller.folder.front)
-    except OSError:
+    except (OSError, HTTPException):  # HTTPException: it ended in the middle of its answer
         return own
 
 
