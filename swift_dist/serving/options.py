@@ -37,7 +37,7 @@ class EngineOptions(Section):
         None, description="how reasoning is told from the answer (default: by the family)"
     )
     agent_format: str | None = Field(
-        None, description="react, toolbench or hermes: tools in the prompt, for models whose template has none"
+        None, description="react, toolbench, hermes or qwen: tools in the prompt, for models whose template has none"
     )
     trust_remote_code: bool = Field(False, description="run Python files that lie in the model's folder")
     seed: int | None = Field(
