@@ -389,12 +389,12 @@ def start_controller(spec: DeploymentSpec) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
-    return ray.remote(Controller).options(  # type: ignore[attr-defined]  # a class becomes an ActorClass
+    actor: Any = ray.remote(Controller)
+    return actor.options(
         name=spec.name,
         namespace=NAMESPACE,
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=1000,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
     ).remote(spec)
