@@ -344,21 +344,26 @@ def test_a_refusal_of_an_earlier_attempt_fails_no_rollback(tmp_path):
     assert asyncio.run(made._give_up(model)).candidate is not None
 
 
-def test_comments_in_the_file_of_admin_keys_are_no_keys(tmp_path):
+def test_who_may_load_adapters_and_from_where(tmp_path):
+    """Keys of the file, comments in it being none, from below --adapter_root; who owns the deployment, from anywhere."""
     (tmp_path / "keys").write_text("# key of ada\nsecret-1\n\n")
     made = controller(tmp_path)
     made.folder.make_token()
     made.spec = replace(made.spec, admin_keys=str(tmp_path / "keys"))
 
-    async def asked(key: str) -> httpx.Response:
+    async def asked(key: str, folder: str = "/a\0b") -> httpx.Response:
         transport = httpx.ASGITransport(control_app(made))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            body, headers = {"lora_name": "a", "lora_path": "/a\0b"}, {"Authorization": f"Bearer {key}"}
+            body, headers = {"lora_name": "a", "lora_path": folder}, {"Authorization": f"Bearer {key}"}
             return await client.post("/v1/load_lora_adapter", json=body, headers=headers)
 
     assert [asyncio.run(asked(key)).status_code for key in ("key", "ada", "#", "wrong")] == [401] * 4
     answer = asyncio.run(asked("secret-1"))
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    elsewhere = save_toy_adapter(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    assert asyncio.run(asked("secret-1", str(elsewhere))).status_code == 403, "not below --adapter_root"
+    owner = asyncio.run(asked(made.folder.token(), str(elsewhere)))
+    assert (owner.status_code, "no replica" in owner.text) == (503, True), "may name any folder"
 
 
 def test_an_answer_that_is_no_json_is_said_as_it_is(tmp_path, monkeypatch):
