@@ -345,7 +345,7 @@ def test_a_refusal_of_an_earlier_attempt_fails_no_rollback(tmp_path):
 
 
 def test_who_may_load_adapters_and_from_where(tmp_path):
-    """Keys of the file, comments in it being none, from below --adapter_root; who owns the deployment, from anywhere."""
+    """Keys of the file (comments in it are none): from below --adapter_root. Its owner: from anywhere."""
     (tmp_path / "keys").write_text("# key of ada\nsecret-1\n\n")
     made = controller(tmp_path)
     made.folder.make_token()
