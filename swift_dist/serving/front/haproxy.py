@@ -78,7 +78,9 @@ class Front:
         self.folder, self.options = Path(folder).absolute(), options
         self._digests = {config.API_KEYS: keys.api_digests(options), config.ADMIN_KEYS: keys.admin_digests(options)}
         self._program = require_haproxy()
-        self._runtime = runtime.Runtime(self.folder, lambda server: config.server_words(options, server))
+        self._runtime = runtime.Runtime(
+            self.folder, lambda server: config.server_words(options, server), options.max_concurrent
+        )
         self._guard: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
         self._names = Names(_SLOTS)

@@ -137,10 +137,11 @@ class Runtime:
     Args:
         folder: that it was started in.
         words: a server of a version -> the words that define it.
+        most: requests that a server answers at a time.
     """
 
-    def __init__(self, folder: Path, words: Callable[[Server], str]) -> None:
-        self.folder, self.words = folder, words
+    def __init__(self, folder: Path, words: Callable[[Server], str], most: int) -> None:
+        self.folder, self.words, self.most = folder, words, most
 
     def apply(self, tables: Tables) -> None:
         """Have the tables in force. No request is cut: servers that are to go get no new ones.
@@ -166,7 +167,7 @@ class Runtime:
         changes = [*_filled(SHARES, for_shares, kept | tables.shares), *_filled(MODELS, for_models, tables.models)]
         for slot, present in found.items():
             if slot in tables.slots:
-                changes += _going(slot, present, tables.slots[slot])
+                changes += self._going(slot, present, tables.slots[slot])
         self._do(*changes)
         self._verify(tables)
 
@@ -209,6 +210,14 @@ class Runtime:
             return [f"add server {path} {self.words(server)}", f"enable server {path}", f"enable health {path}"]
         return [] if found.ready else [f"set server {path} state ready"]
 
+    def _going(self, slot: str, present: Iterable[str], wanted: dict[str, Server]) -> list[str]:
+        commands = [f"set server {slot}/{name} state maint" for name in present if name not in wanted]
+        if commands and all(server.spare for server in wanted.values()):
+            # Requests that wait in the slot are not taken up by a server that is ready already, until it is told how
+            # many it may take. Making it ready again would do as well, but for the moment in which no server is ready.
+            commands += [f"set maxconn server {slot}/{name} {self.most}" for name in wanted]
+        return commands
+
     def _ask(self, *commands: str) -> list[str]:
         try:
             return ask(self.folder, *commands)
@@ -237,12 +246,3 @@ def _filled(name: str, prepared: str, entries: dict[str, str]) -> list[str]:
     """Commands that replace a map at once, given the answer to ``prepare map``."""
     number = prepared.rsplit(" ", 1)[1]
     return [*(f"add map @{number} {name} {k} {v}" for k, v in entries.items()), f"commit map @{number} {name}"]
-
-
-def _going(slot: str, present: Iterable[str], wanted: dict[str, Server]) -> list[str]:
-    commands = [f"set server {slot}/{name} state maint" for name in present if name not in wanted]
-    if commands and all(server.spare for server in wanted.values()):
-        # Requests that wait in the slot are taken up when a server becomes ready, not by one that is ready already.
-        for name in wanted:
-            commands += [f"set server {slot}/{name} state {state}" for state in ("maint", "ready")]
-    return commands
