@@ -19,6 +19,7 @@ from swift_dist.serving.deployment import desired
 from swift_dist.serving.deployment.folder import DeploymentFolder
 from swift_dist.serving.deployment.in_use import FoldersInUse, folders_of
 from swift_dist.serving.sources import made
+from swift_dist.serving.sources.adapters import with_template
 from swift_dist.serving.sources.made import Holds, in_use, made_once, series_of
 from swift_dist.serving.sources.source import resolve_model
 
@@ -165,3 +166,22 @@ def test_an_adapter_is_asked_with_the_chat_template_that_it_brings(tmp_path: Pat
     assert resolve_model(str(base), adapters={"a": str(lora)}).path == str(base)
     shutil.rmtree(base)
     assert json.loads((folder / "toy.json").read_text())["says"] == "hello"
+
+
+@pytest.mark.parametrize("is_conversion", [True, False])
+def test_where_nothing_can_be_linked_a_conversion_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_conversion: bool
+) -> None:
+    """Of what a newer conversion may delete nothing is left to point to."""
+    base, lora = save_toy_model(tmp_path / "base", "hello"), save_toy_adapter(tmp_path / "lora")
+    (lora / "chat_template.jinja").write_text("mine")
+    if is_conversion:
+        made._used(base).write_text("steps run")
+
+    def refused(source: str, target: str) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder = with_template("base-for-lora", base, lora, tmp_path / "cache")
+    assert (folder / "model.safetensors").is_symlink() != is_conversion
+    assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -57,12 +57,17 @@ def brings_template(adapter: Path, base: Path) -> bool:
 def with_template(name: str, base: Path, adapter: Path, cache: Path | None) -> Path:
     """A folder with the adapter's chat template, and else with links to all of its base: an engine has one template."""
 
+    base_may_go = series_of(base) != str(base.absolute())  # a conversion that a newer one deletes
+
     def link(file: str, target: str) -> None:
         file = os.path.realpath(file)
         try:
             os.link(file, target)
         except OSError:  # another file system, or another user's
-            Path(target).symlink_to(file)
+            if base_may_go:
+                shutil.copy2(file, target)
+            else:
+                Path(target).symlink_to(file)
 
     def make(folder: Path) -> None:
         from swift_dist.tuners._export import written_whole
