@@ -44,8 +44,9 @@ def template_of(folder: str, options: EngineOptions) -> str:
     own = Path(folder) / "chat_template.jinja"
     if own.is_file():
         return own.read_text()
-    file = Path(folder) / "tokenizer_config.json"
-    template: Any = json.loads(file.read_text()).get("chat_template") if file.is_file() else None
+    files = (Path(folder) / name for name in ("chat_template.json", "tokenizer_config.json"))
+    found = (json.loads(file.read_text()).get("chat_template") for file in files if file.is_file())
+    template: Any = next(filter(None, found), None)
     if isinstance(template, list):  # some models have one for tools beside the default
         return "\n".join(str(one.get("template", "")) for one in template)
     return template or ""

@@ -184,6 +184,7 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
             client = stack.enter_context(open_client(options.url))
             yield name, options.url, names, lambda: client
             return
+        from swift_dist.serving.families import template_of
         from swift_dist.serving.inference.replicas import LogFolder, engine_for, local_replicas
         from swift_dist.serving.sources.made import in_use
         from swift_dist.serving.sources.source import resolve_options
@@ -192,6 +193,12 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
         name = chosen_name(options, source)
         stack.enter_context(in_use(*source.folders))
         engines = engine_for(options, source)
+        has_own_format = (
+            Path(source.path) / "tekken.json"
+        ).is_file()  # vLLM writes Mistral's prompts without a template
+        if not (options.complete or has_own_format or template_of(source.path, options)):
+            remedy = "--chat_template FILE, or --prompt TEXT --complete true"
+            raise JobError("chat_template", f"{source.description} has none to ask with", remedy)
         replica = local_replicas(engines, 1, stack.enter_context(LogFolder()))[0]
         stack.callback(replica.stop)
         log.info("%s: starting the %s engine", source.description, engines.engine.name)

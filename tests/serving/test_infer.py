@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ import swift_dist
 from swift_dist.data.rows._formats import formats
 from swift_dist.data.rows.prompts import read_prompt
 from swift_dist.errors import JobError, RunError
+from swift_dist.serving.families import template_of
 from swift_dist.serving.inference.pool import EnginePool
 from swift_dist.serving.inference.replicas import RemoteReplica
+from swift_dist.serving.options import EngineOptions
 
 MAIN = [sys.executable, "-c", "from swift_dist.cli import main; raise SystemExit(main())", "infer"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -329,3 +332,17 @@ def test_whatever_keeps_an_engine_from_starting_is_said(problem: Exception) -> N
 
     with pytest.raises((RunError, JobError), match=r"no space left|it is gone"):
         asyncio.run(ask())
+
+
+def test_a_model_without_a_chat_template_is_refused_before_an_engine_starts(model: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    template = config.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(JobError, match=r"has none to ask with\n.*--complete true") as caught:
+        swift_dist.infer(model=str(bare), prompt="the moon", infer_backend="hf")
+    assert caught.value.key == "chat_template"
+    template = template or (model / "chat_template.jinja").read_text()
+    (bare / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert template_of(str(bare), EngineOptions()) == template

@@ -47,7 +47,8 @@ def check_length(config: dict[str, Any], options: EngineOptions) -> None:
     """
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    each = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some have one per kind of layer
+    scaled = any(one.get("rope_type", one.get("type", "default")) != "default" for one in each)
     own, asked = text.get("max_position_embeddings"), options.max_model_len
     if asked is not None and own and asked > own and not scaled:
         raise JobError("max_model_len", f"{asked} is more than the model's {own} positions", "lower it")
