@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -223,7 +224,8 @@ def summary(found: dict[int, dict[str, list[dict[str, Any]]]]) -> dict[int, dict
     return {
         streams: {
             figure: statistics.median(
-                ours[figure] / theirs[figure] for theirs, ours in zip(*sides.values(), strict=True)
+                ours[figure] / (theirs[figure] or math.nan)  # a gap is 0 where tokens came together
+                for theirs, ours in zip(*sides.values(), strict=True)
             )
             for figure in figures
         }
