@@ -11,8 +11,9 @@ from toy_engine import save_toy_adapter, save_toy_model
 
 from swift_dist.cli import main
 from swift_dist.cluster import devices
-from swift_dist.errors import JobError
+from swift_dist.errors import JobError, RunError
 from swift_dist.serving.deploy import DeployOptions
+from swift_dist.serving.deployment import changes
 from swift_dist.serving.deployment.plan import make_plan
 from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.front.options import FrontOptions, url_of
@@ -170,3 +171,23 @@ def test_memory_is_asked_for_a_cache_where_there_is_one(model):
     options = EngineOptions(task="embed", cpu_cache_gib=10**6)
     assert find_engine("hf").cache_gib(options) == 0
     assert find_engine("vllm").cache_gib(options) == 10**6
+
+
+def test_who_waits_for_a_change_waits_for_a_controller_that_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = {"id": "v2", "role": "live", "share": 1.0, "goal": 1.0, "message": "", "num_replicas": 1}
+    settled = {"in_force": True, "replicas": [], "models": [{"name": "chat", "versions": [version]}]}
+    answers = iter([changes.NoAnswerError("gone", ""), changes.NoAnswerError("gone", ""), settled])
+
+    class Fake:
+        def ask(self, method: str, path: str) -> dict:
+            answer = next(answers, changes.NoAnswerError("gone for good", ""))
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(changes, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(changes, "_AWAY_SECONDS", 0.5)
+    model = {"name": "chat", "versions": [version]}
+    assert changes.settle_change(Fake(), model, "v2")["message"] == "v2 answers all requests"
+    with pytest.raises(RunError, match="gone for good"):
+        changes.settle_change(Fake(), model, "v2")

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.3
+_AWAY_SECONDS = 60.0  # of a controller that Ray starts again
 _LATER = "--status shows it, --rollback withdraws an update"
+
+
+class NoAnswerError(RunError):
+    """The controller is not there: it may be on its way back."""
 
 
 class Control:
@@ -32,7 +37,7 @@ class Control:
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request, else
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Raises RunError where it refuses or is not there."""
+        """Raises RunError where it refuses, NoAnswerError where it is not there."""
         import httpx
 
         known = self.folder.read()
@@ -44,7 +49,7 @@ class Control:
                 method, known["control"] + path, json=body, headers=headers, timeout=300.0, trust_env=False
             )
         except httpx.HTTPError as error:
-            raise RunError(f"the deployment does not answer: {type(error).__name__}: {error}", "") from error
+            raise NoAnswerError(f"the deployment does not answer: {type(error).__name__}: {error}", "") from error
         if answer.status_code != 200:
             raise RunError(said(answer), "")
         return answer.json()
@@ -138,10 +143,17 @@ def settle_change(
         RunError: it failed, and the version before goes on; or it is not done in time, and goes on.
         KeyboardInterrupt: interrupted; it goes on.
     """
-    said = ""
+    said, heard = "", time.monotonic()
     with _patience(seconds, f"{version_id} goes on being deployed") as wait:
         while True:
-            now = control.ask("GET", "/control/status")
+            try:
+                now = control.ask("GET", "/control/status")
+            except NoAnswerError:
+                if time.monotonic() - heard > _AWAY_SECONDS:
+                    raise
+                wait()
+                continue
+            heard = time.monotonic()
             model = next(m for m in now["models"] if m["name"] == model["name"])
             version = next((v for v in model["versions"] if v["id"] == version_id), None)
             if version is None or version["role"] == "failed":

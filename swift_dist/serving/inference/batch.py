@@ -47,7 +47,7 @@ class Asking:
 
 def messages_of(prompt: Prompt, system: str | None) -> list[dict[str, Any]]:
     messages = list(prompt.messages)
-    if system and messages and messages[0]["role"] != "system":
+    if system is not None and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages
 

@@ -46,7 +46,7 @@ class Chat:
     turns: list[dict[str, Any]] = field(default_factory=list)
 
     def messages(self) -> list[dict[str, Any]]:
-        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
+        return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.turns]
 
     def command(self, line: str) -> str | None:
         """Do what a line that begins with / says; returns what to tell. None: end."""
