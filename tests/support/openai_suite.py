@@ -106,7 +106,7 @@ def check_stream_is_the_same_text(target: Target) -> None:
     assert deltas[0].delta.role == "assistant"
     assert [choice.finish_reason for choice in deltas if choice.finish_reason] == [answer.choices[0].finish_reason]
     assert chunks[-1].usage == answer.usage and not chunks[-1].choices
-    assert len(deltas) > 10  # it came in pieces
+    assert len(deltas) > 3  # it came in pieces; an API server that has little of the CPU sends several tokens in one
 
 
 def check_stop(target: Target) -> None:

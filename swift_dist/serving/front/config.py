@@ -171,6 +171,8 @@ def _api(options: FrontOptions) -> str:
     bind unix@{API_SOCKET} accept-proxy mode 600 proto h1
     log stdout len 8192 format raw local0 info
     log-format {_quoted(_log_format())}
+    # Whatever is refused, a connection that ends while the client still sends may lose the answer.
+    http-request wait-for-body time {options.timeout_client}s
     http-request set-var(txn.path) path
     http-request set-var(txn.id) uuid
     http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,128}}$ }}
@@ -189,7 +191,6 @@ def _api(options: FrontOptions) -> str:
     http-request allow if !generated
     {_refuse(405, "Use POST.", "invalid_request_error", "method_not_allowed", headers=" hdr Allow POST")} if !METH_POST
     {_refuse(415, "Send application/json.", "invalid_request_error", "unsupported_content_type")} if !{{ req.hdr(content-type) -m reg -i ^application/([a-z.-]+[+])?json(\\s*;.*)?$ }}
-    http-request wait-for-body time {options.timeout_client}s
     http-request use-service lua.too_large if {{ req.body_len gt {limit} }}
     http-request set-var(txn.model) req.body,json_query('$.model')
     http-request set-var(txn.stream) bool(true) if {{ req.body,json_query('$.stream') -m bool }}

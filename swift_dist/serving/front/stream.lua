@@ -193,7 +193,7 @@ local PIECE_BYTES = 65536
 
 core.register_service("too_large", "http", function(applet)
     local left = DRAINED_BYTES
-    while left > 0 and not applet.headers["expect"] do -- who waits for 100 Continue has sent nothing
+    while left > 0 do
         local piece = applet:receive(PIECE_BYTES)
         if #piece == 0 then
             break

@@ -237,8 +237,9 @@ def test_other_clients(stage: Stage) -> None:
 
 
 def test_headers_that_are_too_long(stage: Stage) -> None:
-    answer = stage.post(chat_body("chat", "x"), headers={"x-more": "y" * 40_000})
-    assert answer.status_code == 431 and error(answer)["code"] == "headers_too_large"
+    for _ in range(20):  # the body comes after the head, and the answer does not come before it
+        answer = stage.post(chat_body("chat", "x" * 50_000), headers={"x-more": "y" * 40_000})
+        assert answer.status_code == 431 and error(answer)["code"] == "headers_too_large"
 
 
 @pytest.mark.parametrize("given", [None, "sk-three", KEYS[0] + "x", KEYS[0].upper(), "sha"])
