@@ -14,6 +14,7 @@ import interpreted_kernels  # noqa: E402, F401
 
 LONG = (
     *("serving/test_openai.py", "serving/test_deploy.py", "serving/test_deploy_hf.py", "serving/test_source.py"),
+    *("serving/test_deploy_vllm.py", "serving/test_infer_vllm.py", "serving/test_infer_ray.py"),
     *("serving/test_infer.py", "serving/hf/test_server.py", "serving/hf/test_generator.py"),
     *("checkpoint/test_resume.py", "system/test_kill.py", "engines/test_state.py", "system/test_failing_runs.py"),
     *("test_docs.py", "engines/test_engine.py", "cluster/test_gang.py", "system/test_torchrun.py"),

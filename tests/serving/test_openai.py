@@ -21,6 +21,8 @@ from swift_dist.serving.engines.process import EngineProcess
 from swift_dist.serving.options import EngineOptions, ServedModel
 
 ENGINES = ("vllm", "hf")
+# vLLM's is asked the same through a front in every run of the tests (test_deploy_vllm.py), there without a compilation
+SERVERS = [pytest.param("vllm", marks=pytest.mark.table), "hf"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a start of vLLM takes minutes on a busy machine
 
 
@@ -57,7 +59,7 @@ def _target(process: EngineProcess, model: Path, adapters: list[Path]) -> Target
     )
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=SERVERS)
 def server(request, model, adapters, tmp_path_factory) -> Iterator[EngineProcess]:
     options = EngineOptions(dtype="fp32", max_num_seqs=16, max_lora_rank=8, cpu_cache_gib=0.25)
     served = ServedModel("tiny", str(model), options, {"first": str(adapters[0]), "second": str(adapters[1])})
