@@ -41,6 +41,21 @@ def test_calls_and_the_text_before_them(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("qwen3_coder", "<tool_call><function= weather ><parameter=city>12345</parameter></function></tool_call>"),
+        (
+            "minimax_m2",
+            '<minimax:tool_call><invoke name=" weather "><parameter name="city">12345</parameter></invoke>'
+            "</minimax:tool_call>",
+        ),
+    ],
+)
+def test_space_around_a_name_does_not_hide_its_schema(name, answer):
+    assert read(name, [answer]) == ("", [Call("weather", '{"city": "12345"}')])
+
+
+@pytest.mark.parametrize(
     ("schema", "text", "value"),
     [
         ({"type": "string"}, "12345", "12345"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,6 +266,13 @@ def read_json(text: str, schemas: Schemas) -> list[Call] | None:
         return None
     calls = [call_of(one) for one in (value if isinstance(value, list) else [value])]
     return [call for call in calls if call] if calls and all(calls) else None
+
+
+def tagged_call(name: str, pairs: Iterable[tuple[str, str]], schemas: Schemas) -> Call:
+    """A call whose arguments are bare texts between tags, as the tool's schema types them."""
+    name = name.strip()
+    arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in pairs}
+    return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
 def typed(text: str, schema: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from swift_dist.serving.tool_parsers.base import (
@@ -12,8 +11,7 @@ from swift_dist.serving.tool_parsers.base import (
     Schemas,
     Tagged,
     ToolParser,
-    parameter,
-    typed,
+    tagged_call,
 )
 
 _PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
@@ -32,9 +30,7 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
     name, rest = name.strip(), sign + rest
     if not re.fullmatch(r"[^\s<]+", name) or _PAIR.sub("", rest).strip():
         return None
-    pairs = [(key.strip(), value) for key, value in _PAIR.findall(rest)]
-    arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in pairs}
-    return [Call(name, json.dumps(arguments, ensure_ascii=False))]
+    return [tagged_call(name, ((key.strip(), value) for key, value in _PAIR.findall(rest)), schemas)]
 
 
 def PARSER(schemas: Schemas) -> ToolParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from swift_dist.serving.tool_parsers.base import (
@@ -12,8 +11,7 @@ from swift_dist.serving.tool_parsers.base import (
     Schemas,
     Tagged,
     ToolParser,
-    parameter,
-    typed,
+    tagged_call,
 )
 
 _INVOKE = re.compile(r"\s*<invoke name=[\"']?([^\"'>\n]+)[\"']?>(.*?)(?:</invoke>|\Z)\s*", re.DOTALL)
@@ -36,8 +34,7 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
     for name, body in _INVOKE.findall(text):
         if _PARAMETER.sub("", body).strip():
             return None
-        arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in _PARAMETER.findall(body)}
-        calls.append(Call(name.strip(), json.dumps(arguments, ensure_ascii=False)))
+        calls.append(tagged_call(name, _PARAMETER.findall(body), schemas))
     return calls if calls and not _INVOKE.sub("", text) else None
 
 

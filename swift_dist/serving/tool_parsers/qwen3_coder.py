@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from swift_dist.serving.tool_parsers.base import (
@@ -12,8 +11,7 @@ from swift_dist.serving.tool_parsers.base import (
     Schemas,
     Tagged,
     ToolParser,
-    parameter,
-    typed,
+    tagged_call,
 )
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
@@ -32,9 +30,7 @@ def read(text: str, schemas: Schemas) -> list[Call] | None:
     found = _FUNCTION.fullmatch(text)
     if found is None:
         return None
-    name = found[1].strip()
-    arguments = {key: typed(value, parameter(schemas, name, key)) for key, value in _PARAMETER.findall(found[2])}
-    return [Call(name, json.dumps(arguments, ensure_ascii=False))]
+    return [tagged_call(found[1], _PARAMETER.findall(found[2]), schemas)]
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
