@@ -123,7 +123,7 @@ def test_follow_only_new_passes_over_what_an_earlier_attempt_left(tmp_path):
     assert [row["step"] for row in rows] == [4, 5, 6]
 
 
-def wait_for(condition, seconds=5.0):
+def wait_for(condition, seconds=30.0):
     import time
 
     deadline = time.monotonic() + seconds

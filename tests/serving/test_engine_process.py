@@ -105,7 +105,7 @@ def test_a_server_is_started_asked_and_stopped(tmp_path):
         pids = [server.pid, *descendants(server.pid)]
         assert len(pids) == 3
     assert not server.alive and not server.healthy()
-    assert gone_within(pids, 0.5)
+    assert gone_within(pids, 10)
     with pytest.raises(RunError, match="did not answer /metrics"):
         server.load()
 
@@ -115,8 +115,8 @@ def test_sigterm_that_is_not_heard_is_followed_by_sigkill(tmp_path):
     pids = [server.pid, *descendants(server.pid)]
     began = time.monotonic()
     server.stop(grace=0.5)
-    assert 0.5 <= time.monotonic() - began < 3
-    assert gone_within(pids, 0.5)
+    assert 0.5 <= time.monotonic() - began < 9, "longer than the usual grace"
+    assert gone_within(pids, 10)
     assert server.exit_code == 128 + signal.SIGKILL
     server.stop()  # twice does no harm
 
@@ -136,7 +136,7 @@ def test_a_server_that_is_never_ready_is_stopped(tmp_path, monkeypatch):
     pids = [server.pid, *descendants(server.pid)]
     with pytest.raises(RunError, match="not ready after 2 s"):
         server.wait_ready()
-    assert gone_within(pids, 0.5)
+    assert gone_within(pids, 10)
 
 
 @pytest.mark.parametrize("victim", ["server", "guard"])
@@ -147,7 +147,7 @@ def test_nothing_survives_a_killed_server(tmp_path, victim):
     with killed_at_the_end([guard, engine, worker]):
         os.kill(guard if victim == "guard" else engine, signal.SIGKILL)
         # what a killed guard cannot find is the engine's own to end (vLLM: _vllm_server.py)
-        assert gone_within([guard, engine] if victim == "guard" else [guard, engine, worker], 2)
+        assert gone_within([guard, engine] if victim == "guard" else [guard, engine, worker], 10)
         assert not server.alive and server.exit_code == (-9 if victim == "guard" else 137)
 
 
@@ -168,7 +168,7 @@ def test_nothing_survives_a_killed_owner(tmp_path):
     with killed_at_the_end(below):
         owner.kill()
         owner.communicate()
-        assert gone_within(below, 2)
+        assert gone_within(below, 10)
 
 
 def test_a_thread_that_started_it_may_end(tmp_path):

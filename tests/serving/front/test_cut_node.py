@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from load_generator import Load, chat_body
+from ports import free_port
 from upstreams import Upstream
 
 from swift_dist.serving.front.haproxy import Front
@@ -50,14 +51,16 @@ def cut(number: int) -> None:
     sh(f"ip link set {BRIDGE}v{number} down")
 
 
-def front_of(tmp_path: Path, port: int, replicas: list[Upstream]) -> Front:
+def front_of(tmp_path: Path, replicas: list[Upstream]) -> Front:
     version = Version("v1", tuple(Replica(u.name, u.host, u.port) for u in replicas))
-    return Front(tmp_path, FrontOptions(port=port)).start(FrontState((Route(("m",), (version,)),), ("127.0.0.1", 9)))
+    return Front(tmp_path, FrontOptions(port=free_port())).start(
+        FrontState((Route(("m",), (version,)),), ("127.0.0.1", 9))
+    )
 
 
-def test_a_cut_node_loses_no_request(replicas: list[Upstream], tmp_path: Path, free_port: int) -> None:
+def test_a_cut_node_loses_no_request(replicas: list[Upstream], tmp_path: Path) -> None:
     """64 at a time, 1,000 in all."""
-    front = front_of(tmp_path, free_port, replicas)
+    front = front_of(tmp_path, replicas)
     try:
         load = Load(front.url, [chat_body("m", "x", delay=0.3)], concurrency=64, requests=1000)
         with load.in_background() as running:
@@ -72,9 +75,9 @@ def test_a_cut_node_loses_no_request(replicas: list[Upstream], tmp_path: Path, f
         front.stop(drain=0)
 
 
-def test_a_silent_node_that_is_there_is_waited_for(replicas: list[Upstream], tmp_path: Path, free_port: int) -> None:
+def test_a_silent_node_that_is_there_is_waited_for(replicas: list[Upstream], tmp_path: Path) -> None:
     """As long as a prefill may take: keepalive probes are answered by the kernel, whatever the engine does."""
-    front = front_of(tmp_path, free_port, replicas[:1])
+    front = front_of(tmp_path, replicas[:1])
     try:
         load = Load(front.url, [chat_body("m", "x", delay=12), chat_body("m", "x", first_delay=12, stream=True)], 2, 2)
         began = time.monotonic()
@@ -85,13 +88,13 @@ def test_a_silent_node_that_is_there_is_waited_for(replicas: list[Upstream], tmp
         front.stop(drain=0)
 
 
-def test_a_stream_from_a_cut_node_ends_with_an_error(replicas: list[Upstream], tmp_path: Path, free_port: int) -> None:
-    front = front_of(tmp_path, free_port, replicas[:1])
+def test_a_stream_from_a_cut_node_ends_with_an_error(replicas: list[Upstream], tmp_path: Path) -> None:
+    front = front_of(tmp_path, replicas[:1])
     try:
         body = chat_body("m", "x", stream=True, events=1000, delay=0.05)
         threading.Timer(1.0, cut, [0]).start()
         (answer,) = Load(front.url, [body], 1, 1).run().answers
         assert answer.error is not None and "stream_interrupted" in answer.error
-        assert 5 < answer.seconds < 10
+        assert 5 < answer.seconds < 30
     finally:
         front.stop(drain=0)
