@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from chat_model import save_chat_model
-from deployment import free_port, wait_until
+from deployment import wait_until
 from openai import OpenAI
+from ports import free_port
 
 from swift_dist.cli import main
 from swift_dist.cluster.runtime import _own_cluster_variables

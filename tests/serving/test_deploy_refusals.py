@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from toy_engine import save_toy_adapter, save_toy_model
 
 from swift_dist.cli import main
@@ -27,12 +28,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return save_toy_model(tmp_path / "model", "hello")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -186,8 +181,8 @@ def test_who_waits_for_a_change_waits_for_a_controller_that_comes_back(monkeypat
             return answer
 
     monkeypatch.setattr(changes, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(changes, "_AWAY_SECONDS", 0.5)
     model = {"name": "chat", "versions": [version]}
     assert changes.settle_change(Fake(), model, "v2")["message"] == "v2 answers all requests"
+    monkeypatch.setattr(changes, "_AWAY_SECONDS", 0.5)
     with pytest.raises(RunError, match="gone for good"):
         changes.settle_change(Fake(), model, "v2")

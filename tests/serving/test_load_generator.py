@@ -82,7 +82,7 @@ def server() -> Iterator[tuple[Server, str]]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield known, f"http://127.0.0.1:{addresses[0][1]}"
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
@@ -101,7 +101,7 @@ def test_as_many_requests_at_a_time_as_said_and_every_one_answered(server):
     }
     streams = [a for a in report.good if a.index % 2 == 0]
     assert {len(a.events) for a in streams} == {3} and report.count("X-Swift-Version")["v1"] == 25
-    assert all(a.began + 0.02 <= a.events[0] < a.events[1] < a.events[2] <= a.ended for a in streams)
+    assert all(a.began + 0.02 <= a.events[0] <= a.events[1] <= a.events[2] <= a.ended for a in streams)
     # Timed as they come, not when a stream ends; on a loaded machine two may come at once.
     assert len(report.gaps) == 50 and max(report.gaps) > 0.005
 
@@ -125,17 +125,18 @@ def test_what_goes_wrong_is_reported(server, words, stream, error):
 
 
 def test_a_server_that_is_not_there_or_does_not_answer_in_time(server):
-    _, url = server
+    known, url = server
+    known.together = 2  # one is never answered
     gone = Load("http://127.0.0.1:9", [completion_body("m", "x")], requests=3, concurrency=3).run()
     assert len(gone.failures) == 3 and "3 failed" in gone.describe() and "ClientConnectorError" in gone.describe()
-    (late,) = Load(url, [completion_body("m", "x")], requests=1, timeout=0.005).run().failures
+    (late,) = Load(url, [completion_body("m", "x")], requests=1, timeout=0.3).run().failures
     assert "Timeout" in late.error
 
 
 def test_in_the_background_until_it_is_stopped(server):
     known, url = server
     with Load(url, [completion_body("m", "x")], concurrency=4).in_background() as running:
-        running.wait_for(20, timeout=20)
+        running.wait_for(20)
     assert not running.report.failures and len(known.seen) == len(running.report.good) >= 20
 
 

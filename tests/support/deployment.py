@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ports import free_port
+
 from swift_dist.serving.deployment.changes import Control
 from swift_dist.serving.deployment.folder import DeploymentFolder
 
 SUPPORT = Path(__file__).parent
 _MARK = "SWIFT_DIST_TEST_DEPLOYMENT"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -85,7 +80,7 @@ class Deployment:
 
         return descendants(replica["pids"][1])
 
-    def wait_for(self, count: int, version: str, seconds: float = 60.0) -> list[dict[str, Any]]:
+    def wait_for(self, count: int, version: str, seconds: float = 150.0) -> list[dict[str, Any]]:
         """Until `count` replicas of a version answer."""
         return wait_until(
             lambda: (found := self.replicas(version)) and len(found) == count and found, seconds, f"{count} replicas"
@@ -95,7 +90,7 @@ class Deployment:
         """`swift-dist deploy WORDS` about this deployment."""
         command = [sys.executable, "-m", "swift_dist.cli", "deploy", *words, "--output", str(self.folder.path)]
         variables = {**os.environ, "PYTHONPATH": str(SUPPORT)}
-        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=150)
+        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=250)
 
     def pids_of(self, title: bytes) -> list[int]:
         """Its processes whose command line begins with `title`, as Ray titles its actors."""
@@ -138,4 +133,4 @@ class Deployment:
                 self.process.kill()
                 self.process.communicate()
         if error is None:
-            wait_until(lambda: not self.processes(), 10, f"no process left: {self.processes()}")
+            wait_until(lambda: not self.processes(), 30, f"no process left: {self.processes()}")

@@ -2,8 +2,8 @@
 
 Fields of a body: `delay` (seconds before the answer, or before each event of a stream), `events` (of a stream),
 `status` (answered instead), `say` (the text of an event), `die_at` (the process ends before that event; 0: before any
-answer). The answer's text names the server. ``GET /seen`` says how many requests began, how many run, and how many
-their clients have left.
+answer), `held_at` (that event, or the answer, waits for `Upstream.release`; 0: the stream's head, too). The answer's
+text names the server. ``GET /seen`` says how many requests began, how many run, and how many their clients have left.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ class Upstream:
 
     def seen(self, forget: bool = False) -> dict[str, Any]:
         """What it has seen; `forget`: until now."""
-        url = f"http://{self.host}:{self.port}/{'forget' if forget else 'seen'}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        return self._ask("forget" if forget else "seen")
+
+    def release(self) -> None:
+        """Let what is held go on, and what is still to come."""
+        self._ask("release")
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://{self.host}:{self.port}/{what}", timeout=60) as answer:
             return json.load(answer)
 
     def __enter__(self) -> Upstream:
@@ -60,6 +66,7 @@ def main(name: str, host: str, port: int) -> None:
     from aiohttp import web
 
     seen: dict[str, Any] = {"began": 0, "running": 0, "left": 0, "others": 0, "headers": {}}
+    released = asyncio.Event()
 
     async def generate(request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -76,6 +83,8 @@ def main(name: str, host: str, port: int) -> None:
 
     async def answer(request: web.Request, body: dict[str, Any]) -> web.Response:
         await asyncio.sleep(body.get("delay", 0))
+        if "held_at" in body:
+            await released.wait()
         if body.get("die_at") == 0:
             os._exit(1)
         choices = [{"index": 0, "message": {"role": "assistant", "content": name}}]
@@ -86,8 +95,12 @@ def main(name: str, host: str, port: int) -> None:
         if body.get("die_at") == 0:
             os._exit(1)
         await asyncio.sleep(body.get("first_delay", 0))
+        if body.get("held_at") == 0:
+            await released.wait()
         await response.prepare(request)
         for number in range(body.get("events", 5)):
+            if body.get("held_at") == number:
+                await released.wait()
             if body.get("die_at") == number:
                 os._exit(1)
             text = body.get("say", "x")
@@ -101,6 +114,11 @@ def main(name: str, host: str, port: int) -> None:
 
     async def forget(request: web.Request) -> web.Response:
         seen.update(began=0, left=0, others=0)
+        released.clear()
+        return web.json_response(seen)
+
+    async def release(request: web.Request) -> web.Response:
+        released.set()
         return web.json_response(seen)
 
     async def models(request: web.Request) -> web.Response:
@@ -111,6 +129,7 @@ def main(name: str, host: str, port: int) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/seen", status)
         app.router.add_get("/forget", forget)
+        app.router.add_get("/release", release)
         for path in ("/v1/chat/completions", "/v1/completions"):
             app.router.add_post(path, generate)
         app.router.add_route("*", "/{rest:.*}", models)

@@ -15,8 +15,9 @@ from urllib.parse import unquote
 
 import httpx
 import pytest
-from fronts import pids
+from fronts import CHAT, pids, wait_for
 from load_generator import Load, chat_body
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from upstreams import Upstream
 
@@ -26,15 +27,8 @@ from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.front.runtime import metrics
 from swift_dist.serving.front.state import FrontState, Replica, Route, Version
 
-CHAT = "/v1/chat/completions"
 ODD = ["org/name:tag", 'a "quoted" \\ name', "with space", "模型", "naïve", "😀", "'; drop", "%[rand(9)]", "$X #y", "-"]
 KEYS, ADMIN = ["sk-one", "sk-two"], "sk-admin"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -60,7 +54,7 @@ class Stage:
     def post(self, body: Any, path: str = CHAT, **more: Any) -> httpx.Response:
         content = body if isinstance(body, (bytes, str)) else json.dumps(body)
         headers = {"content-type": "application/json", "authorization": f"Bearer {KEYS[0]}", **more.pop("headers", {})}
-        return httpx.post(self.front.url + path, content=content, headers=headers, timeout=20, **more)
+        return httpx.post(self.front.url + path, content=content, headers=headers, timeout=60, **more)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +113,8 @@ def test_random_names(stage: Stage) -> None:
     ]
     stage.front.update(FrontState(tuple(routes), stage.control))
     try:
-        with httpx.Client(headers={"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}) as client:
+        headers = {"authorization": f"Bearer {KEYS[0]}", "content-type": "application/json"}
+        with httpx.Client(headers=headers, timeout=60) as client:
             for number, name in enumerate(names):
                 body = json.dumps({"model": name}, ensure_ascii=number % 2 == 0).encode()
                 version = client.post(stage.front.url + CHAT, content=body).headers["x-swift-version"]
@@ -202,18 +197,19 @@ def test_a_body_that_is_too_large(stage: Stage) -> None:
 
     headers = {"content-type": "application/json", "authorization": f"Bearer {KEYS[0]}"}
     for size, status in ((100_000, 200), (100_001, 413), (140_000, 413), (5_000_000, 413)):
-        answer = httpx.post(stage.front.url + CHAT, content=pieces(size), headers=headers)
+        answer = httpx.post(stage.front.url + CHAT, content=pieces(size), headers=headers, timeout=60)
         assert answer.status_code == status, size
     for size in (100_001, 1_000_000, 20_000_000) * 10:  # a connection that is closed too early loses some of these
         answer = stage.post(body(size))
         assert answer.status_code == 413 and error(answer)["param"] == "body", size
-    patient = httpx.post(stage.front.url + CHAT, content=body(200_000), headers={**headers, "expect": "100-continue"})
+    expecting = {**headers, "expect": "100-continue"}
+    patient = httpx.post(stage.front.url + CHAT, content=body(200_000), headers=expecting, timeout=60)
     assert patient.status_code == 413
 
 
 def raw(stage: Stage, text: bytes) -> bytes:
     """Whatever is answered to these bytes until the connection ends."""
-    with socket.create_connection(("127.0.0.1", stage.front.options.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", stage.front.options.port), timeout=60) as client:
         client.sendall(text)
         return b"".join(iter(lambda: client.recv(65536), b""))
 
@@ -285,7 +281,9 @@ def test_a_request_has_an_id_and_a_line(stage: Stage) -> None:
     assert answer.headers["x-request-id"] == "mine-2"
     made = stage.post({"model": 'no"ne'}, headers={"x-request-id": "two words"}).headers["x-request-id"]
     assert len(made) == 36
-    lines = [json.loads(line) for line in (stage.front.folder / "access.jsonl").read_text().splitlines()]
+    log = stage.front.folder / "access.jsonl"
+    wait_for(lambda: made.encode() in log.read_bytes())  # HAProxy writes a line after the end of an answer
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     line = next(line for line in lines if line["id"] == "mine-2")
     assert line["model"] == "模型" and line["status"] == 200 and line["path"] == CHAT
     assert (line["version"], line["replica"]) in {("chat-v1", "a"), ("chat-v2", "b")}
