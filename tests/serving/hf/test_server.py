@@ -336,7 +336,7 @@ def test_a_client_that_leaves_ends_the_generation(server, http, stream):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 leaving.send(asked)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while server.load().running and time.monotonic() < until:
         time.sleep(0.02)
     assert server.load().running == 0
@@ -366,12 +366,12 @@ def test_sigterm_lets_answers_end_and_breaks_off_those_that_take_longer(folder, 
         ]
         for thread in threads:
             thread.start()
-        while process.load().running < 8:
+        while process.load().running < (8 if "short" in ended else 9):
             time.sleep(0.01)
         begun = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         assert ended["short"] == "data: [DONE]"
         assert "error" in json.loads(ended["long"].removeprefix("data: "))
-        assert 3 <= time.monotonic() - begun < 20
+        assert 3 <= time.monotonic() - begun < 50
