@@ -28,6 +28,9 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("minimax_m2", ("<minimax:tool_call>",)),
     ("seed_oss", ("<seed:tool_call>",)),
     ("phi4_mini_json", ("functools[",)),
+    ("openai", ("<|channel|>", "<|call|>")),
+    ("gemma4", ("<|tool_call>",)),
+    ("functiongemma", ("<start_function_call>",)),
     ("granite", ("<|tool_call|>",)),
     ("llama3_json", ('"parameters": dictionary of argument name and its value',)),
 )
@@ -79,6 +82,8 @@ def reasoning_tags_of(options: EngineOptions, template: str) -> tuple[str, str] 
     """The tags around a model's thinking; None where neither options nor template tell."""
     if options.reasoning_parser:
         return reasoning.PARSERS[options.reasoning_parser]
+    if tool_parser_of(options, template) == "openai":  # reads what the splitter of these tags passes on
+        return reasoning.HARMONY
     return reasoning.tags_of(template)
 
 

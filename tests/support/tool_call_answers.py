@@ -94,6 +94,34 @@ ANSWERS = {
         "",
         [("weather", {"city": "Köln", "days": 3}), ("now", {})],
     ),
+    "openai": (
+        # as `HarmonySplitter` passes it on
+        f"Ok.<|channel|>commentary to=functions.weather<|message|>{WRITTEN}<|call|>"
+        "<|channel|>commentary to=functions.now<|message|>{}<|call|>",
+        "Ok.",
+        BOTH,
+    ),
+    "gemma4": (
+        'Ok.\n<|tool_call>call:weather{city:<|"|>'
+        + ARGUMENTS["city"]
+        + '<|"|>,days:3,units:[<|"|>°C<|"|>]}<tool_call|>'
+        "<|tool_call>call:now{}<tool_call|>",
+        "Ok.",
+        BOTH,
+    ),
+    "functiongemma": (
+        # numbers and lists as texts, because vLLM's reads nothing else
+        "<start_function_call>call:weather{city:<escape>" + ARGUMENTS["city"] + "<escape>,days:<escape>3<escape>,"
+        'units:<escape>["°C"]<escape>}<end_function_call><start_function_call>call:now{}<end_function_call>',
+        "",
+        BOTH,
+    ),
+    "functiongemma as its template": (
+        "<start_function_call>call:weather{city:<escape>" + ARGUMENTS["city"] + "<escape>,days:3,"
+        "units:[<escape>°C<escape>]}<end_function_call><start_function_call>call:now{}<end_function_call>",
+        "",
+        BOTH,
+    ),
     "react": (
         f"Thought: I need both.\nAction: weather\nAction Input: {WRITTEN}\nAction: now\nAction Input: {{}}\n",
         "Thought: I need both.",

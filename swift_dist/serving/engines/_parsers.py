@@ -14,7 +14,6 @@ from swift_dist.serving.options import EngineOptions
 
 # Those that `families` has no counterpart of. The first whose texts all stand in the template.
 _TOOL_PARSERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("<|channel|>", "<|call|>"), "openai"),
     (("<｜DSML｜",), "deepseek_v32"),
     (("<|action_start|>",), "internlm"),
 )
@@ -27,6 +26,7 @@ _REASONING_PARSERS: tuple[tuple[str, str, str], ...] = (
     ("minimax", "<think>", "minimax_m2"),
     ("step3", "<think>", "step3"),
     ("kimi", "<think>", "kimi_k2"),
+    ("gemma4", "<channel|>", "gemma4"),
     ("gpt_oss", "<|channel|>", "openai_gptoss"),
     ("mistral", "[THINK]", "mistral"),
     ("seed_oss", "<seed:think>", "seed_oss"),

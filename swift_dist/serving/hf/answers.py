@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift_dist.serving.hf.requests import Token
-from swift_dist.serving.reasoning import ReasoningSplitter
+from swift_dist.serving.reasoning import HarmonySplitter, ReasoningSplitter
 from swift_dist.serving.tool_parsers.base import Call, Event, ToolParser, call_of
 
 
@@ -87,7 +87,7 @@ class ChatAnswer:
 
     def __init__(
         self,
-        reasoning: ReasoningSplitter | None,
+        reasoning: ReasoningSplitter | HarmonySplitter | None,
         tools: ToolParser | None,
         *,
         parallel: bool = True,

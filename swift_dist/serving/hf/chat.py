@@ -26,7 +26,7 @@ from swift_dist.serving.hf.generation import Events, Serving, streamed, unless_g
 from swift_dist.serving.hf.prompts import Rendered
 from swift_dist.serving.hf.protocol import ChatRequest, NamedTool, Tool
 from swift_dist.serving.hf.requests import Finished, Sampling, Token
-from swift_dist.serving.reasoning import ReasoningSplitter
+from swift_dist.serving.reasoning import splitter_of
 from swift_dist.serving.tool_parsers.base import ToolParser
 
 
@@ -98,7 +98,7 @@ def _plan(serving: Serving, body: ChatRequest) -> Plan:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     markers = (*(parser.markers if parser else ()), *(serving.reasoning or ()))
-    if serving.special_tokens.intersection(markers):
+    if any(token in marker for marker in markers for token in serving.special_tokens):
         # they order calls and thinking, and would be missing
         sampling = replace(sampling, skip_special_tokens=False)
     parallel = body.parallel_tool_calls is not False
@@ -125,7 +125,7 @@ def _parser(serving: Serving, choice: Any, tools: list[Tool]) -> ToolParser | No
 
 def _writer(serving: Serving, plan: Plan) -> ChatAnswer:
     return ChatAnswer(
-        ReasoningSplitter(serving.reasoning, plan.prompt.text) if serving.reasoning else None,
+        splitter_of(serving.reasoning, plan.prompt.text) if serving.reasoning else None,
         _parser(serving, plan.choice, plan.tools),
         parallel=plan.body.parallel_tool_calls is not False,
         show_reasoning=plan.body.include_reasoning,

@@ -60,7 +60,7 @@ def calls_in_text(calls: Calls, thinking: Thinking | None, special: Mapping[str,
     thought = f"{lark.thought(thinking)} {_SPACE} {body}"
     if thinking.begun:
         return lark.text(thought)
-    if thinking.open in special:
+    if lark.begins_special(thinking.open):
         return lark.text(f"{thought} | {body}")
     free += rf" & ~/[ \n]*{_expression(thinking.open)}(.|\n)*/"
     first = f"{lark.rest(free)} | {lark.until(begin, free)} {call} {after if calls.parallel else ''}"
@@ -146,6 +146,10 @@ class _Lark:
                 at = found.end()
         return " ".join(parts)
 
+    def begins_special(self, text: str) -> bool:
+        """Whether the text's beginning is a special token."""
+        return self._split.match(text) is not None
+
     def rest(self, text: str = _ANY) -> str:
         """Any text, such as the regular expression says."""
         name = f"T{len(self._rules)}"
@@ -164,7 +168,7 @@ class _Lark:
     def thought(self, thinking: Thinking) -> str:
         if thinking.begun:
             return self.until(thinking.close)
-        if thinking.open in self._special:
+        if self.begins_special(thinking.open):
             return f"{self.quoted(thinking.open)} {self.until(thinking.close)}"
         # in one lexeme: what follows the tag would otherwise be free text's
         return self.until(thinking.close, rf"/[ \n]*{_expression(thinking.open)}(.|\n)*/")

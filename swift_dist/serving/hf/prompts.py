@@ -96,6 +96,8 @@ class ChatPrompts:
         thought = message.reasoning_content or message.reasoning
         if thought:
             plain["reasoning_content"] = thought
+            if "message.thinking" in self.template:  # gpt-oss has a name of its own for it
+                plain["thinking"] = thought
         if message.tool_calls:
             plain["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
