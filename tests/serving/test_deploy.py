@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from toy_engine import save_toy_adapter, save_toy_model
 
 TOY = ("--infer_backend", "toy_engine:ENGINE")
+pytestmark = pytest.mark.timeout(900)  # three updates of two replicas each took 105 s on two cores with a load of 11
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,17 @@ def deployment(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def client(deployment: Deployment) -> OpenAI:
-    return OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=30)
+    return OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def said(client: OpenAI, model: str) -> str:
     answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hello"}])
     return str(answer.choices[0].message.content)
+
+
+def lost(deployment: Deployment, replica: dict[str, Any]) -> None:
+    """Wait until it counts as lost; its successor may be ready by then."""
+    wait_until(lambda: replica["id"] not in {r["id"] for r in deployment.replicas()}, 60, "the loss is seen")
 
 
 def load(deployment: Deployment, model: str = "chat", **more: int) -> Load:
@@ -64,7 +71,7 @@ def test_two_models_behind_one_address(deployment, client):
     assert [model.id for model in client.models.list()] == ["chat", "other"]
     with pytest.raises(NotFoundError):
         said(client, "third")
-    assert httpx.get(f"{deployment.url}/health").status_code == 200
+    assert httpx.get(f"{deployment.url}/health", timeout=60).status_code == 200
 
 
 def test_both_replicas_answer(deployment, client):
@@ -75,12 +82,12 @@ def test_a_killed_replica_and_a_killed_engine_lose_no_request(deployment):
     version = deployment.status()["models"][0]["versions"][0]["id"]
     with load(deployment).in_background() as running:
         running.wait_for(20)
-        os.kill(deployment.wait_for(2, version)[0]["pids"][0], signal.SIGKILL)
-        wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
-        deployment.wait_for(2, version)
-        engine = deployment.engine_pids(deployment.replicas(version)[0])
-        os.kill(engine[0], signal.SIGKILL)
-        wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
+        killed = deployment.wait_for(2, version)[0]
+        os.kill(killed["pids"][0], signal.SIGKILL)
+        lost(deployment, killed)
+        of_engine = deployment.wait_for(2, version)[0]
+        os.kill(deployment.engine_pids(of_engine)[0], signal.SIGKILL)
+        lost(deployment, of_engine)
         deployment.wait_for(2, version)
         running.wait_for(len(running.answers) + 20)
     assert not running.report.failures, running.report.describe()
@@ -94,8 +101,9 @@ def test_an_adapter_comes_and_goes_under_load_and_outlives_a_replica(deployment,
         assert done.returncode == 0, done.stderr
         assert said(client, "poems").startswith("one poems")
         with load(deployment, "poems").in_background() as running:
-            os.kill(deployment.wait_for(2, version)[0]["pids"][0], signal.SIGKILL)
-            wait_until(lambda: len(deployment.replicas(version)) == 1, 20, "the loss is seen")
+            killed = deployment.wait_for(2, version)[0]
+            os.kill(killed["pids"][0], signal.SIGKILL)
+            lost(deployment, killed)
             assert [r["adapters"] for r in deployment.wait_for(2, version)] == [["poems"], ["poems"]]
             running.wait_for(len(running.answers) + 20)
         assert not running.report.failures, running.report.describe()
@@ -115,8 +123,8 @@ def test_an_adapter_that_one_replica_refuses_is_on_none(deployment, models):
     assert done.returncode == 1
     assert "rank too large" in done.stderr
     for replica in replicas:
-        names = [m["id"] for m in httpx.get(f"http://127.0.0.1:{replica['port']}/v1/models").json()["data"]]
-        assert names == ["chat"]
+        listed = httpx.get(f"http://127.0.0.1:{replica['port']}/v1/models", timeout=60).json()["data"]
+        assert [m["id"] for m in listed] == ["chat"]
 
 
 @pytest.mark.parametrize(
@@ -133,17 +141,17 @@ def test_adapters_that_are_not_allowed(deployment, models, name, path, status):
     body = {"lora_name": name, "lora_path": str(models / path), "model": "chat"}
     control = deployment.folder.read()["control"]
     headers = {"Authorization": f"Bearer {deployment.folder.token()}"}
-    answer = httpx.post(f"{control}/v1/load_lora_adapter", json=body, headers=headers)
+    answer = httpx.post(f"{control}/v1/load_lora_adapter", json=body, headers=headers, timeout=60)
     assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 
 def test_changes_need_the_token(deployment):
     control = deployment.folder.read()["control"]
     for headers in ({}, {"Authorization": "Bearer wrong"}):
-        assert httpx.get(f"{control}/control/status", headers=headers).status_code == 401
-        assert httpx.post(f"{control}/control/stop", headers=headers).status_code == 401
+        assert httpx.get(f"{control}/control/status", headers=headers, timeout=60).status_code == 401
+        assert httpx.post(f"{control}/control/stop", headers=headers, timeout=60).status_code == 401
     assert deployment.folder.token_path.stat().st_mode & 0o777 == 0o600
-    assert httpx.get(f"{deployment.url}/control/status").status_code == 404, "not through the front"
+    assert httpx.get(f"{deployment.url}/control/status", timeout=60).status_code == 404, "not through the front"
 
 
 def test_update_canary_promotion_and_rollback_fail_no_request(deployment, models, client):
@@ -159,11 +167,10 @@ def test_update_canary_promotion_and_rollback_fail_no_request(deployment, models
         assert done.returncode == 0, done.stderr
         assert {said(client, "chat").split()[0] for _ in range(10)} == {"one"}
         old = deployment.status()["models"][0]["previous"]
-        wait_until(lambda: not [r for r in deployment.status()["replicas"] if r["version"] == old], 30, "old ones end")
+        wait_until(lambda: not [r for r in deployment.status()["replicas"] if r["version"] == old], 90, "old ones end")
     assert not running.report.failures, running.report.describe()
 
 
-@pytest.mark.timeout(600)
 def test_one_after_the_other_where_there_is_no_room_for_twice_as_many(deployment, models, client):
     """`--surge 0`: never more than two replicas, and no request fails."""
     wanted: set[int] = set()
@@ -205,7 +212,7 @@ def test_who_waits_for_an_update_may_leave_and_the_update_goes_on(deployment, mo
     assert "goes on being deployed: it was not done within 1 s" in left.stderr and "--status" in left.stderr
     version = next(v["id"] for v in deployment.status()["models"][0]["versions"] if v["role"] == "candidate")
     assert f"{version}: 0 of 2 replicas answer" in left.stderr
-    wait_until(lambda: said(client, "chat").startswith("slow"), 60, "the update goes on")
+    wait_until(lambda: said(client, "chat").startswith("slow"), 120, "the update goes on")
     command = [sys.executable, "-m", "swift_dist.cli", "deploy", "--rollback", "--served_model_name", "chat"]
     command += ["--output", str(deployment.folder.path)]
     waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -213,9 +220,9 @@ def test_who_waits_for_an_update_may_leave_and_the_update_goes_on(deployment, mo
     line = next(line for line in waiting.stderr if "replicas answer" in line)
     waiting.send_signal(signal.SIGINT)
     rest = waiting.stderr.read()
-    assert waiting.wait(30) == 130, line + rest
+    assert waiting.wait(60) == 130, line + rest
     assert "goes on being deployed: only this command has ended" in rest
-    wait_until(lambda: said(client, "chat").startswith("one"), 60, "the rollback goes on")
+    wait_until(lambda: said(client, "chat").startswith("one"), 120, "the rollback goes on")
 
 
 def test_a_new_version_that_does_not_start_leaves_the_old_one(deployment, models, client):
@@ -232,23 +239,23 @@ def test_a_killed_controller_goes_on_where_it_was(deployment, client):
     with load(deployment).in_background() as running:
         os.kill(deployment.pids_of(b"ray::Controller")[0], signal.SIGKILL)
         wait_until(
-            lambda: "the controller was restarted" in deployment.stderr and client.models.list(), 60, "it is back"
+            lambda: "the controller was restarted" in deployment.stderr and client.models.list(), 120, "it is back"
         )
         running.wait_for(len(running.answers) + 100)
     assert not running.report.failures, running.report.describe()
-    deployment.wait_for(2, before["replicas"][0]["version"])
-    assert {r["id"] for r in deployment.status()["replicas"]} == {r["id"] for r in before["replicas"]}
+    ids = {replica["id"] for replica in before["replicas"]}
+    wait_until(lambda: {replica["id"] for replica in deployment.replicas()} == ids, 60, "the same replicas answer")
 
 
 def test_metrics(deployment, client):
     said(client, "chat")
     control = deployment.folder.read()["control"]
-    text = httpx.get(f"{control}/metrics").text
+    text = httpx.get(f"{control}/metrics", timeout=60).text
     version = deployment.status()["models"][0]["versions"][0]["id"]
     assert f'swift_dist:replicas{{model="chat",state="ready",version="{version}"}} 2.0' in text
     samples = [line for line in text.splitlines() if line.startswith("swift_dist:num_requests_running{")]
     assert len(samples) == 4 and all("replica=" in line for line in samples)
-    through_front = httpx.get(f"{deployment.url}/metrics").text
+    through_front = httpx.get(f"{deployment.url}/metrics", timeout=60).text
     for own in ("haproxy_frontend_http_requests_total", 'swift_dist:front_server_info{server="r'):
         assert own in text and own in through_front
     families = list(text_string_to_metric_families(through_front))
@@ -264,7 +271,7 @@ def test_status_reads_well(deployment):
 def test_it_ends_in_order_under_load(deployment):
     """The last test: running requests are answered, then nothing is left (the fixture looks for processes)."""
     with load(deployment, requests=16).in_background() as running:
-        wait_until(lambda: sum(r["running"] for r in deployment.replicas()) or running.answers, 10, "requests run")
+        wait_until(lambda: sum(r["running"] for r in deployment.replicas()) or running.answers, 60, "requests run")
         deployment.stop()
     assert not running.report.failures, running.report.describe()
     assert deployment.process.returncode == 0, deployment.stderr

@@ -90,7 +90,7 @@ class Deployment:
         """`swift-dist deploy WORDS` about this deployment."""
         command = [sys.executable, "-m", "swift_dist.cli", "deploy", *words, "--output", str(self.folder.path)]
         variables = {**os.environ, "PYTHONPATH": str(SUPPORT)}
-        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=250)
+        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=500)
 
     def pids_of(self, title: bytes) -> list[int]:
         """Its processes whose command line begins with `title`, as Ray titles its actors."""
