@@ -86,7 +86,7 @@ def test_a_killed_worker_of_the_engine_ends_all_of_it(server):
     pids = [server.pid, *descendants(server.pid)]
     core = [pid for pid in pids if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(core[0] if core else pids[-1], signal.SIGKILL)
-    assert gone_within(pids, 2)
+    assert gone_within(pids, 10)
     assert not server.alive and server.exit_code == 137
 
 
@@ -115,7 +115,7 @@ def test_vllm_on_two_ranks(model, adapters, tmp_path):
         workers = _workers(pids)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
-        assert gone_within(pids, 3)
+        assert gone_within(pids, 10)
         assert process.exit_code == 137
 
 
@@ -143,7 +143,7 @@ def test_nothing_of_vllm_survives(model, tmp_path, victim):
         below = descendants(owner.pid)
         assert len(_workers(below)) == 2 and len(below) >= 6  # guard, server, EngineCore, multiprocessing's trackers
         os.kill([owner.pid, *below][["owner", "guard", "server"].index(victim)], signal.SIGKILL)
-        assert gone_within(below, 3)
+        assert gone_within(below, 10)
     finally:
         owner.kill()  # and with it all that a failure left
         owner.communicate()

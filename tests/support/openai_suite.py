@@ -293,7 +293,7 @@ def check_leaving_ends_generation(target: Target) -> None:
     _wait(lambda: target.running() == 0)
 
 
-def _wait(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def _wait(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
