@@ -5,10 +5,16 @@ row's tokens against the right edge, so that the batch's newest tokens share a c
 (causal, sliding, chunked) are then transformers' own, made from a 2-D attention mask, and positions are each row's.
 Sequences can so join, leave and be of any length between two steps, and memory is taken by the block, not by the
 longest row; only one layer's padded keys and values exist at a time.
+
+Full blocks outlive their sequences until their place is needed: a later sequence of the same model or adapter whose
+first tokens are the same reads them instead of computing them again. Free blocks are that memory, so it takes no other.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +40,14 @@ class LayerShape:
 
 
 class Blocks:
-    """A sequence's blocks: `table` [most blocks] of their numbers, of which the first `count` are its own."""
+    """A sequence's blocks: `table` [most blocks] of their numbers, of which the first `count` are its own.
+
+    The first `kept` can be read by others; `text` stands for the tokens in them and before them.
+    """
 
     def __init__(self, most: int) -> None:
         self.table = torch.zeros(most, dtype=torch.long)
-        self.count = 0
+        self.count = self.kept = self.text = 0
 
 
 class KeyValuePool:
@@ -56,7 +65,13 @@ class KeyValuePool:
         slots = (self.blocks + 1) * BLOCK
         self.keys = [torch.zeros(slots, s.heads, s.key_dim, dtype=s.dtype, device=device) for s in shapes]
         self.values = [torch.zeros(slots, s.heads, s.value_dim, dtype=s.dtype, device=device) for s in shapes]
-        self._free = list(range(self.blocks, 0, -1))
+        self._free = OrderedDict.fromkeys(range(1, self.blocks + 1))  # the next to be taken first
+        self._users = [0] * (self.blocks + 1)
+        # A text of whole blocks has a number: that of the text before its last block and that block's tokens lead to
+        # it and to where the block is. Numbers are never used again, so what follows a block that is gone is not found.
+        self._texts: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+        self._text_in: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._numbers = itertools.count(1)
 
     @property
     def tokens(self) -> int:
@@ -72,14 +87,61 @@ class KeyValuePool:
         if more > len(self._free):
             return False
         for _ in range(more):
-            blocks.table[blocks.count] = self._free.pop()
-            blocks.count += 1
+            block, _ = self._free.popitem(last=False)
+            if block in self._text_in:
+                del self._texts[self._text_in.pop(block)]
+            self._take(blocks, block)
         return True
 
     def release(self, blocks: Blocks) -> None:
-        self._free.extend(blocks.table[: blocks.count].tolist())
+        # a text's end is of use only with what is before it: it goes first
+        for block in reversed(blocks.table[: blocks.count].tolist()):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
+                if block not in self._text_in:
+                    self._free.move_to_end(block, last=False)
         blocks.table.zero_()
-        blocks.count = 0
+        blocks.count = blocks.kept = blocks.text = 0
+
+    def empty_text(self) -> int:
+        """The number of a text without tokens: of a model, or an adapter. No two share what follows it."""
+        return next(self._numbers)
+
+    def adopt(self, blocks: Blocks, text: int, tokens: Sequence[int]) -> int:
+        """Give a sequence without blocks those that hold its first tokens already, but for at least the last one.
+
+        Args:
+            text: whose tokens they are (`empty_text`).
+
+        Returns:
+            How many tokens that are.
+        """
+        blocks.text = text
+        for at in range(0, len(tokens) - BLOCK, BLOCK):
+            text, block = self._texts.get((blocks.text, tuple(tokens[at : at + BLOCK])), (0, 0))
+            if not block:
+                break
+            self._free.pop(block, None)
+            self._take(blocks, block)
+            blocks.kept, blocks.text = blocks.kept + 1, text
+        return blocks.kept * BLOCK
+
+    def keep(self, blocks: Blocks, tokens: Sequence[int], cached: int) -> None:
+        """Let others read the blocks that are full, once `cached` tokens are computed. `adopt` came before."""
+        while (blocks.kept + 1) * BLOCK <= cached:
+            at = blocks.kept * BLOCK
+            text = (blocks.text, tuple(tokens[at : at + BLOCK]))
+            if text not in self._texts:  # another sequence may have been faster
+                block = int(blocks.table[blocks.kept])
+                self._texts[text] = (next(self._numbers), block)
+                self._text_in[block] = text
+            blocks.kept, blocks.text = blocks.kept + 1, self._texts[text][0]
+
+    def _take(self, blocks: Blocks, block: int) -> None:
+        self._users[block] += 1
+        blocks.table[blocks.count] = block
+        blocks.count += 1
 
 
 def blocks_for(tokens: int) -> int:

@@ -134,6 +134,8 @@ async def side_by_side(streams: Streams, metrics: Metrics, prompts: int = 1) -> 
             clocks[index].token()
         elif isinstance(event, Finished):
             clocks[index].end(event.reason, event.prompt_tokens if index % each == 0 else 0)
+            metrics.prefix_cache_queries.inc(event.prompt_tokens)
+            metrics.prefix_cache_hits.inc(event.cached_tokens)
         yield index, event
 
 

@@ -39,7 +39,7 @@ def started(served: ServedModel) -> TextGenerator:
     Raises:
         JobError, RunError: the model or an adapter cannot be served so.
     """
-    if served.options.task == "generate":
+    if served.options.task != "embed":
         return Generator(served)
     from swift_dist.serving.hf.embedding import Embedder
 
@@ -269,6 +269,7 @@ class Generator:
     def _unload_unused(self) -> None:
         for name in [name for name in self._retired if not self._scheduler.uses(name)]:
             self._adapters.unload(name)
+            self._scheduler.forget(name)
             self._retired.pop(name).set_result(None)
 
     def _receive(self) -> bool:

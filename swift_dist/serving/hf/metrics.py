@@ -28,6 +28,12 @@ class Metrics:
             Gauge(f"swift_dist:{name}", text, registry=registry).set_function(value)
         self.prompt_tokens = Counter("swift_dist:prompt_tokens", "Tokens of prompts.", registry=registry)
         self.generation_tokens = Counter("swift_dist:generation_tokens", "Tokens of answers.", registry=registry)
+        self.prefix_cache_queries = Counter(
+            "swift_dist:prefix_cache_queries", "Tokens of prompts, of each answer.", registry=registry
+        )
+        self.prefix_cache_hits = Counter(
+            "swift_dist:prefix_cache_hits", "Of these, tokens that earlier requests had computed.", registry=registry
+        )
         self.finished = Counter(
             "swift_dist:request_success", "Answers that ended, by why.", ["finished_reason"], registry=registry
         )

@@ -141,12 +141,14 @@ class Finished:
         reason: stop (an end token, a stop text, a guide that is complete) or length.
         stop: the stop text or the id of the end token that was met; None for a length.
         prompt_tokens, completion_tokens: how many there were; an end token counts.
+        cached_tokens: of the prompt, those that an earlier request had computed.
     """
 
     reason: Literal["stop", "length"]
     stop: str | int | None
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 Event = Prompt | Token | Finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -38,7 +39,11 @@ class Row(Protocol):
 
 
 class PooledRunner:
-    """Any number of rows in one forward, over a `KeyValuePool`."""
+    """Any number of rows in one forward, over a `KeyValuePool`.
+
+    Attributes:
+        shares: whether what one sequence computed for its first tokens is what another one would.
+    """
 
     batched = True
 
@@ -54,6 +59,7 @@ class PooledRunner:
                 "raise cpu_cache_gib (on a GPU gpu_memory_utilization) or lower max_model_len",
             )
         self.pool = KeyValuePool(shapes, tokens, loaded.device)
+        self.shares = not _depends_on_length(self._model.config)
         self.length = min(loaded.length, self.pool.tokens)
         if self.length < loaded.length:
             log.warning("prompt and answer are limited to %d tokens: no more fit into the cache", self.length)
@@ -269,6 +275,12 @@ def _layer_shapes(model: Any) -> list[LayerShape]:
             raise RunError(f"{type(model).__name__}: a layer caches nothing", "")
         shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
     return shapes
+
+
+def _depends_on_length(config: Any) -> bool:
+    """Whether keys depend on how long the text is that they are part of: by rotary embeddings that change with it."""
+    text = json.dumps(config.to_dict(), default=str)
+    return any(f'type": "{kind}"' in text for kind in ("dynamic", "longrope", "su"))
 
 
 def _state_bytes(state: Any) -> int:

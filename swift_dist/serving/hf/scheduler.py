@@ -43,7 +43,7 @@ class Running:
         limit: tokens of the answer.
         deliver: where its events go.
         cached, blocks, state: as `runners.Row`.
-        events: of this step, not delivered yet.
+        reused: tokens of the prompt that others had computed.
     """
 
     tokens: list[int]
@@ -56,6 +56,7 @@ class Running:
     deliver: Callable[[Sequence[Event | BaseException]], None]
     blocks: Blocks
     cached: int = 0
+    reused: int = 0
     state: dict[str, Any] | None = None
     scored: list[Token] = field(default_factory=list)
     cancelled: bool = False
@@ -98,12 +99,17 @@ class Scheduler:
         self._check, self._most, self._most_adapters = check, most, most_adapters
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self._texts: dict[str | None, int] = {}  # of the model and of each adapter, for `KeyValuePool.adopt`
 
     def add(self, sequence: Running) -> None:
         self.waiting.append(sequence)
 
     def uses(self, adapter: str) -> bool:
         return any(s.adapter == adapter for s in (*self.running, *self.waiting))
+
+    def forget(self, adapter: str) -> None:
+        """The adapter is gone: what it computed is of no use to a later one of its name."""
+        self._texts.pop(adapter, None)
 
     @property
     def busy(self) -> bool:
@@ -139,11 +145,23 @@ class Scheduler:
             if sequence.adapter and len(adapters | {sequence.adapter}) > self._most_adapters:
                 later.append(sequence)  # those behind it need not wait for its adapter
                 continue
+            self._adopt(sequence)
             if not self._reserve(sequence, len(sequence.tokens)):
+                if sequence.cached:
+                    self._give_back(sequence)
                 later.append(sequence)
                 break
             self.running.append(sequence)
         self.waiting.extendleft(reversed(later))
+
+    def _adopt(self, sequence: Running) -> None:
+        """Begin a sequence after the tokens that are computed already; where its prompt is scored, all are wanted."""
+        if isinstance(self._runner, PooledRunner) and self._runner.shares:
+            pool = self._runner.pool
+            text = self._texts.setdefault(sequence.adapter, pool.empty_text())
+            sequence.cached = pool.adopt(sequence.blocks, text, () if sequence.scoring else sequence.tokens)
+            if len(sequence.tokens) == sequence.prompt:
+                sequence.reused = sequence.cached
 
     def _reserve(self, sequence: Running, tokens: int) -> bool:
         if isinstance(self._runner, PooledRunner):
@@ -156,7 +174,6 @@ class Scheduler:
             while sequence in self.running and not self._reserve(sequence, len(sequence.tokens)):
                 youngest = self.running[-1]
                 self._leave(youngest)
-                youngest.cached = 0
                 if youngest.scoring:  # of a prompt that was told already nothing is told again
                     youngest.scored.clear()
                 self.waiting.appendleft(youngest)
@@ -164,7 +181,10 @@ class Scheduler:
 
     def _leave(self, sequence: Running) -> None:
         self.running.remove(sequence)
-        sequence.state = None
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: Running) -> None:
+        sequence.state, sequence.cached = None, 0
         if isinstance(self._runner, PooledRunner):
             self._runner.pool.release(sequence.blocks)
 
@@ -197,7 +217,8 @@ class Scheduler:
     def _failing(self, rows: Sequence[Running]) -> Iterator[None]:
         """An error within ends the requests of these rows; the engine goes on where the model is sound after it.
 
-        What the rows had written is only in blocks of their own, which nobody else reads before writing them.
+        What the rows had written is only in blocks of their own that nobody else reads before writing them: others
+        read a block once it was computed without an error (`KeyValuePool.keep`).
         """
         failed = False
         try:
@@ -221,6 +242,8 @@ class Scheduler:
             logits = logits[-1:]
         for row, number in zip(rows, new, strict=True):
             row.cached += number
+            if isinstance(self._runner, PooledRunner) and self._runner.shares:
+                self._runner.pool.keep(row.blocks, row.tokens, row.cached)
         done = [at for at, row in enumerate(rows) if row.pending == 0]
         if not done:
             return
@@ -280,7 +303,7 @@ class Scheduler:
         events: list[Event] = [Token(token, text, self._piece(token), drawn.logprob, self._alternatives(drawn.top))]
         if reason:
             self._leave(row)
-            events.append(Finished(reason, stop, row.prompt, sampler.length))
+            events.append(Finished(reason, stop, row.prompt, sampler.length, row.reused))
         row.deliver(events)
 
     def _shown(self, row: Running, text: str, early: bool) -> tuple[str, str | None]:
