@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _SCALE = "_scale_inv"  # factors of a weight: <weight>_scale_inv
 _SCALE_DTYPES = ("F32", "BF16", "F16")  # DeepSeek-V3's; Qwen3's; those of Qwen3's of July 2025
 
@@ -233,6 +235,19 @@ def read_bin(path: Path) -> dict[str, StoredTensor]:
         # Closed when the last view of it is gone: an error's traceback holds views, and closing it under them raises.
         archive = Archive(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     return {name: archive.stored(name, ref, str(path)) for name, ref in tensors_in(archive.content).items()}
+
+
+def parse_size(text: str, key: str = "max_shard_size") -> int:
+    """Bytes in ``5GB`` (powers of 1000) or ``5GiB`` (of 1024).
+
+    Raises:
+        JobError: it is not a positive size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise JobError(key, f"{text!r} is no size", "write for example 5GB or 512MiB")
+    return size
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> dict[str, list[TensorSpec]]:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config", "parallel", "converters.mapping"},
     "recipes": {"config", "parallel", "models"},
     "data": {"config", "workers"},
-    "tuners": {"config", "models"},
+    "tuners": {"config", "models", "converters"},
     "mixing": {"config", "tuners"},  # the Python API of several adapters on one model
     "objectives": {"config", "models"},
     "optim": {"config", "models"},

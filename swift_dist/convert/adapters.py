@@ -11,7 +11,7 @@ from typing import Any
 
 from swift_dist.convert.companions import companions
 from swift_dist.convert.conversion import Target
-from swift_dist.convert.options import ConvertOptions, parse_size
+from swift_dist.convert.options import ConvertOptions
 from swift_dist.convert.sources import (
     ADAPTER_CONFIG,
     HF_SUBFOLDER,
@@ -38,7 +38,7 @@ from swift_dist.converters.dist_index import DistSide, check_dist, dist_index
 from swift_dist.converters.hf_side import check_hf_folder
 from swift_dist.converters.mapping import Rows, duplicates, hf_shapes
 from swift_dist.converters.plan import HFSide, hf_dtypes, megatron_dtypes, repeated_names
-from swift_dist.converters.safetensors_io import TensorSpec, lay_out, read_bin, read_safetensors
+from swift_dist.converters.safetensors_io import TensorSpec, lay_out, parse_size, read_bin, read_safetensors
 from swift_dist.converters.stored import BY_OPTION, StoredTensor
 from swift_dist.errors import JobError
 

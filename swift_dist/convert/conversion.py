@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from swift_dist import __version__
-from swift_dist.convert.options import ConvertOptions, parse_size
+from swift_dist.convert.options import ConvertOptions
 from swift_dist.convert.report import write_report
 from swift_dist.convert.sources import Source
 from swift_dist.convert.work import do_units, num_workers
 from swift_dist.converters.copying import Facts, Fill
 from swift_dist.converters.mapping import weights
 from swift_dist.converters.plan import CopyPlan, Side, make_plan
-from swift_dist.converters.safetensors_io import Layout
+from swift_dist.converters.safetensors_io import Layout, parse_size
 from swift_dist.converters.stored import ITEM_SIZES, OPTION_OF
 from swift_dist.converters.target_folder import TargetFolder, as_run_error
 from swift_dist.converters.units import fill_units

@@ -15,11 +15,12 @@ from pydantic import Field
 from swift_dist.convert.adapters import with_adapter, write_adapter_config
 from swift_dist.convert.companions import companions, write_companions
 from swift_dist.convert.conversion import Conversion, Target
-from swift_dist.convert.options import ConvertOptions, parse_size, refuse_unread
+from swift_dist.convert.options import ConvertOptions, refuse_unread
 from swift_dist.convert.report import render_conversion
 from swift_dist.convert.sources import ADAPTER_CONFIG, HF_SUBFOLDER, Source, open_source, read_config
 from swift_dist.converters.dist_index import DistSide
 from swift_dist.converters.plan import megatron_dtypes
+from swift_dist.converters.safetensors_io import parse_size
 from swift_dist.converters.stored import BY_OPTION
 from swift_dist.converters.target_folder import check_target
 from swift_dist.errors import JobError

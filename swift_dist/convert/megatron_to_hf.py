@@ -14,13 +14,13 @@ from pydantic import Field
 from swift_dist.convert.adapters import peft_target, with_adapter
 from swift_dist.convert.companions import GENERATION, companions, write_companions
 from swift_dist.convert.conversion import Conversion, Target
-from swift_dist.convert.options import ConvertOptions, parse_size, refuse_unread
+from swift_dist.convert.options import ConvertOptions, refuse_unread
 from swift_dist.convert.report import render_conversion
 from swift_dist.convert.sources import Source, open_source
 from swift_dist.convert.special_tokens import with_special_ids
 from swift_dist.converters.mapping import hf_shapes
 from swift_dist.converters.plan import HFSide, hf_dtypes, megatron_dtypes, repeated_names
-from swift_dist.converters.safetensors_io import INDEX_NAME, TensorSpec, index_text, lay_out, plan_shards
+from swift_dist.converters.safetensors_io import INDEX_NAME, TensorSpec, index_text, lay_out, parse_size, plan_shards
 from swift_dist.converters.stored import BY_OPTION, natural
 from swift_dist.converters.target_folder import check_target
 from swift_dist.errors import JobError

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field
 
 from swift_dist.config import Section
 from swift_dist.errors import JobError
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 class WorkOptions(Section):
@@ -63,16 +60,3 @@ def refuse_unread(options: WorkOptions) -> None:
     given = sorted(options.model_fields_set & LogitsOptions.model_fields.keys())
     if isinstance(options, ConvertOptions) and given and options.logits != "never" and not options.verify:
         raise JobError(given[0], "logits are compared with --verify only", "add --verify")
-
-
-def parse_size(text: str, key: str = "max_shard_size") -> int:
-    """Bytes in ``5GB`` (powers of 1000) or ``5GiB`` (of 1024).
-
-    Raises:
-        JobError: it is not a positive size.
-    """
-    found = _SIZE.fullmatch(text.strip())
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if size < 1:
-        raise JobError(key, f"{text!r} is no size", "write for example 5GB or 512MiB")
-    return size

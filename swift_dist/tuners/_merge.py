@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from swift_dist.errors import JobError
 from swift_dist.tuners._export import write_model, written_whole
-from swift_dist.tuners._peft import WEIGHTS, adapted_ties
+from swift_dist.tuners._peft import WEIGHTS
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
 
@@ -31,7 +33,8 @@ def merge(
     """Write the model that an adapter makes of its base: W + s B A of LoRA, and so on, for every kind that PEFT merges.
 
     Products are added in fp32 and rounded once, to the dtype of the base's weights. The tokenizer's files come from the
-    adapter's folder, where it has them, else from the base's.
+    adapter's folder, where it has them, else from the base's. One module's weights are in memory at a time, beside the
+    adapter; where an adapter or an architecture does not allow that, a warning says why, and what the whole needs.
 
     Args:
         base_folder: whole weights, not quantised.
@@ -42,37 +45,67 @@ def merge(
         `target`.
 
     Raises:
-        JobError: the folders are none, or do not belong together.
+        JobError: the folders are none, or do not belong together, or one of them is not whole.
+        RunError: the disk has no room.
     """
     base, adapter, folder_out = Path(base_folder), Path(adapter_folder), Path(target)
     for key, folder, needed in (("base", base, "config.json"), ("adapter", adapter, "adapter_config.json")):
         if not (folder / needed).is_file():
             raise JobError(key, f"{folder} has no {needed}", "name a folder that holds one")
-    import torch
-    from peft import PeftModel
+    from swift_dist.converters.safetensors_io import parse_size
+    from swift_dist.tuners._loading import read_config
+    from swift_dist.tuners._merge_by_module import merge_by_module
+    from swift_dist.tuners._stored import NotStreamed
 
-    model = _base_model(base, adapter, trust_remote_code)
+    shard_bytes = parse_size(max_shard_size)
+    config = read_config(adapter)
+    with written_whole(folder_out) as new:
+        try:
+            empty_model = _empty_model(base, adapter, trust_remote_code)
+            merge_by_module(base, adapter, config, empty_model, new, shard_bytes)
+        except NotStreamed as reason:
+            _say_whole(base, reason)
+            for file in new.iterdir():
+                file.unlink()
+            _merge_whole(base, adapter, config, new, max_shard_size, trust_remote_code)
+        for pattern in _BESIDE:
+            for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
+                shutil.copyfile(file, new / file.name)
+    return folder_out
+
+
+def _say_whole(base: Path, reason: Exception) -> None:
+    files = [*base.glob("*.safetensors")] or [*base.glob("*.bin")]
+    size = sum(file.stat().st_size for file in files)
+    log.warning(
+        "the whole model is held in memory, in fp32, to merge this adapter (%s): for %.1f GiB of weights in 16 bits "
+        "that takes %.1f GiB and what the adapter needs",
+        *(reason, size / 2**30, 2 * size / 2**30),
+    )
+
+
+def _merge_whole(
+    base: Path, adapter: Path, config: Any, new: Path, max_shard_size: str, trust_remote_code: bool
+) -> None:
+    """What `merge_by_module` does, by PEFT's own `merge_and_unload`."""
+    from swift_dist.tuners._loading import load_adapter, merging, refuse_parted_beneath
+    from swift_dist.tuners._stored import tied_weights
+
+    model = _whole_model(base, adapter, trust_remote_code)
     stored = model.dtype
-    tied = bool(getattr(model, "all_tied_weights_keys", None))
-    wrapped = PeftModel.from_pretrained(model.float(), adapter)
-    parted = adapted_ties(wrapped)
-    if parted:
-        _refuse_parted(parted[0])
-    merged: Any = wrapped.merge_and_unload(safe_merge=True)
+    tied = bool(tied_weights(model))
+    wrapped = load_adapter(model.float(), adapter, config, on_meta=False)
+    refuse_parted_beneath(wrapped)
+    with merging(adapter):
+        merged: Any = wrapped.merge_and_unload(safe_merge=True)
     if tied:
         _refuse_untied(merged)
     weights: dict[str, torch.Tensor] = {
         name: tensor.to(stored) if tensor.is_floating_point() else tensor
         for name, tensor in merged.state_dict().items()
     }
-    assert stored in (torch.float32, torch.bfloat16, torch.float16)
-    with written_whole(folder_out) as new:
-        with _without_deepspeeds_log():
-            write_model(merged, weights, new, max_shard_size)
-        for pattern in _BESIDE:
-            for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
-                shutil.copyfile(file, new / file.name)
-    return folder_out
+    with _without_deepspeeds_log():
+        write_model(merged, weights, new, max_shard_size)
 
 
 @contextmanager
@@ -90,24 +123,50 @@ def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-def _base_model(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
-    """The base with the head that the adapter's task asks for, in the dtype of its weights."""
+def _base_kind(adapter: Path) -> tuple[Any, dict[str, Any]]:
+    """(transformers' class with the head that the adapter's task asks for, what its config says otherwise than the
+    base's)."""
     import transformers
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    arguments: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
     classes = {
         "SEQ_CLS": transformers.AutoModelForSequenceClassification,
         "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     }
     kind = classes.get(config.get("task_type"), transformers.AutoModelForCausalLM)
-    if kind is not transformers.AutoModelForCausalLM:
+    if kind is transformers.AutoModelForCausalLM:
+        return kind, {}
+    try:
         with safe_open(adapter / WEIGHTS, "pt") as file:
             heads = [n for n in file.keys() if n.rsplit(".", 2)[-2] in ("score", "classifier") and n.endswith("weight")]  # noqa: SIM118
-            if heads:
-                arguments["num_labels"] = file.get_slice(heads[0]).get_shape()[0]
-    model = kind.from_pretrained(base, **arguments)
+            return kind, {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
+    except (OSError, SafetensorError) as error:
+        raise JobError("adapter", f"{adapter / WEIGHTS} cannot be read: {error}", "get the adapter again") from None
+
+
+def _empty_model(base: Path, adapter: Path, trust_remote_code: bool) -> Callable[[], Any]:
+    """What makes the base's model without its weights.
+
+    Raises:
+        NotStreamed: it is quantised.
+    """
+    from transformers import AutoConfig
+
+    from swift_dist.tuners._merge_by_module import empty
+    from swift_dist.tuners._stored import NotStreamed
+
+    kind, changes = _base_kind(adapter)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **changes)
+    if getattr(config, "quantization_config", None):
+        raise NotStreamed("the base is quantised")
+    return lambda: empty(kind, config, trust_remote_code)
+
+
+def _whole_model(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
+    """The base in the dtype of its weights."""
+    kind, changes = _base_kind(adapter)
+    model = kind.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code, **changes)
     if getattr(model, "is_quantized", False):
         raise JobError("base", f"{base} is quantised", "merge into the weights it was quantised from")
     return model
@@ -117,15 +176,10 @@ def _refuse_untied(model: Any) -> None:
     """Refuse a model whose config ties the embedding with the output layer, and whose adapter has parted them."""
     import torch
 
-    for alias, kept in model.all_tied_weights_keys.items():
+    from swift_dist.tuners._loading import refuse_parted
+    from swift_dist.tuners._stored import tied_weights
+
+    for alias, kept in tied_weights(model).items():
         a, b = model.get_parameter(alias), model.get_parameter(kept)
         if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
-            _refuse_parted(alias)
-
-
-def _refuse_parted(name: str) -> NoReturn:
-    raise JobError(
-        "adapter",
-        f"it changes {name}, which is also another weight of the base (tied), without the other",
-        "use the adapter without merging it",
-    )
+            refuse_parted(alias)

@@ -13,10 +13,10 @@ import yaml
 
 from swift_dist.checkpoint.safe_reader import SafeFileSystemReader
 from swift_dist.convert.megatron_to_hf import MegatronToHFOptions, render, run
-from swift_dist.convert.options import parse_size
 from swift_dist.converters.dist_index import dist_index
 from swift_dist.converters.mapping import checkpoint_key, duplicates, expand
 from swift_dist.converters.reading import Reader, as_torch
+from swift_dist.converters.safetensors_io import parse_size
 from swift_dist.errors import JobError, RunError
 
 
