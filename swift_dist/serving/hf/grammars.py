@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swift_dist.serving.hf.requests import Calls, Thinking
+from swift_dist.serving.reasoning import HARMONY, HARMONY_CALL, HARMONY_MESSAGE, HARMONY_START
 from swift_dist.serving.tool_parsers.base import WORD, CallFormat, Tagged, kinds
 
 # JSON allows any whitespace, and a model in doubt writes nothing else until its tokens are used up; this is what
@@ -47,6 +48,8 @@ def calls_in_text(calls: Calls, thinking: Thinking | None, special: Mapping[str,
     Raises:
         ValueError: a schema says what cannot be enforced in the notation of this family.
     """
+    if thinking is not None and (thinking.open, thinking.close) == HARMONY:
+        return _calls_in_channels(calls, thinking.begun, special)
     lark = _Lark(special)
     (begin,) = {one.begin for one in calls.formats}
     sections = " | ".join(lark.rule(_section(lark, one, calls)) for one in calls.formats)
@@ -65,6 +68,26 @@ def calls_in_text(calls: Calls, thinking: Thinking | None, special: Mapping[str,
     free += rf" & ~/[ \n]*{_expression(thinking.open)}(.|\n)*/"
     first = f"{lark.rest(free)} | {lark.until(begin, free)} {call} {after if calls.parallel else ''}"
     return lark.text(f"{thought} | {first}")
+
+
+def _calls_in_channels(calls: Calls, begun: bool, special: Mapping[str, int]) -> str:
+    """gpt-oss: thinking and preambles, then an answer or one call, which ends the turn."""
+    lark = _Lark(special)
+    over = lark.rule(lark.until("<|end|>" + HARMONY_START))
+    before = " | ".join(
+        f"{lark.quoted(f'<|channel|>{channel}{HARMONY_MESSAGE}')} {over}" for channel in ("analysis", "commentary")
+    )
+    last = [f"{lark.quoted('<|channel|>final' + HARMONY_MESSAGE)} {lark.rest()}"]
+    for name, schema in calls.tools:
+        heads = (
+            head + kind + HARMONY_MESSAGE
+            for head in (f"{HARMONY_CALL}functions.{name}", f" to=functions.{name}<|channel|>commentary")
+            for kind in (" <|constrain|>json", " json")
+        )
+        arguments = lark.json(json.loads(schema) if schema is not None else {"type": "object"})
+        last.append(f"({' | '.join(map(lark.quoted, heads))}) {arguments}")
+    first = over if begun else ""
+    return lark.text(f"{first} ({before})* ({' | '.join(last)})")
 
 
 def _section(lark: _Lark, form: CallFormat, calls: Calls) -> str:

@@ -9,8 +9,9 @@ import json
 import re
 
 from swift_dist.serving.reasoning import HARMONY_CALL, HARMONY_END_OF_CALL, HARMONY_MESSAGE
-from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, Schemas, ToolParser, call_of
+from swift_dist.serving.tool_parsers.base import BetweenMarkers, Call, CallFormat, Schemas, ToolParser, call_of
 
+_FORMAT = CallFormat(HARMONY_CALL, "functions.", HARMONY_MESSAGE, HARMONY_END_OF_CALL)
 _RECIPIENT = re.compile(r"[^\s<]+")
 
 
@@ -37,4 +38,6 @@ class HarmonyCalls(BetweenMarkers):
 
 
 def PARSER(schemas: Schemas) -> ToolParser:
-    return HarmonyCalls(HARMONY_CALL, HARMONY_END_OF_CALL, read, schemas, markers=(HARMONY_MESSAGE,))
+    return HarmonyCalls(
+        HARMONY_CALL, HARMONY_END_OF_CALL, read, schemas, markers=(HARMONY_MESSAGE,), formats=(_FORMAT,)
+    )

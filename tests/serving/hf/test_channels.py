@@ -191,10 +191,53 @@ def test_a_forced_call_follows_the_thinking(family: tuple[str, Serving], choice:
     assert matcher.validate_tokens(broken) < len(broken)
 
 
-def test_a_strict_tool_is_refused_where_the_notation_is_not_guided(family: tuple[str, Serving]) -> None:
-    tool = {**TOOL, "function": {**TOOL["function"], "strict": True}}
-    with pytest.raises(AssertionError, match="strict tools are not guided"):
-        message(family[1], "x", tools=[tool])
+STRICT: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"enum": [1, 2]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+FREE = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+THOUGHT = '<|channel|>analysis<|message|>I could say {"city"}.<|end|><|start|>assistant'
+CALL = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "whole"),
+    [
+        (THOUGHT + CALL + '{"city": "Köln", "days": 2}', True),
+        (CALL + '{"city": "Köln", "days": 2}', True),
+        (THOUGHT + THOUGHT + ' to=functions.weather<|channel|>commentary json<|message|>{"city":"","days":1}', True),
+        (THOUGHT + "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + CALL, True),
+        ('<|channel|>commentary to=functions.now json<|message|>{"any": ["thing"]}', True),
+        (THOUGHT + "<|channel|>final<|message|>Rain.", True),
+        (THOUGHT + CALL + '{"city": "Köln", "days": 3', False),
+        (THOUGHT + CALL + '{"town', False),
+        (THOUGHT + CALL.replace("weather", "wether"), False),
+        (THOUGHT + CALL + '{"city": "Köln", "days": 2}<|end|>', False),
+    ],
+)
+def test_strict_calls_of_gpt_oss(family: tuple[str, Serving], answer: str, whole: bool) -> None:
+    name, serving = family
+    if name != "openai":
+        with pytest.raises(AssertionError, match="strict tools are not guided"):
+            message(serving, "x", tools=[STRICT])
+        return
+    _, _, (_, sampling) = message(serving, answer, tools=[STRICT, FREE])
+    assert sampling.guide is not None
+    matcher = Guides(serving.tokenizer, len(serving.tokenizer), [2]).matcher(sampling.guide)
+    ids = serving.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert (matcher.validate_tokens(ids) == len(ids)) == whole
+    if answer.endswith(("}", ".")) and whole:
+        matcher.consume_tokens(ids)
+        assert matcher.is_accepting()
 
 
 @pytest.mark.parametrize("special", [False, True])
