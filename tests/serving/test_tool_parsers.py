@@ -8,8 +8,10 @@ import random
 import pytest
 
 from swift_dist.plugins import find, names
-from swift_dist.serving.families import ROOM
-from swift_dist.serving.reasoning import ReasoningSplitter, tags_of
+from swift_dist.serving.engines import _parsers
+from swift_dist.serving.families import ROOM, reasoning_tags_of, tool_parser_of
+from swift_dist.serving.options import EngineOptions
+from swift_dist.serving.reasoning import PARSERS, ReasoningSplitter, tags_of
 from swift_dist.serving.tool_parsers.base import Call, Event, typed
 from tests.support.tool_call_answers import ANSWERS, SCHEMAS
 
@@ -128,6 +130,49 @@ def test_a_react_call_is_passed_on_when_its_arguments_are_complete():
     parser = find(ROOM, "react", "PARSER")(SCHEMAS)
     assert parser.feed('Action: weather\nAction Input: {"city": {"a"') == []
     assert parser.feed(": 1}}") == [Call("weather", '{"city": {"a": 1}}')]
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        (
+            'a:{b:[{c:<|"|>x, {y}: [z]<|"|>}, [], {}], d:null},e:-1.5e3',
+            {"a": {"b": [{"c": "x, {y}: [z]"}, [], {}], "d": None}, "e": -1500.0},
+        ),
+        (' <|"|>k: k<|"|> : true ,\n ü:<|"|>"\\n"\n<|"|> ', {"k: k": True, "ü": '"\\n"\n'}),
+        ('city:12345,days:<|"|>3<|"|>,other:<|"|>3<|"|>', {"city": "12345", "days": 3, "other": "3"}),
+        ('city:<|"|><|"|>,units:[1,<|"|>2<|"|>]', {"city": "", "units": [1, "2"]}),
+        ('city:<|"|>cut', None),
+        ("city:", None),
+        ("city", None),
+        ("days:1,", None),
+        ("days:1}{", None),
+        ("units:[1", None),
+        ("units:" + "[" * 5000, None),
+    ],
+)
+def test_gemmas_arguments(written, arguments):
+    answer = f"<|tool_call>call:weather{{{written}}}<tool_call|>"
+    for pieces in ([answer], [answer.removesuffix("<tool_call|>")], list(answer)):
+        text, calls = read("gemma4", pieces)
+        assert [json.loads(call.arguments) for call in calls] == ([] if arguments is None else [arguments])
+        assert text == ("" if calls else "".join(pieces))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template", "tools", "thinking"),
+    [
+        ("gpt_oss", "<|channel|>analysis<|message|> <|call|>", "openai", "openai_gptoss"),
+        ("gemma4", "<|tool_call>call: <channel|>", "gemma4", "gemma4"),
+        ("gemma3_text", "<start_function_call>call:", "functiongemma", None),
+    ],
+)
+def test_a_template_tells_parsers_of_names_that_vllm_knows(model_type, template, tools, thinking):
+    options = EngineOptions()
+    assert tool_parser_of(options, template) == _parsers.tool_parser(options, template) == tools
+    assert _parsers.reasoning_parser(options, template, model_type) == thinking
+    assert reasoning_tags_of(options, template) == PARSERS.get(thinking)
+    _parsers.check_names(EngineOptions(tool_call_parser=tools, reasoning_parser=thinking))
 
 
 def test_pythonic_runs_nothing():
