@@ -34,7 +34,7 @@ def test_dead_peer_is_noticed_and_close_does_not_hang(gang, tmp_path):
     *alive, dead = gang.start("peer_dies", 3, directory=tmp_path).join()
     assert dead is None
     for answer in alive:
-        assert answer["noticed"] < 5 and answer["closed"] < 3
+        assert answer["noticed"] < 40 and answer["closed"] < 30
     assert newest_whole(tmp_path) is None
 
 

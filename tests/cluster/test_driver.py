@@ -20,7 +20,7 @@ from swift_dist.cluster.heartbeat import process_state
 
 HERE = Path(__file__).parent
 MARK = "SWIFT_DIST_TEST_MARK"
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 class Driver:
@@ -41,7 +41,7 @@ class Driver:
             start_new_session=True,
         )
 
-    def wait_for(self, pattern: str, seconds: float = 90.0) -> None:
+    def wait_for(self, pattern: str, seconds: float = 200.0) -> None:
         deadline = time.monotonic() + seconds
         while not list(self.run_dir.glob(pattern)):
             assert self.process.poll() is None, self.process.communicate()
@@ -49,7 +49,7 @@ class Driver:
             time.sleep(0.02)
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=90)
+        out, err = self.process.communicate(timeout=200)
         return self.process.returncode, out, err
 
     def left(self) -> list[str]:
@@ -97,21 +97,23 @@ def test_an_interrupt_checkpoints_and_leaves_nothing(start: Any, number: signal.
     step = result["results"]["0"]["step"]
     assert (driver.run_dir / "checkpoints" / f"step_{step}.pt").exists()
     assert "stopping after a checkpoint" in err and "Traceback" not in err
-    driver.assert_nothing_left(2.0)
+    driver.assert_nothing_left(30.0)
 
 
 def test_a_second_interrupt_ends_it_at_once(start: Any) -> None:
-    driver = start({"steps": 500, "step_seconds": 30.0, "faults": [{"rank": 0, "phase": "build", "do": "note"}]})
+    driver = start({"steps": 500, "step_seconds": 600.0, "faults": [{"rank": 0, "phase": "build", "do": "note"}]})
     driver.wait_for("fault-0-build-any")
     time.sleep(1.0)
-    for _ in range(2):
-        driver.process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    began = time.monotonic()
-    code, _, err = driver.end()
-    assert code == 130 and "Traceback" not in err, err
-    assert time.monotonic() - began < 10
-    driver.assert_nothing_left(2.0)
+    driver.process.send_signal(signal.SIGINT)
+    said = ""
+    while "stopping after a checkpoint" not in said:  # two signals that come before one is heard are one
+        line = driver.process.stderr.readline()
+        assert line, said
+        said += line
+    driver.process.send_signal(signal.SIGINT)
+    code, _, err = driver.end()  # long before the step ends
+    assert code == 130 and "Traceback" not in said + err, said + err
+    driver.assert_nothing_left(30.0)
 
 
 def test_an_interrupt_during_the_start_ends_it(start: Any) -> None:
@@ -123,7 +125,7 @@ def test_an_interrupt_during_the_start_ends_it(start: Any) -> None:
     driver.process.send_signal(signal.SIGINT)
     code, _, err = driver.end()
     assert code == 130 and "Traceback" not in err, err
-    driver.assert_nothing_left(2.0)
+    driver.assert_nothing_left(30.0)
 
 
 @pytest.mark.table  # tests/system/test_kill.py does it to whole runs
@@ -135,7 +137,7 @@ def test_a_killed_driver_leaves_no_orphan(start: Any) -> None:
     assert len(driver.left()) > 4
     driver.process.kill()
     driver.process.wait()
-    driver.assert_nothing_left(10.0)
+    driver.assert_nothing_left(30.0)
 
 
 def test_two_simulated_nodes_survive_a_kill(start: Any) -> None:
@@ -146,7 +148,7 @@ def test_two_simulated_nodes_survive_a_kill(start: Any) -> None:
     results = json.loads(out)["results"]
     assert results["0"]["digest"] == results["1"]["digest"]
     assert results["1"]["attempt"] == 1 and "rank 1" in err
-    driver.assert_nothing_left(2.0)
+    driver.assert_nothing_left(30.0)
 
 
 def test_attached_drivers_leave_the_cluster_and_nothing_else(start: Any, cluster: object) -> None:
@@ -168,7 +170,7 @@ def test_attached_drivers_leave_the_cluster_and_nothing_else(start: Any, cluster
     assert len(pids) == 2 and all(process_state(pid) for pid in pids)
     killed.process.kill()
     killed.process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(process_state(pid) not in ("", "Z") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [process_state(pid) for pid in pids if process_state(pid) not in ("", "Z")] == []
@@ -195,5 +197,5 @@ def test_one_process_can_have_clusters_one_after_the_other_not_at_once() -> None
         "                print(type(error).__name__, error.key, 'ray.shutdown()' in error.remedy)\n"
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=280)
     assert done.stdout == "127.0.0.1 1.0\nJobError cluster.address True\n" * 2, done.stderr

@@ -22,7 +22,7 @@ from swift_dist.cluster.plan import GangResult
 from swift_dist.config.job import ClusterSection
 from swift_dist.errors import JobError, RunError
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def gang_of(run_dir: Path, payload: dict[str, Any], notes: Notes, **settings: An
     plan = toy_plan(run_dir, payload, **settings)
     demand = Demand.of(plan.settings, len(plan.places), use_gpu=False)
     with (
-        Placement(demand, timeout=20) as placement,
+        Placement(demand, timeout=100) as placement,
         Interrupts() as interrupts,
         Gang(plan, placement, interrupts, notes) as gang,
     ):
@@ -80,7 +80,7 @@ def test_a_killed_rank_is_replaced_and_nothing_changes(undisturbed: str, tmp_pat
     pids = {line.rpartition(" ")[2] for line in first_log.splitlines() if ": rank " in line}
     if fault["phase"] not in ("final",):  # there the other rank may be gone from the entry already
         assert len(pids) == 1, "the survivor keeps its process"
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.table  # tests/system/test_kill.py does it to whole runs
@@ -110,7 +110,7 @@ def test_a_stopped_rank_is_named_and_replaced(undisturbed: str, tmp_path: Path) 
 def test_a_rank_that_hangs_in_its_own_code_is_named(undisturbed: str, tmp_path: Path) -> None:
     notes = Notes()
     fault = {"rank": 0, "phase": "step", "step": 12, "do": "hang"}
-    result = run(tmp_path, {"steps": 20, "faults": [fault]}, notes, stall_timeout=3.0)
+    result = run(tmp_path, {"steps": 20, "faults": [fault]}, notes, stall_timeout=8.0)  # no step takes as long
     assert_same_end(result, undisturbed)
     assert [(f.rank, f.kind) for f in notes.restarts] == [(0, "stalled")]
 
@@ -212,7 +212,7 @@ def until(condition: Callable[[], object], notes: Notes) -> None:
 
 def test_nothing_of_a_gang_runs_after_it(cluster: object, tmp_path: Path) -> None:
     result = run(tmp_path, {"steps": 2})
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     pids = [r["pid"] for r in result.results.values()]
     while any(process_state(pid) not in ("", "Z") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -227,5 +227,5 @@ def test_an_unplaceable_job_says_what_is_missing(cluster: object) -> None:
 
 def test_busy_resources_are_waited_for_only_so_long(cluster: object) -> None:
     demand = Demand.of(ClusterSection(), 2, use_gpu=False)
-    with Placement(demand, timeout=20), pytest.raises(RunError, match=r"cluster\.placement_timeout"):
+    with Placement(demand, timeout=100), pytest.raises(RunError, match=r"cluster\.placement_timeout"):
         Placement(demand, timeout=0.5)

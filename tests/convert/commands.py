@@ -58,8 +58,8 @@ class Command:
 
     def end(self) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) when it has ended; then nothing of it may be left running."""
-        out, err = self.process.communicate(timeout=120)
-        deadline = time.monotonic() + 5
+        out, err = self.process.communicate(timeout=250)
+        deadline = time.monotonic() + 30
         while (left := self.running()) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not left, f"still running: {left}"

@@ -59,7 +59,7 @@ def test_two_healthy_nodes(tmp_path: Path) -> None:
     assert set(found) == set(all_checks())
     assert "1 pair of nodes: all-reduce " in found["network"]["found"] and "; 4 ranks: " in found["network"]["found"]
     assert "what each of 2 nodes wrote, all read" in found["shared_folder"]["found"]
-    assert sum(result["check_seconds"][name] for name in result["check_seconds"] if all_checks()[name].short) < 25
+    assert sum(result["check_seconds"][name] for name in result["check_seconds"] if all_checks()[name].short) < 150
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
     print(result["seconds"], result["check_seconds"])
 
@@ -122,12 +122,12 @@ DEMAND = Demand(nnodes=2, ranks=1, cpus=1, gpus=0)
 
 def test_the_preflight_of_healthy_nodes(cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "swift_dist.doctor")
-    with Placement(DEMAND, 20) as placement:
+    with Placement(DEMAND, 100) as placement:
         began = time.monotonic()
         preflight(job(tmp_path), placement.node_ids, simulated=True)
         seconds = time.monotonic() - began
     print(f"preflight {seconds:.1f} s; {caplog.text}")
-    assert seconds < 20
+    assert seconds < 100
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -185,7 +185,7 @@ def test_exclusion_without_the_preflight_is_refused() -> None:
 def test_a_node_that_is_gone_is_named(cluster: Cluster, tmp_path: Path) -> None:
     there = alive_nodes()[0]
     gone = Node("gone", there.address, "ab" * 28, {"CPU": 1.0})
-    team = RayTeam([there, gone], Exam("t", str(tmp_path)), time.monotonic() + 30, reach_seconds=15)
+    team = RayTeam([there, gone], Exam("t", str(tmp_path)), time.monotonic() + 60, reach_seconds=25)
     try:
         (finding,) = team.unreached
         assert (finding.check, finding.node, finding.level) == ("reach", "gone", "bad")

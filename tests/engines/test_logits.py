@@ -252,8 +252,8 @@ def test_nothing_outlives_the_command(qwen3: dict[str, str], tmp_path: Path, num
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert children and process.poll() is None
     process.send_signal(number)
-    process.communicate(timeout=30)
-    end = time.monotonic() + 10
+    process.communicate(timeout=120)
+    end = time.monotonic() + 60
     while any(map(_alive, children)) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(map(_alive, children))
@@ -267,6 +267,6 @@ def test_a_wrong_request_is_refused(qwen3: dict[str, str], tmp_path: Path) -> No
         ({"layouts": [{"dp": 2}]}, "layouts"),
     ):
         process = command(tmp_path, hf=qwen3["hf"], **wrong)
-        answer, errors = process.communicate(timeout=60)
+        answer, errors = process.communicate(timeout=200)
         assert (process.returncode, answer) == (2, "")
         assert errors.startswith(f"{key}: ")

@@ -264,5 +264,5 @@ def test_interrupting_the_holder_by_signal_reaches_it(holder, tmp_path):
     status = RunFolder(tmp_path / "run").status()
     assert status is not None and status.driver.is_visible and status.driver.is_alive
     os.kill(status.driver.pid, signal.SIGTERM)
-    assert holder.wait(timeout=10) == -signal.SIGTERM
+    assert holder.wait(timeout=60) == -signal.SIGTERM
     assert folder.RunFolder(tmp_path / "run").status().is_dead

@@ -19,6 +19,7 @@ from typing import Any
 
 import chat_model
 import pytest
+from process_tree import gone_within
 
 import swift_dist
 from swift_dist.data.rows._formats import formats
@@ -174,7 +175,7 @@ def test_an_engine_that_is_killed_loses_no_row(model: Path, tmp_path: Path) -> N
     assert command.returncode == 0, log
     assert [row["id"] for row in rows_of(out)] == list(range(80))
     assert json.loads(said)["restarts"] == 1 and "is started again" in log
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    assert gone_within(family, 10)
 
 
 class Terminal:
@@ -261,7 +262,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(engine: swift_dist.Engine) 
     select.select([terminal.fd], [], [], 60)  # the first piece of the answer
     terminal.type("\x03")
     terminal.until("(stopped)")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while engine._replicas[0].process.load().running:  # the engine has stopped, too
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -327,7 +328,7 @@ def test_whatever_keeps_an_engine_from_starting_is_said(problem: Exception) -> N
             raise problem
 
     async def ask() -> None:
-        async with EnginePool([NeverStarts("the engine")], 1) as pool, asyncio.timeout(20):
+        async with EnginePool([NeverStarts("the engine")], 1) as pool, asyncio.timeout(60):
             await pool.ask(lambda client: asyncio.sleep(0))
 
     with pytest.raises((RunError, JobError), match=r"no space left|it is gone"):

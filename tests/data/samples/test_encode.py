@@ -298,7 +298,7 @@ def test_another_run_waits_for_the_one_that_encodes(tmp_path: Path, tokenizer: P
         time.sleep(0.5)
         assert not found and not Inline.units
         shutil.copytree(tmp_path / "elsewhere" / name, lock.target)
-    other.join(timeout=30)
+    other.join(timeout=150)
     assert len(found) == 1 and not Inline.units
 
 
