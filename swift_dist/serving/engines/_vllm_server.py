@@ -65,11 +65,20 @@ def _failed(child: BaseProcess) -> bool:
     return True
 
 
+def _shape_every_error() -> None:
+    """vLLM writes FastAPI's HTTP errors as OpenAI does, but not Starlette's: that of a body that is no UTF-8."""
+    from starlette.exceptions import HTTPException
+    from vllm.entrypoints.serve.exception_handling import register
+
+    register.HTTPException = HTTPException  # FastAPI's is a kind of it
+
+
 def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm
 
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the command line
     sys.argv[0] = "vllm"
+    _shape_every_error()
     vllm()
 
 

@@ -6,6 +6,8 @@ Everything is real: HAProxy, the control API and an engine. A deployment with ke
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +16,37 @@ from typing import Any
 import httpx
 import pytest
 from chat_model import save_chat_model
-from deployment import Deployment
+from deployment import Deployment, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.openapi import from_dict
 from toy_engine import save_toy_adapter
 
+from swift_dist.serving.engines.choose import find_engine
+
 USER, ADMIN = "sk-user", "sk-admin"
 MAX_BYTES = 20_000
 FEW = 8
+LONGEST = 90  # seconds of an answer by vLLM
+OWN = {
+    "hf": [],
+    "vllm": ["--cpu_cache_gib", "0.25", "--engine_args=--enforce-eager"]  # it compiles first without
+    + [f"--timeout_{what}={LONGEST}" for what in ("answer", "stream")],
+}
 
 
 @dataclass
 class Served:
     """A deployment with keys, and a folder below which adapters may lie."""
 
+    engine: str
     deployment: Deployment
     adapters: Path
 
     def ask(self, path: str, body: Any, key: str | None = USER, method: str = "POST") -> httpx.Response:
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         content = body if isinstance(body, str) else json.dumps(body)
-        return httpx.request(method, self.deployment.url + path, content=content, headers=headers, timeout=60)
+        return httpx.request(method, self.deployment.url + path, content=content, headers=headers, timeout=2 * LONGEST)
 
     def description(self, of: str) -> dict[str, Any]:
         """The OpenAPI description of the engine, or of the control API."""
@@ -44,19 +55,25 @@ class Served:
         return httpx.get(f"{base}/openapi.json", timeout=30, trust_env=False).json()
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+VLLM = pytest.param("vllm", marks=[pytest.mark.table, pytest.mark.timeout(900)])
+
+
+@pytest.fixture(scope="module", params=["hf", VLLM])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    engine = request.param
+    if why_not := find_engine(engine).why_not():
+        pytest.skip(why_not)
     folder = tmp_path_factory.mktemp("served")
     model = save_chat_model(folder / "tiny", hidden_size=128, max_position_embeddings=96)
     save_toy_adapter(folder / "adapters" / "a")
     (folder / "adapters" / "link").symlink_to(save_toy_adapter(folder / "outside"))
     for name, key in (("users", USER), ("admins", ADMIN)):
         (folder / name).write_text(key + "\n")
-    words = ["--model", str(model), "--infer_backend", "hf", "--dtype", "fp32", "--api_keys"]
+    words = ["--model", str(model), "--infer_backend", engine, "--dtype", "fp32", *OWN[engine], "--api_keys"]
     words += [str(folder / "users"), "--admin_keys", str(folder / "admins"), "--max_request_bytes", str(MAX_BYTES)]
     words += ["--adapter_root", str(folder / "adapters")]
     with Deployment(folder / "deployment", *words) as deployment:
-        yield Served(deployment.wait_ready(), folder / "adapters")
+        yield Served(engine, deployment.wait_ready(600), folder / "adapters")
 
 
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
@@ -88,7 +105,7 @@ def fuzz(schema: dict[str, Any], method: str, path: str, mode: GenerationMode, u
     def asked(case: Any) -> None:
         if mode is RIGHT and isinstance(case.body, dict) and "messages" in case.body:
             case.body["model"] = "tiny"  # others are not found, whatever else they say
-        answer = case.call(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60)
+        answer = case.call(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=2 * LONGEST)
         assert answer.status_code < 500, (case.body, answer.status_code, answer.text[:500])
         if answer.status_code >= 400:
             error = answer.json()["error"]
@@ -101,6 +118,9 @@ def fuzz(schema: dict[str, Any], method: str, path: str, mode: GenerationMode, u
 def test_no_request_through_the_front_gets_a_5xx(served, operation, mode):
     of, method, path = operation
     schema = served.description(of)
+    if path == "/v1/embeddings" and served.engine == "vllm":
+        assert path not in schema["paths"], "it has no such path for a model that generates"
+        return
     fuzz(schema, method, path, mode, served.deployment.url, ADMIN)
 
 
@@ -144,7 +164,7 @@ def test_a_body_that_is_too_large(served):
 @pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "stream"])
 def test_a_prompt_that_is_longer_than_the_context(served, more):
     answer = served.ask(CHAT, {**HELLO, "messages": [{"role": "user", "content": "red moon " * 200}], **more})
-    assert refusal(answer) == (400, "context_length_exceeded")
+    assert refusal(answer) == (400, "context_length_exceeded" if served.engine == "hf" else 400)  # vLLM's own code
     assert "maximum context length" in answer.json()["error"]["message"]
 
 
@@ -194,3 +214,23 @@ def test_folders_that_no_adapter_may_come_from(served, path, status, says):
 def test_bodies_that_are_no_request(served, body):
     answer = served.ask(CHAT, body)
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize("served", [VLLM], indirect=True)
+@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "stream"])
+def test_an_engine_that_says_nothing_in_time(served, more):
+    """vLLM's EngineCore is stopped while its server takes requests; it ends what nobody waits for when it goes on."""
+    pids = served.deployment.engine_pids(served.deployment.replicas()[0])
+    (core,) = [pid for pid in pids if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(core, signal.SIGSTOP)
+    try:
+        answer = served.ask(CHAT, {**HELLO, **more})
+    finally:
+        os.kill(core, signal.SIGCONT)
+    assert LONGEST - 1 < answer.elapsed.total_seconds() < LONGEST + 60
+    if more:  # whose head vLLM has sent already
+        assert '"code": "stream_interrupted"' in answer.text and "[DONE]" not in answer.text
+    else:
+        assert refusal(answer) == (504, "timeout")
+    wait_until(lambda: served.deployment.replicas()[0]["running"] == 0, 60, "nothing is generated for it")
+    assert served.ask(CHAT, {**HELLO, **more}).status_code == 200
