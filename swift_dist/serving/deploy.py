@@ -14,6 +14,7 @@ from pydantic import Field
 from swift_dist.config.launch import DeploymentLaunchSection
 from swift_dist.errors import JobError
 from swift_dist.serving.deployment.scaling import ScaleOptions
+from swift_dist.serving.deployment.status import render_status
 from swift_dist.serving.front.options import FrontOptions
 from swift_dist.serving.options import EngineOptions
 from swift_dist.serving.sources.source import SourceOptions
@@ -23,6 +24,9 @@ _NOT = "leave it out; it is for the start of one"
 
 class DeployOptions(FrontOptions, ScaleOptions, EngineOptions, SourceOptions):
     models: tuple[str, ...] = Field((), description="more models behind the same address: name=MODEL, several")
+    model_options: tuple[str, ...] = Field(
+        (), description="keys of an engine for one of the models: NAME.KEY=VALUE, several (embed.task=embed)"
+    )
     served_model_name: str | None = Field(
         None, description="what requests call --model (default: its folder's name); of several, the one to change"
     )
@@ -154,26 +158,5 @@ def render(result: dict[str, Any]) -> str:
     if "plan" in result:
         return result["plan"]
     if "replicas" in result:
-        return _render_status(result)
+        return render_status(result)
     return result.get("message", "")
-
-
-def _render_status(status: dict[str, Any]) -> str:
-    lines = [f"{status['folder']}  {status['address']}  {'ready' if status['ready'] else 'not ready'}"]
-    for model in status["models"]:
-        adapters = f"  adapters: {', '.join(model['adapters'])}" if model["adapters"] else ""
-        lines.append(f"{model['name']}{adapters}")
-        for version in model["versions"]:
-            replicas = [r for r in status["replicas"] if r["version"] == version["id"]]
-            ready = sum(r["state"] == "ready" for r in replicas)
-            share = f" {version['share']:.0%} of requests" if version["role"] == "candidate" else ""
-            said = f"  ({version['message']})" if version["message"] else ""
-            lines.append(f"  {version['id']}  {version['role']}{share}  {version['source']}{said}")
-            if version["role"] in ("live", "candidate"):
-                lines.append(f"    {ready} of {version['num_replicas']} replicas ready")
-            lines += [
-                f"    {r['host']}:{r['port']}  {r['state']}  {r['running']} running, {r['waiting']} waiting, "
-                f"started in {r['start_seconds']} s"
-                for r in replicas
-            ]
-    return "\n".join(lines)

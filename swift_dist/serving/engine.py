@@ -109,7 +109,7 @@ class Engine:
         if not self._replicas[0].alive():
             url = self._replicas[0].start()
         if url not in self._clients:
-            self._clients[url] = self._stack.enter_context(open_client(url))
+            self._clients[url] = self._stack.enter_context(open_client(url, is_ours=True))
         return self._clients[url]
 
     def chat(self, messages: Messages, *, model: str | None = None, **sampling: Any) -> ChatCompletion:
@@ -180,12 +180,12 @@ class Engine:
             raise RunError(str(error)) from None
 
     def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """The embedding of each text; of an engine with ``task="embed"``.
+        """The embedding of each text; of a model of embeddings, or an engine with ``task="embed"``.
 
         Raises:
             RunError: it is one of text. openai.APIError: the engine refused it, or ended.
         """
-        if self.options.task != "embed":
+        if self._engines.served.options.task != "embed":
             raise RunError("this engine generates text", 'swift_dist.Engine(MODEL, task="embed")')
         answer = self.client.embeddings.create(model=self.model, input=list(texts), encoding_format="float")
         return [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]

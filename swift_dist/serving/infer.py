@@ -95,7 +95,7 @@ def check_options(options: InferOptions) -> None:
         if wrong:
             raise JobError(wrong[0], problem, remedy)
 
-    if options.task != "generate":
+    if options.task == "embed":
         raise JobError("task", "infer generates text", "swift_dist.Engine(...).embed, or swift-dist deploy")
     if options.dataset and options.prompt is not None:
         raise JobError("prompt", "is given beside --dataset", "give one of them")
@@ -135,8 +135,10 @@ def chosen_name(options: InferOptions, source: Source) -> str:
     """Who answers: the adapter that is meant, else the model.
 
     Raises:
-        JobError: it is not clear, or there is no such adapter.
+        JobError: it is not clear, there is no such adapter, or the model is one of embeddings.
     """
+    if source.task == "embed":
+        raise JobError("model", f"{source.description} is for embeddings; infer generates text", "swift-dist deploy")
     names = [source.base_name, *source.adapters]
     if options.adapter is not None:
         if options.adapter not in names:
@@ -181,7 +183,7 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
     with ExitStack() as stack:
         if options.url:
             name, names = remote_name(options)
-            client = stack.enter_context(open_client(options.url))
+            client = stack.enter_context(open_client(options.url, is_ours=False))
             yield name, options.url, names, lambda: client
             return
         from swift_dist.serving.families import template_of
@@ -193,9 +195,7 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
         name = chosen_name(options, source)
         stack.enter_context(in_use(*source.folders))
         engines = engine_for(options, source)
-        has_own_format = (
-            Path(source.path) / "tekken.json"
-        ).is_file()  # vLLM writes Mistral's prompts without a template
+        has_own_format = (Path(source.path) / "tekken.json").is_file()  # vLLM's own for Mistral, without a template
         if not (options.complete or has_own_format or template_of(source.path, options)):
             remedy = "--chat_template FILE, or --prompt TEXT --complete true"
             raise JobError("chat_template", f"{source.description} has none to ask with", remedy)
@@ -205,13 +205,13 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
         began = time.monotonic()
         url = replica.start()
         log.info("ready after %.1f s", time.monotonic() - began)
-        clients = {url: stack.enter_context(open_client(url))}
+        clients = {url: stack.enter_context(open_client(url, is_ours=True))}
 
         def connect() -> OpenAI:
             if not replica.alive():
                 log.warning("the engine has ended: it is started again")
                 new = replica.start()
-                clients[new] = stack.enter_context(open_client(new))
+                clients[new] = stack.enter_context(open_client(new, is_ours=True))
             return clients[replica.process.url]
 
         yield name, url, [source.base_name, *source.adapters], connect

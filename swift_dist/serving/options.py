@@ -16,7 +16,9 @@ class EngineOptions(Section):
     infer_backend: str = Field(
         "auto", description="vllm, lmdeploy or hf (default: auto, the first of vllm and hf that can run here)"
     )
-    task: Literal["generate", "embed"] = Field("generate", description="what the model is for: text, or embeddings")
+    task: Literal["auto", "generate", "embed"] = Field(
+        "auto", description="what the model is for: generate (text), embed (embeddings; auto: if its folder says so)"
+    )
     accelerator: Literal["auto", "gpu", "cpu"] = Field(
         "auto", description="what engines compute on (auto: GPUs where there are some)"
     )

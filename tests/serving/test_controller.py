@@ -141,7 +141,7 @@ def controller(folder: Path) -> Controller:
     spec = DeploymentSpec(
         name="test",
         folder=str(folder / "deployment"),
-        options=EngineOptions(),
+        options={"chat": EngineOptions()},
         engine=ENGINE.name,
         num_cpus=1,
         num_gpus=0,

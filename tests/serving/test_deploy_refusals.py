@@ -15,7 +15,7 @@ from swift_dist.cluster import devices
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.deploy import DeployOptions
 from swift_dist.serving.deployment import changes
-from swift_dist.serving.deployment.plan import make_plan
+from swift_dist.serving.deployment.plan import describe, make_plan
 from swift_dist.serving.engines.choose import find_engine
 from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.inference.replicas import engine_for
@@ -58,6 +58,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("--model", "model", "--models", "model=model"), "two are called model"),
         (("--model", "model", "--models", "a:b=model", "a/b=model"), "cannot tell apart"),
         (("--models", "a=model", "--served_model_name", "b"), "belongs to --model"),
+        (("--model", "model", "--model_options", "task=embed"), "is not NAME.KEY=VALUE"),
+        (("--model", "model", "--model_options", "other.task=embed"), "no model is called 'other'"),
+        (("--model", "model", "--model_options", "model.tasks=embed"), "--tasks: unknown option"),
+        (("--model", "model", "--model_options", "model.task=vectors"), "task: "),
+        (("--model", "model", "--model_options", "model.accelerator=cpu"), "accelerator is the same for all models"),
+        (("--model", "model", "--model_options", "model.seed=1", "model.seed=2"), "model.seed stands twice"),
         (("--model", "model", "--adapter_root", "nowhere"), "there is no folder nowhere"),
         (("--model", "model", "--api_keys", "nowhere"), "api_keys"),
         (("--model", "model", "--canary", "0.1"), "--update"),
@@ -118,13 +124,39 @@ def test_a_plan_says_what_would_be_started_and_starts_nothing(model, capsys):
     assert not Path("runs").exists()
 
 
+def test_each_model_has_the_keys_that_are_its_own(model):
+    """What only models of text read is theirs; what is said for one model is for no other."""
+    embedder = save_toy_model(Path("embedder"), "vectors")
+    (embedder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]')
+    given = {"model": "model", "models": ["v.1=embedder", "w=model"], "infer_backend": "hf", "port": free_port()}
+    shared = {"seed": 3, "cpu_cache_gib": 0.5, "dtype": "fp32"}
+    own = ["v.1.max_model_len=64", "w.task=embed", "w.dtype=bf16", "w.engine_args=--log_level=info"]
+    plan = make_plan(DeployOptions(**given, **shared, model_options=own))
+    text, vectors, last = plan.spec().options.values()
+    assert [plan.spec().task(name) for name in ("model", "v.1", "w")] == ["generate", "embed", "embed"]
+    assert (text.seed, text.cpu_cache_gib, text.max_model_len, text.dtype) == (3, 0.5, None, "fp32")
+    assert (vectors.seed, vectors.cpu_cache_gib, vectors.max_model_len, vectors.dtype) == (None, 1.0, 64, "fp32")
+    assert (last.max_model_len, last.dtype, last.engine_args) == (None, "bf16", ("--log_level=info",))
+    assert describe(plan)["models"]["v.1"]["task"] == "embed"
+    with pytest.raises(JobError, match=r"seed: v\.1: a model that is served for embeddings"):
+        make_plan(DeployOptions(**given, **shared, model_options=["v.1.seed=1"]))
+    with pytest.raises(JobError, match="seed: "):
+        make_plan(DeployOptions(**given, **shared, task="embed"))
+    generates = make_plan(DeployOptions(**given, model_options=["v.1.task=generate"]))
+    assert generates.spec().task("v.1") == "generate", "what is said beats what is guessed"
+
+
 def test_files_that_workers_read_have_absolute_paths(model):
     Path("keys").write_text("secret\n")
     Path("own.jinja").write_text("{{ messages }}")
     given = {"model": "model", "admin_keys": "keys", "chat_template": "own.jinja", "port": free_port()}
     plan = make_plan(DeployOptions(**given, infer_backend="toy_engine:ENGINE"))
     assert plan.spec().admin_keys == str(Path("keys").absolute())
-    assert plan.spec().options.chat_template == plan.options.chat_template == str(Path("own.jinja").absolute())
+    assert plan.spec().options["model"].chat_template == str(Path("own.jinja").absolute())
+    del given["chat_template"]
+    own = ("model.chat_template=own.jinja",)
+    plan = make_plan(DeployOptions(**given, model_options=own, infer_backend="toy_engine:ENGINE"))
+    assert plan.spec().options["model"].chat_template == str(Path("own.jinja").absolute())
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,40 @@ def test_a_folder_that_would_fail_late_or_answer_nonsense_is_refused(
         resolve_model(str(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize(
+    ("config", "modules", "task"),
+    [
+        ({}, None, "generate"),
+        ({}, '[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]', "embed"),
+        ({}, '[{"type": "sentence_transformers.sparse_encoder.models.SpladePooling"}]', "generate"),
+        ({}, '{"somebody": "elses"}', "generate"),
+        ({"architectures": ["LlamaModel"]}, None, "embed"),
+        ({"architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}, None, "embed"),
+        ({"architectures": ["LlamaModel"], "auto_map": {"AutoModel": "m.M"}}, None, "generate"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, None, "generate"),
+        ({"architectures": None}, None, "generate"),
+    ],
+)
+def test_a_model_is_for_embeddings_where_its_folder_is_certain_of_it(
+    tmp_path: Path, config: dict[str, Any], modules: str | None, task: str
+) -> None:
+    folder = save_toy_model(tmp_path / "model", "hello")
+    _change(folder, **config)
+    if modules is not None:
+        (folder / "modules.json").write_text(modules)
+    assert resolve_model(str(folder)).task == task
+    assert resolve_model(str(folder), task="generate").task == "generate"
+    assert resolve_model(str(folder), task="embed").task == "embed"
+
+
+def test_what_fills_gaps_generates_no_text(tmp_path: Path) -> None:
+    folder = save_toy_model(tmp_path / "model", "hello")
+    _change(folder, architectures=["BertForMaskedLM"], model_type="bert")
+    with pytest.raises(JobError, match=r"fills gaps in text(?s:.)*--task embed"):
+        resolve_model(str(folder))
+    assert resolve_model(str(folder), task="embed").task == "embed"
+
+
 def _shorten(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
 

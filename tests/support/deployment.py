@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,19 +32,25 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Deployment:
-    """A running `swift-dist deploy`. Leaving the block stops it and checks that no process of it is left."""
+    """A running `swift-dist deploy`. Leaving the block stops it and checks that no process of it is left.
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    Args:
+        folder: of the deployment. words: its keys. variables: of its environment, and of commands about it.
+    """
+
+    def __init__(self, folder: Path, *words: str, variables: Mapping[str, str] | None = None) -> None:
+        self._variables = dict(variables or {})
         self.folder, self.port = DeploymentFolder(folder), free_port()
         self.mark = secrets.token_hex(8)
         self._stderr = folder.with_suffix(".stderr")
         command = [sys.executable, "-m", "swift_dist.cli", "deploy", *words]
         command += ["--port", str(self.port), "--output", str(folder)]
         paths = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", _MARK: self.mark}
-        variables.pop("RAY_ADDRESS", None)
+        own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", _MARK: self.mark, **self._variables}
+        environment = {**os.environ, **own}
+        environment.pop("RAY_ADDRESS", None)
         with self._stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=variables, text=True)
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
 
     @property
     def url(self) -> str:
@@ -89,8 +95,8 @@ class Deployment:
     def change(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`swift-dist deploy WORDS` about this deployment."""
         command = [sys.executable, "-m", "swift_dist.cli", "deploy", *words, "--output", str(self.folder.path)]
-        variables = {**os.environ, "PYTHONPATH": str(SUPPORT)}
-        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=500)
+        environment = {**os.environ, "PYTHONPATH": str(SUPPORT), **self._variables}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
     def pids_of(self, title: bytes) -> list[int]:
         """Its processes whose command line begins with `title`, as Ray titles its actors."""

@@ -89,6 +89,8 @@ class Adapters:
         async with self._changing:
             controller = self._controller
             model = _checked(controller.model, model_name)
+            if model.task == "embed":
+                raise AdapterRefused(f"{model.name} is served for embeddings, which are the model's own")
             require_name(name, [n for m in controller.models.values() for n in (m.name, *m.adapters)])
             folder = await asyncio.to_thread(require_folder, path, roots)
             replicas = [seen for seen in self._replicas(model) if seen.adapters is not None]

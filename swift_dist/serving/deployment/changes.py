@@ -13,7 +13,7 @@ from swift_dist.errors import JobError, RunError
 from swift_dist.serving.deployment.adapters import said
 from swift_dist.serving.deployment.folder import DeploymentFolder, running_folder
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.sources.source import ADAPTER_NAME
+from swift_dist.serving.sources.source import ADAPTER_NAME, AskedTask, Source
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
@@ -77,12 +77,12 @@ def update(options: DeployOptions) -> dict[str, Any]:
     from swift_dist.serving.sources.source import resolve_options
 
     folder = running_folder(options.output)
-    engine_options = deployed_options(folder)
+    served_options = deployed_options(folder, options.served_model_name)
     assert options.update
     source = resolve_options(
         options.model_copy(update={"model": options.update}),
-        trust_remote_code=engine_options.trust_remote_code,
-        task=engine_options.task,
+        trust_remote_code=served_options.trust_remote_code,
+        task=task_of_update(served_options),
     )
     if source.adapters:
         raise JobError(
@@ -90,26 +90,42 @@ def update(options: DeployOptions) -> dict[str, Any]:
             f"{options.update} is an adapter",
             "--load_adapter NAME=DIR beside the model, or --merge_lora true for a model of both",
         )
-    check_new_version(folder, source.path)
+    check_new_version(folder, source, options.served_model_name)
     control = Control(folder)
     body = {"source": options.update, "path": source.path, "share": options.canary or 1.0, "surge": options.surge}
     model = control.ask("POST", "/control/update", {**body, "model": options.served_model_name})
     return settle_change(control, model, model["versions"][-1]["id"], options.wait_timeout)
 
 
-def check_new_version(folder: DeploymentFolder, path: str) -> None:
-    """Raises JobError where the deployment's engine cannot serve the model in `path`."""
+def task_of_update(served_options: EngineOptions) -> AskedTask:
+    """What a new version must be able to do. One of text is asked what it is: embeddings would answer no chat."""
+    return "embed" if served_options.task == "embed" else "auto"
+
+
+def check_new_version(folder: DeploymentFolder, source: Source, name: str | None) -> None:
+    """Raises JobError where the deployment's engine cannot serve `source` as its model `name` (None: the only one)."""
     from swift_dist.serving.engines.choose import find_engine
 
-    known = folder.read()
+    known, served_options = folder.read(), deployed_options(folder, name)
+    if source.task != served_options.task:
+        problem = f"{source.description} is for embeddings, and the model that it would replace generates text"
+        raise JobError("update", problem, "name one that generates, or --served_model_name of a model for embeddings")
     engine = find_engine(known["engine"])
-    engine.check(ServedModel("new", path, deployed_options(folder), {}, known["use_gpu"]))
+    engine.check(ServedModel("new", source.path, served_options, {}, known["use_gpu"]))
 
 
-def deployed_options(folder: DeploymentFolder) -> EngineOptions:
-    """The engine's keys of a deployment."""
-    given = folder.read()["options"]
-    return EngineOptions.model_validate({name: given[name] for name in EngineOptions.model_fields})
+def deployed_options(folder: DeploymentFolder, name: str | None) -> EngineOptions:
+    """The engine's keys of a deployment's model; of the only one where no name is given.
+
+    Raises:
+        JobError: there is none of that name, or several and no name.
+    """
+    given = folder.read()["engine_options"]
+    if name is None and len(given) > 1:
+        raise JobError("served_model_name", f"there are several models: {', '.join(given)}", "say which")
+    if name is not None and name not in given:
+        raise JobError("served_model_name", f"no model is called {name!r}", f"one of {', '.join(given)}")
+    return EngineOptions.model_validate(given[name or next(iter(given))])
 
 
 def promote(options: DeployOptions) -> dict[str, Any]:

@@ -194,12 +194,13 @@ def _error(status: int, message: str) -> Any:
 
 
 def _cards(controller: "Controller") -> list[dict[str, Any]]:
-    """Models and adapters as OpenAI lists them, with vLLM's `root` and `parent`."""
+    """Models and adapters as OpenAI lists them, with vLLM's `root` and `parent`, and `task`: what each is for."""
     cards = []
     for model in controller.models.values():
         version = model.live or model.candidate
-        cards.append(_card(model.name, controller.began_at, version.path if version else None, None))
-        cards += [_card(name, controller.began_at, path, model.name) for name, path in model.adapters.items()]
+        own = _card(model.name, controller.began_at, version.path if version else None, None)
+        adapters = [_card(name, controller.began_at, path, model.name) for name, path in model.adapters.items()]
+        cards += [{**card, "task": model.task} for card in (own, *adapters)]
     return cards
 
 

@@ -81,8 +81,8 @@ class Controller:
         known = self.folder.read_state()
         if known is None:
             for name, (source, path, adapters) in self.spec.first.items():
-                model = desired.propose(ModelState(name=name, adapters=adapters), source, path, self.spec.num_replicas)
-                self.models[name] = model
+                model = ModelState(name=name, task=self.spec.task(name), adapters=adapters)
+                self.models[name] = desired.propose(model, source, path, self.spec.num_replicas)
             self.folder.write_state(list(self.models.values()))
         else:
             self.models = {model.name: model for model in known}
@@ -323,7 +323,7 @@ class Controller:
             application=self.apps.name(version),
             name=model.name,
             path=state.path,
-            options=self.spec.options,
+            options=self.spec.options[model.name],
             engine=self.spec.engine,
             controller=self.spec.name,
             use_gpu=self.spec.num_gpus > 0,

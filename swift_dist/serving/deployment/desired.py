@@ -59,11 +59,13 @@ class ModelState(Section):
     """A model: its versions, oldest first, and its adapters (name -> PEFT folder), which every version has.
 
     Attributes:
+        task: what every version is for.
         previous: the version that was live before; a rollback returns to it.
         num_made: versions there ever were.
     """
 
     name: str
+    task: Literal["generate", "embed"] = "generate"
     versions: tuple[VersionState, ...] = ()
     adapters: dict[str, str] = Field(default_factory=dict)
     previous: str | None = None
@@ -277,7 +279,7 @@ def route(model: ModelState, ready: Mapping[str, Sequence[Replica]]) -> Route:
     else:
         shares = [(live, 1.0 - candidate.share), (candidate, candidate.share)]
     versions = tuple(Version(version.id, tuple(ready.get(version.id, ())), share) for version, share in shares)
-    return Route((model.name, *model.adapters), versions)
+    return Route((model.name, *model.adapters), versions, model.task == "embed")
 
 
 def changes(before: ModelState, after: ModelState) -> list[str]:

@@ -17,10 +17,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from swift_dist.config.section import part_of
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.deployment.plan import SURGE, Plan, check_models
 from swift_dist.serving.front.options import url_of
 from swift_dist.serving.front.state import FrontState
+from swift_dist.serving.options import EngineOptions
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +69,12 @@ def _on_cluster(plan: Plan) -> Plan:
     import ray
 
     from swift_dist.serving.deployment.resources import most_replicas
-    from swift_dist.serving.engines.choose import uses_gpu
+    from swift_dist.serving.engines.choose import choose, uses_gpu
 
     use_gpu = uses_gpu(plan.options, ray.cluster_resources().get("GPU", 0), f"the cluster at {plan.address}")
     devices = plan.options.tensor_parallel_size * plan.options.pipeline_parallel_size
-    plan = replace(plan, use_gpu=use_gpu, num_gpus=devices if use_gpu else 0)
+    engine = choose(part_of(plan.options, EngineOptions), use_gpu)
+    plan = replace(plan, engine=engine, use_gpu=use_gpu, num_gpus=devices if use_gpu else 0)
     check_models(plan)
     wanted = plan.most_replicas * len(plan.models)
     room = most_replicas(plan.num_cpus, plan.num_gpus)
@@ -163,6 +166,7 @@ class _Deployment:
             engine=self._plan.engine.name,
             use_gpu=self._plan.use_gpu,
             options=self._plan.options.model_dump(mode="json"),
+            engine_options={name: keys.model_dump(mode="json") for name, keys in self._spec.options.items()},
         )
 
     @contextmanager
@@ -233,18 +237,19 @@ class _Deployment:
         return True
 
     def _say_ready(self) -> None:
-        first = self._plan.models[0].name
+        first = min(self._plan.models, key=lambda m: m.options.task == "embed")  # one of text where there is one
+        ask = "embeddings.create(model=%r, input=[...])"
+        ask = ask if first.options.task == "embed" else "chat.completions.create(model=%r, messages=[...])"
         names = [n for m in self._plan.models for n in (m.name, *m.adapters)]
         self._folder.write(state="ready")
         log.info(
-            "ready after %.1f s: %s  models: %s  try: OpenAI(base_url=%r, api_key=%s).chat.completions.create("
-            "model=%r, messages=[...])",
+            f"ready after %.1f s: %s  models: %s  try: OpenAI(base_url=%r, api_key=%s).{ask}",
             time.time() - self._started,
             self._address,
             ", ".join(names),
             self._address,
             "..." if self._plan.options.api_keys or self._plan.options.api_keys_variable else "'none'",
-            first,
+            first.name,
         )
 
     def _end(self, starts_serve: bool) -> None:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_dist.config.section import updated
 from swift_dist.errors import JobError, RunError
 from swift_dist.runs.folder import RunFolder
 from swift_dist.runs.outcome import exported
-from swift_dist.serving.deployment.changes import Control, check_new_version, settle_change
+from swift_dist.serving.deployment.changes import Control, check_new_version, settle_change, task_of_update
 from swift_dist.serving.deployment.folder import DeploymentFolder
 from swift_dist.serving.deployment.scaling import parse_bounds
+from swift_dist.serving.options import EngineOptions
 from swift_dist.serving.sources.source import Source, resolve_model
 
 if TYPE_CHECKING:
@@ -84,23 +86,30 @@ def require_run(options: DeployOptions) -> Path:
     return run
 
 
-def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions) -> Source:
-    """The model that a checkpoint holds, converted where it must be. An adapter is merged into its base."""
+def resolve_checkpoint(checkpoint: str | Path, options: DeployOptions, keys: EngineOptions) -> Source:
+    """The model that a checkpoint holds, converted where it must be. An adapter is merged into its base.
+
+    Args:
+        keys: of the engine that is to serve it.
+    """
     resolve = functools.partial(
         resolve_model,
         str(checkpoint),
         hf_config=options.hf_config,
         tokenizer=options.tokenizer,
         cache=Path(options.cache) if options.cache else None,
-        trust_remote_code=options.trust_remote_code,
-        task=options.task,
+        trust_remote_code=keys.trust_remote_code,
+        task=keys.task,
     )
     source = resolve()
     return resolve(merge_lora=True) if source.adapters else source
 
 
-def first_model(options: DeployOptions) -> tuple[str, Source]:
+def first_model(options: DeployOptions, keys: EngineOptions) -> tuple[str, Source]:
     """What a deployment that follows a run begins with: the weights that are the newest, and the model in them.
+
+    Args:
+        keys: of the engine that is to serve it.
 
     Raises:
         JobError: there is no such run, no checkpoint yet, or the newest cannot be served. RunError: nor read.
@@ -112,7 +121,7 @@ def first_model(options: DeployOptions) -> tuple[str, Source]:
             remedy = "give --model PATH to serve until the first is there"
             raise JobError("follow", f"{run} has no checkpoint yet", remedy)
         try:
-            return str(newest.folder), resolve_checkpoint(newest.folder, options)
+            return str(newest.folder), resolve_checkpoint(newest.folder, options, keys)
         except (JobError, RunError, OSError) as error:
             if newest.folder.is_dir():
                 raise
@@ -182,8 +191,9 @@ class Follower:
 
     def _deploy(self, checkpoint: Path) -> None:
         began = time.monotonic()
-        source = resolve_checkpoint(checkpoint, self._options)
-        check_new_version(self._folder, source.path)
+        keys = self._model.options
+        source = resolve_checkpoint(checkpoint, self._options, updated(keys, task=task_of_update(keys)))
+        check_new_version(self._folder, source, self._model.name)
         body: dict[str, Any] = {"source": str(checkpoint), "path": source.path, "model": self._model.name}
         body["surge"] = self._options.surge
         model = self._control.ask("POST", "/control/update", body)

@@ -21,6 +21,7 @@ from swift_dist.config.section import updated
 from swift_dist.errors import JobError, RunError
 from swift_dist.launchers._base import Submission, Work, raise_told, words_of
 from swift_dist.serving.deployment.folder import DeploymentFolder, default_folder
+from swift_dist.serving.deployment.own_options import with_paths
 from swift_dist.serving.deployment.plan import bounds_of, require_roots
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def with_absolute_paths(options: DeployOptions) -> DeployOptions:
         value = getattr(options, key)
         if value:
             changes[key] = _named(key, value) if isinstance(value, str) else tuple(_named(key, word) for word in value)
+    changes["model_options"] = with_paths(options.model_options, lambda path: _absolute("chat_template", path))
     if options.adapter_root:
         changes["adapter_root"] = tuple(str(Path(root).absolute()) for root in options.adapter_root)
     return options.model_copy(update=changes)

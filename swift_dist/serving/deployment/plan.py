@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swift_dist.config.section import part_of
+from swift_dist.config.section import part_of, updated
 from swift_dist.errors import JobError
 from swift_dist.serving.deployment.desired import version_stem
 from swift_dist.serving.deployment.folder import DeploymentFolder, default_folder
+from swift_dist.serving.deployment.own_options import OF_ALL, OwnOptions, own_options, with_paths
 from swift_dist.serving.deployment.scaling import Bounds, ScaleOptions, parse_bounds
 from swift_dist.serving.deployment.spec import DeploymentSpec
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.front.options import FrontOptions, url_of
 from swift_dist.serving.options import EngineOptions, ServedModel
-from swift_dist.serving.sources.source import ADAPTER_NAME, Source, resolve_model, resolve_options
+from swift_dist.serving.sources.source import ADAPTER_NAME, Source, name_of, resolve_model, resolve_options
 
 if TYPE_CHECKING:
     from swift_dist.serving.deploy import DeployOptions
@@ -28,11 +29,17 @@ SURGE = 2  # an update runs two versions of a model at once
 
 @dataclass(frozen=True)
 class Planned:
-    """A model as it will be served: what the user named, and the folder and adapters that it became."""
+    """A model as it will be served: what the user named, and the folder and adapters that it became.
+
+    Attributes:
+        options: its engine's keys. own: which of them `--model_options` named.
+    """
 
     name: str
     source: str
     path: str
+    options: EngineOptions
+    own: frozenset[str] = frozenset()
     adapters: dict[str, str] = field(default_factory=dict)
     description: str = ""
 
@@ -71,14 +78,20 @@ class Plan:
     def first_replicas(self) -> int:
         return self.bounds.least if self.bounds else self.options.replicas
 
-    def engine_options(self) -> EngineOptions:
-        return part_of(self.options, EngineOptions)
+    def engine_options(self, model: Planned) -> EngineOptions:
+        """Its keys, without those of all models that its engine reads of others only, as `--seed` beside embeddings."""
+        unread = {m.name: self.engine.ignored(self._served(m, m.options)).keys() for m in self.models}
+        elsewhere = {k for k in unread[model.name] - model.own if not all(k in keys for keys in unread.values())}
+        return updated(model.options, **{key: EngineOptions.model_fields[key].default for key in elsewhere})
 
     def front_options(self) -> FrontOptions:
         return part_of(self.options, FrontOptions)
 
     def served(self, model: Planned) -> ServedModel:
-        return ServedModel(model.name, model.path, self.engine_options(), dict(model.adapters), self.use_gpu)
+        return self._served(model, self.engine_options(model))
+
+    def _served(self, model: Planned, options: EngineOptions) -> ServedModel:
+        return ServedModel(model.name, model.path, options, dict(model.adapters), self.use_gpu)
 
     def spec(self) -> DeploymentSpec:
         """What the controller is told."""
@@ -87,7 +100,7 @@ class Plan:
         return DeploymentSpec(
             name=f"swift_dist-{secrets.token_hex(4)}",
             folder=str(self.folder.path),
-            options=self.engine_options(),
+            options={model.name: self.engine_options(model) for model in self.models},
             engine=self.engine.name,
             num_cpus=self.num_cpus,
             num_gpus=self.num_gpus,
@@ -123,10 +136,10 @@ def make_plan(options: DeployOptions) -> Plan:
         raise JobError("output", f"a deployment runs in {folder.path}", "--output another folder, or --stop it first")
     require_port(options.host, options.port)
     Front(folder.front, part_of(options, FrontOptions))  # its keys can be read; starts nothing
-    engine = choose(part_of(options, EngineOptions))
-    models = _models(options)
     gpus = gpus_of_this_machine() if address == "local" else 0
     use_gpu = address == "local" and uses_gpu(options, gpus, "this machine")  # of a cluster: once it is asked
+    engine = choose(part_of(options, EngineOptions), use_gpu if address == "local" else None)
+    models = _models(options)
     devices = options.tensor_parallel_size * options.pipeline_parallel_size
     num_versions = len(models) * (bounds.most if bounds else options.replicas)
     plan = Plan(
@@ -149,7 +162,13 @@ def make_plan(options: DeployOptions) -> Plan:
 def check_models(plan: Plan) -> None:
     """Raises JobError where the engine cannot serve a model as asked."""
     for model in plan.models:
-        plan.engine.check(plan.served(model))
+        try:
+            plan.engine.check(plan.served(model))
+        except JobError as error:
+            if len(plan.models) == 1 or error.key not in EngineOptions.model_fields or error.key in OF_ALL:
+                raise
+            remedy = f"{error.remedy.rstrip('.')}; of this model alone: --model_options {model.name}.{error.key}=..."
+            raise JobError(error.key, f"{model.name}: {error.message}", remedy) from None
 
 
 def bounds_of(options: DeployOptions) -> Bounds | None:
@@ -177,7 +196,9 @@ def bounds_of(options: DeployOptions) -> Bounds | None:
 def with_absolute_files(options: DeployOptions) -> DeployOptions:
     """Ray's workers, and later commands, have other working directories."""
     given = {key: getattr(options, key) for key in ("admin_keys", "chat_template") if getattr(options, key)}
-    return options.model_copy(update={key: str(Path(path).absolute()) for key, path in given.items()})
+    changes: dict[str, Any] = {key: str(Path(path).absolute()) for key, path in given.items()}
+    changes["model_options"] = with_paths(options.model_options, lambda path: str(Path(path).absolute()))
+    return options.model_copy(update=changes)
 
 
 def require_roots(options: DeployOptions) -> None:
@@ -191,17 +212,18 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
     """What --model, --follow and --models name."""
     from swift_dist.serving.deployment.follow import first_model, require_run
 
-    planned = []
+    planned, own = [], own_options(options)
+    first = own.of(options.served_model_name or name_of(options.model or options.follow or ""))
     if options.follow:
         require_run(options)
     if options.model or not (options.models or options.follow):
-        source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
-        planned.append(_planned(options.model or "", source, options.served_model_name))
+        source = resolve_options(options, trust_remote_code=first.trust_remote_code, task=first.task)
+        planned.append(_planned(options.model or "", source, options.served_model_name, own))
     elif options.follow:
         if options.adapters:
             raise JobError("adapters", "belong to one model, and --follow replaces it", "leave them out")
-        checkpoint, source = first_model(options)
-        planned.append(_planned(checkpoint, source, options.served_model_name))
+        checkpoint, source = first_model(options, first)
+        planned.append(_planned(checkpoint, source, options.served_model_name, own))
     elif options.adapters or options.served_model_name or options.merge_lora:
         key = "adapters" if options.adapters else "served_model_name" if options.served_model_name else "merge_lora"
         raise JobError(key, "belongs to --model", "--model PATH for that one, --models name=PATH for others")
@@ -210,8 +232,10 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
         if not equals:
             raise JobError("models", f"{word!r} has no name", "--models name=MODEL")
         cache = Path(options.cache) if options.cache else None
-        source = resolve_model(path, cache=cache, trust_remote_code=options.trust_remote_code, task=options.task)
-        planned.append(_planned(path, source, name))
+        keys = own.of(name)
+        source = resolve_model(path, cache=cache, trust_remote_code=keys.trust_remote_code, task=keys.task)
+        planned.append(_planned(path, source, name, own))
+    own.check_names(model.name for model in planned)
     names = [n for model in planned for n in (model.name, *model.adapters)]
     for name in names:
         if names.count(name) > 1:
@@ -223,7 +247,7 @@ def _models(options: DeployOptions) -> tuple[Planned, ...]:
     return tuple(planned)
 
 
-def _planned(named: str, source: Source, name: str | None) -> Planned:
+def _planned(named: str, source: Source, name: str | None, own: OwnOptions) -> Planned:
     """A source, called `name`: the model, or the adapter where that is what the user named."""
     model_name, adapters = source.base_name, dict(source.adapters)
     if name is not None and source.name in adapters:
@@ -235,7 +259,10 @@ def _planned(named: str, source: Source, name: str | None) -> Planned:
     wrong = next((n for n in adapters if not ADAPTER_NAME.fullmatch(n)), None)
     if wrong is not None:
         raise JobError("served_model_name", f"{wrong!r} is no name of an adapter", "letters, digits and . _ : @ + -")
-    return Planned(model_name, named, source.path, adapters, source.description)
+    keys = own.of(model_name)
+    keys = updated(keys, task=source.task if keys.task == "auto" else keys.task)
+    of_it = frozenset(own.own.get(model_name, ()))
+    return Planned(model_name, named, source.path, keys, of_it, adapters, source.description)
 
 
 def _share_of_cpus(num_replicas: int) -> float:
@@ -267,7 +294,7 @@ def _require_resources(plan: Plan, num_replicas: int, gpus: int) -> None:
 
 def _bytes(model: Planned, plan: Plan) -> float:
     weights = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors"))
-    return weights + plan.engine.cache_gib(plan.options) * 2**30
+    return weights + plan.engine.cache_gib(plan.engine_options(model)) * 2**30
 
 
 def _haproxy_cfg(plan: Plan) -> str:
@@ -276,7 +303,10 @@ def _haproxy_cfg(plan: Plan) -> str:
     from swift_dist.serving.front.state import FrontState, Route, Version
     from swift_dist.serving.front.tables import Names, tables
 
-    routes = [Route((m.name, *m.adapters), (Version(f"v{n}", ()),)) for n, m in enumerate(plan.models)]
+    routes = [
+        Route((m.name, *m.adapters), (Version(f"v{n}", ()),), m.options.task == "embed")
+        for n, m in enumerate(plan.models)
+    ]
     state = FrontState(tuple(routes), ("127.0.0.1", 0))
     slots = haproxy._SLOTS
     return config.render(plan.front_options(), state.control, tables(state, Names(slots)), slots, str(haproxy._LUA))
@@ -294,7 +324,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         f"engine: {plan.engine.name}, {replicas} replicas of each model, {devices} each",
     ]
     for model in plan.models:
-        lines += [f"{model.name}: {model.description or model.source}"]
+        purpose = "  (embeddings)" if model.options.task == "embed" else ""
+        lines += [f"{model.name}: {model.description or model.source}{purpose}"]
         lines += [f"  adapter {name}: {path}" for name, path in model.adapters.items()]
         lines += [f"  {commands[model.name]}"]
     haproxy = _haproxy_cfg(plan)
@@ -304,6 +335,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "folder": str(plan.folder.path),
         "engine": plan.engine.name,
         "replicas": {"least": plan.first_replicas, "most": plan.most_replicas},
-        "models": {m.name: {"path": m.path, "adapters": m.adapters, "command": commands[m.name]} for m in plan.models},
+        "models": {
+            m.name: {"task": m.options.task, "path": m.path, "adapters": m.adapters, "command": commands[m.name]}
+            for m in plan.models
+        },
         "haproxy_cfg": haproxy,
     }

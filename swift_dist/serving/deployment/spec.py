@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from swift_dist.serving.deployment.scaling import Bounds, ScaleOptions
 from swift_dist.serving.options import EngineOptions
+from swift_dist.serving.sources.source import Task
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class DeploymentSpec:
     Attributes:
         name: of the controller, unique in the cluster.
         folder: of the deployment.
-        options, engine: of every model.
+        options: model -> its engine's keys. engine: of every model.
         num_cpus, num_gpus: of a replica.
         loopback: whether replicas listen on 127.0.0.1.
         drain_seconds: for running requests, when a replica is taken away.
@@ -29,7 +30,7 @@ class DeploymentSpec:
 
     name: str
     folder: str
-    options: EngineOptions
+    options: dict[str, EngineOptions]
     engine: str
     num_cpus: float
     num_gpus: int
@@ -42,3 +43,7 @@ class DeploymentSpec:
     num_replicas: int
     shares_cluster: bool
     admin_keys: str | None = None
+
+    def task(self, model: str) -> Task:
+        """What a model is for."""
+        return "embed" if self.options[model].task == "embed" else "generate"

@@ -47,6 +47,10 @@ class Engine(ABC):
     def why_not(self) -> str | None:
         """Why it cannot run in this environment on this machine; None where it can. Cheap: imports nothing heavy."""
 
+    def why_not_on(self, use_gpu: bool) -> str | None:
+        """Why it cannot compute on GPUs, or on a CPU, in this environment; None where it can."""
+        return None
+
     @abstractmethod
     def check(self, served: ServedModel) -> None:
         """Refuse what this engine cannot honour.
@@ -54,6 +58,10 @@ class Engine(ABC):
         Raises:
             JobError: an option that it has no counterpart of, an adapter it cannot load.
         """
+
+    def ignored(self, served: ServedModel) -> Mapping[str, tuple[str, str]]:
+        """Options that change nothing of this model -> why, remedy. `check` refuses them where they were given."""
+        return {}
 
     @abstractmethod
     def command(self, served: ServedModel, host: str, port: int) -> list[str]:

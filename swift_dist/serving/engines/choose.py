@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+
 from swift_dist.errors import JobError
 from swift_dist.plugins import UnknownPlugin, find
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.options import EngineOptions
 
 ROOM = "swift_dist.serving.engines"
+log = logging.getLogger(__name__)
+
 _AUTOMATIC = ("vllm", "hf")  # lmdeploy makes an environment of its own, which is done for those who ask for it
 
 
-def choose(options: EngineOptions) -> Engine:
+def choose(options: EngineOptions, use_gpu: bool | None = None) -> Engine:
     """The engine of `options.infer_backend`.
+
+    Args:
+        use_gpu: what it is to compute on (None: that is not known yet).
 
     Raises:
         JobError: there is no such engine, or it cannot run here, and why.
     """
     name = options.infer_backend
     if name == "auto":
-        engines = [find_engine(one) for one in _AUTOMATIC]
-        return next(engine for engine in engines if engine.why_not() is None)  # hf runs wherever this package does
+        *others, last = (find_engine(one) for one in _AUTOMATIC)
+        for engine in others:
+            why_not = engine.why_not() or (None if use_gpu is None else engine.why_not_on(use_gpu))
+            if why_not is None:
+                return engine
+            log.info("the %s engine serves: %s", last.name, why_not)
+        return last  # which runs wherever this package does
     engine = find_engine(name)
     why_not = engine.why_not()
     if why_not is not None:

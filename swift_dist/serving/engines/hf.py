@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,11 +39,23 @@ class HfEngine(Engine):
                 "agent_format", f"{served.path} has no chat template to write the tools into", "give --chat_template"
             )
         _check_adapters(served)
-        refuse_changed(options, _ignored(served))
+        refuse_changed(options, self.ignored(served))
         try:
             parser().parse_args(["--served", "{}", "--host", "h", "--port", "1", *options.engine_args])
         except ValueError as error:
             raise JobError("engine_args", str(error), parser().format_usage().strip()) from None
+
+    def ignored(self, served: ServedModel) -> Mapping[str, tuple[str, str]]:
+        if served.options.task == "embed":
+            text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
+            room = ("max_num_seqs", "cpu_cache_gib", "gpu_memory_utilization", "max_loras", "max_lora_rank")
+            why = dict.fromkeys(text, "a model that is served for embeddings writes no text")
+            why |= dict.fromkeys(room, "the hf engine embeds without a cache of keys and values, and without adapters")
+        elif served.use_gpu:
+            why = {"cpu_cache_gib": "the hf engine computes on a GPU here, and keeps keys and values there"}
+        else:
+            why = {"gpu_memory_utilization": "the hf engine computes on a CPU here"}
+        return {key: (said, f"leave out --{key}") for key, said in why.items()}
 
     def cache_gib(self, options: EngineOptions) -> float:
         return 0.0 if options.task == "embed" else options.cpu_cache_gib
@@ -52,20 +65,6 @@ class HfEngine(Engine):
         module = "swift_dist.serving.hf.server"
         words = ["--served", json.dumps(given), "--host", host, "--port", str(port)]
         return [sys.executable, "-P", "-m", module, *words, *served.options.engine_args]
-
-
-def _ignored(served: ServedModel) -> dict[str, tuple[str, str]]:
-    """Options that change nothing of this model -> why, remedy."""
-    if served.options.task == "embed":
-        text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
-        room = ("max_num_seqs", "cpu_cache_gib", "gpu_memory_utilization", "max_loras", "max_lora_rank")
-        why = dict.fromkeys(text, "a model that is served for embeddings writes no text")
-        why |= dict.fromkeys(room, "the hf engine embeds without a cache of keys and values, and without adapters")
-    elif served.use_gpu:
-        why = {"cpu_cache_gib": "the hf engine computes on a GPU here, and keeps keys and values there"}
-    else:
-        why = {"gpu_memory_utilization": "the hf engine computes on a CPU here"}
-    return {key: (said, f"leave out --{key}") for key, said in why.items()}
 
 
 def _check_adapters(served: ServedModel) -> None:

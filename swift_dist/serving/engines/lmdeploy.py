@@ -50,15 +50,18 @@ class LmDeploy(Engine):
     def why_not(self) -> str | None:
         return None if sys.platform == "linux" else "LMDeploy is built for Linux"
 
+    def why_not_on(self, use_gpu: bool) -> str | None:
+        return None if use_gpu else "LMDeploy needs a CUDA device, and there is none"
+
     def prepare(self) -> None:
         self.own.make()
 
     def check(self, served: ServedModel) -> None:
         options = served.options
-        if not served.use_gpu:
-            raise JobError(
-                "infer_backend", "LMDeploy needs a CUDA device, and there is none", "Use --infer_backend hf."
-            )
+        if why_not := self.why_not_on(served.use_gpu):
+            raise JobError("infer_backend", why_not, "Use --infer_backend hf.")
+        if options.task == "embed":
+            raise JobError("task", "LMDeploy gives no embeddings", "Use --infer_backend vllm or hf.")
         _refuse(options)
         self._check_dtype(served)
         for key, name, known in (
@@ -129,7 +132,6 @@ def _parsers(served: ServedModel) -> list[str]:
 def _refuse(options: EngineOptions) -> None:
     """Raises JobError for what was asked for and has no counterpart."""
     no_counterpart = {
-        "task": ("LMDeploy gives no embeddings", "Use --infer_backend vllm or hf."),
         "cpu_cache_gib": ("LMDeploy computes on GPUs", "Leave it out."),
         "max_loras": ("LMDeploy does not bound the adapters of a batch", "Leave it out."),
         "seed": ("LMDeploy's server has no seed of its own", "Name a seed in each request."),

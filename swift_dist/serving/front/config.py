@@ -14,12 +14,11 @@ import json
 import os
 
 from swift_dist.serving.front.options import FrontOptions
-from swift_dist.serving.front.tables import Server, Tables
+from swift_dist.serving.front.tables import DRAWS, Server, Tables
 
-GENERATED = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
-    *("/tokenize", "/detokenize"),
-)
+TEXT = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+EMBEDDINGS = "/v1/embeddings"
+GENERATED = (*TEXT, EMBEDDINGS, "/tokenize", "/detokenize")
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 CONTROL = ("/health", "/metrics", "/v1/models", *ADMIN)  # and a model's own path below /v1/models/
 ADMIN_SOCKET, API_SOCKET, METRICS_SOCKET = "admin.sock", "api.sock", "metrics.sock"
@@ -200,13 +199,24 @@ def _api(options: FrontOptions) -> str:
     {_refuse(400, "The body is not JSON, or names no model.", "invalid_request_error", "missing_model", param="model")} if !{{ var(txn.model) -m found }} {{ var(txn.route) -m int lt 0 }}
     {_refuse(404, "There is no such model.", "invalid_request_error", "model_not_found", param="model")} if {{ var(txn.route) -m int lt 0 }} {{ var(txn.model),length gt {_LONGEST_NAME} }}
     {_refuse(404, f"The model `{model}` does not exist.", "invalid_request_error", "model_not_found", param="model")} if {{ var(txn.route) -m int lt 0 }}
-    http-request set-var(txn.draw) rand(1000000),add(txn.route)
+{_tasks()}
+    http-request set-var(txn.draw) rand({DRAWS}),add(txn.route)
     http-request set-var(txn.slot) var(txn.draw),map_int({SHARES})
     {_refuse(503, "No replica of this model is ready. Try again later.", "server_error", "no_replica_ready", headers=_retry_after(options))} if !{{ var(txn.slot),nbsrv gt 0 }}
     http-request del-header authorization
     use_backend control if !generated
     use_backend %[var(txn.slot)]
 """  # noqa: E501
+
+
+def _tasks() -> str:
+    """A model answers what it is for; what engines say to the rest differs, and may not be OpenAI's shape."""
+    kind = ("invalid_request_error", "unsupported_task")
+    text = _refuse(400, f"This model is served for embeddings: send POST {EMBEDDINGS}.", *kind, param="model")
+    vectors = _refuse(400, f"This model is served for text: it does not answer {EMBEDDINGS}.", *kind, param="model")
+    return f"""    acl embeds var(txn.route),div({DRAWS}),odd -m bool
+    {text} if embeds {{ path {" ".join(TEXT)} }}
+    {vectors} if !embeds {{ path {EMBEDDINGS} }}"""
 
 
 def _lookup() -> str:

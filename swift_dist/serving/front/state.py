@@ -31,10 +31,15 @@ class Version:
 
 @dataclass(frozen=True)
 class Route:
-    """One model: its own name and those of its adapters go to the same versions."""
+    """One model: its own name and those of its adapters go to the same versions.
+
+    Attributes:
+        embeds: it answers /v1/embeddings, and nothing that asks for text; other models the other way round.
+    """
 
     names: tuple[str, ...]
     versions: tuple[Version, ...]
+    embeds: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A version has a slot, one of a fixed number of equal backends (v0, v1, ...), as long as requests of it may run. So
 HAProxy's file never changes: maps and servers do, at run time, and no connection is cut or kept on an old routing.
 
-    models.map    hexadecimal name of a model (``-``: none was named) -> first number of its route
+    models.map    hexadecimal name of a model (``-``: none was named) -> first number of its route: a multiple of
+                  `DRAWS`, an odd one where the model is for embeddings
     shares.map    range of numbers -> slot. A request draws one of its route's `DRAWS` numbers at random
     servers.map   server -> version and replica, percent-encoded, for the log and the header ``x-swift-version``
 """
@@ -114,7 +115,7 @@ def tables(state: FrontState, names: Names) -> Tables:
     labels: dict[str, str] = {}
     slots: dict[str, dict[str, Server]] = {}
     for route in state.routes:
-        first = next(names.routes) * DRAWS
+        first = (2 * next(names.routes) + route.embeds) * DRAWS
         models |= {hexadecimal(name): str(first) for name in route.names}
         if len(state.routes) == 1:
             models[NO_MODEL] = str(first)

@@ -58,7 +58,7 @@ def load(served: ServedModel) -> Loaded:
                 f"{type(tokenizer).__name__} is no tokenizer of the tokenizers library",
                 "save a tokenizer.json",
             )
-        auto = AutoModelForCausalLM if served.options.task == "generate" else AutoModel
+        auto = AutoModel if served.options.task == "embed" else AutoModelForCausalLM
         model = auto.from_pretrained(
             served.path, dtype=_DTYPES[served.options.dtype], trust_remote_code=trust, local_files_only=True
         )

@@ -18,27 +18,27 @@ _TIMEOUT = (10.0, None, None, None)  # to connect, to read, to write, for a conn
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
-def open_client(url: str, api_key: str | None = None) -> OpenAI:
-    """A client of the server at `url`.
+def open_client(url: str, *, is_ours: bool) -> OpenAI:
+    """A client of the server at `url`; its key is the variable OPENAI_API_KEY, else one that means nothing.
 
     Args:
         url: with or without the ``/v1`` at its end.
-        api_key: None: the variable OPENAI_API_KEY, else none is sent that means anything.
+        is_ours: whether this package started it. A proxy in the environment is for servers that the user names.
     """
     from openai import DefaultHttpxClient, OpenAI
 
     _quiet()
-    http = DefaultHttpxClient(timeout=_TIMEOUT, trust_env=not _is_loopback(url))
-    return OpenAI(base_url=base_url(url), api_key=_key(api_key), max_retries=0, http_client=http)
+    http = DefaultHttpxClient(timeout=_TIMEOUT, trust_env=not (is_ours or _is_loopback(url)))
+    return OpenAI(base_url=base_url(url), api_key=_key(), max_retries=0, http_client=http)
 
 
-def open_async_client(url: str, api_key: str | None = None) -> AsyncOpenAI:
+def open_async_client(url: str, *, is_ours: bool) -> AsyncOpenAI:
     """As `open_client`, for requests at the same time (up to 1000; more wait for a connection)."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     _quiet()
-    http = DefaultAsyncHttpxClient(timeout=_TIMEOUT, trust_env=not _is_loopback(url))
-    return AsyncOpenAI(base_url=base_url(url), api_key=_key(api_key), max_retries=0, http_client=http)
+    http = DefaultAsyncHttpxClient(timeout=_TIMEOUT, trust_env=not (is_ours or _is_loopback(url)))
+    return AsyncOpenAI(base_url=base_url(url), api_key=_key(), max_retries=0, http_client=http)
 
 
 def _quiet() -> None:
@@ -62,8 +62,8 @@ def _is_loopback(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
-def _key(api_key: str | None) -> str:
-    return api_key or os.environ.get(KEY_VARIABLE) or "none"
+def _key() -> str:
+    return os.environ.get(KEY_VARIABLE) or "none"
 
 
 def served_models(url: str) -> list[str]:
@@ -74,7 +74,7 @@ def served_models(url: str) -> list[str]:
     """
     import openai
 
-    with open_client(url) as client:
+    with open_client(url, is_ours=False) as client:
         try:
             return [model.id for model in client.models.list()]
         except openai.APIError as error:

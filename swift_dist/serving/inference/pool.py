@@ -129,7 +129,7 @@ class EnginePool:
 
     async def _serve(self, place: _Place, url: str) -> None:
         """Offer a replica until it is seen to have ended."""
-        client = open_async_client(url)
+        client = open_async_client(url, is_ours=place.replica.is_ours)
         silent_since: float | None = None
         try:
             while await asyncio.to_thread(place.replica.alive):

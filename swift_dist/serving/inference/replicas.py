@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from swift_dist.config.section import part_of
+from swift_dist.config.section import part_of, updated
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.engines.base import Engine
 from swift_dist.serving.engines.process import EngineProcess
@@ -43,9 +43,9 @@ def engine_for(options: EngineOptions, source: Source, *, use_gpu: bool | None =
     from swift_dist.cluster.devices import gpus_of_this_machine
     from swift_dist.serving.engines.choose import choose, uses_gpu
 
-    own = part_of(options, EngineOptions)
-    engine = choose(own)
+    own = updated(part_of(options, EngineOptions), task=source.task)
     use_gpu = uses_gpu(own, gpus_of_this_machine(), "this machine") if use_gpu is None else use_gpu
+    engine = choose(own, use_gpu)
     served = ServedModel(source.base_name, source.path, own, source.adapters, use_gpu)
     engine.check(served)
     return Engines(engine, served)

@@ -30,6 +30,7 @@ _STEP = re.compile(r"(?:step|iter)_\d+")
 _KNOWN = "a model folder or hub id, an adapter, a run folder, or a checkpoint"
 
 Task = Literal["generate", "embed"]
+AskedTask = Literal["auto", "generate", "embed"]
 
 
 class SourceOptions(Section):
@@ -57,6 +58,7 @@ class Source:
         path: the model's Hugging Face folder.
         adapters: name -> PEFT folder; `name` is among them where an adapter was named and not merged.
         description: one line for people.
+        task: what it is for: as asked, or as its folder says.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Source:
     path: str
     adapters: dict[str, str] = field(default_factory=dict)
     description: str = ""
+    task: Task = "generate"
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class _Rules:
     trust_remote_code: bool
 
 
-def resolve_options(options: SourceOptions, *, trust_remote_code: bool, task: Task = "generate") -> Source:
+def resolve_options(options: SourceOptions, *, trust_remote_code: bool, task: AskedTask = "auto") -> Source:
     """`resolve_model` of a verb's keys.
 
     Raises:
@@ -153,7 +156,7 @@ def resolve_model(
     tokenizer: str | None = None,
     cache: Path | None = None,
     trust_remote_code: bool = False,
-    task: Task = "generate",
+    task: AskedTask = "auto",
 ) -> Source:
     """Find, and where necessary convert, what the user names.
 
@@ -164,7 +167,7 @@ def resolve_model(
         hf_config, tokenizer: of a Megatron checkpoint, where it does not say them itself.
         cache: where conversions are kept; see `made.made_once`.
         trust_remote_code: the model's folder may bring Python files and pickled weights.
-        task: what the model must be able to do.
+        task: what the model must be able to do (auto: embeddings where its folder says so, else text).
 
     Raises:
         JobError: there is no such thing, it is damaged or not complete, or it cannot do `task`.
@@ -185,8 +188,8 @@ def resolve_model(
         base, base_name = named, name
         if name in found:
             raise JobError("adapters", f"{name} is what the model itself is called", "--adapters OTHER_NAME=DIR")
-    _check_model(base.folder, rules, task)
-    source = Source(name, base_name, str(base.folder.absolute()), {}, said)
+    task = _check_model(base.folder, rules, task)
+    source = Source(name, base_name, str(base.folder.absolute()), {}, said, task)
     return _with_adapters(source, found, merge_lora, named.is_adapter, rules)
 
 
@@ -298,8 +301,8 @@ def _as_found(folder: Path, said: str, key: str) -> _Found:
     return replace(found, base=str(base) if base else None)
 
 
-def _check_model(folder: Path, rules: _Rules, task: Task) -> None:
-    """Raises JobError where an engine would fail late, or answer from weights that are not there."""
+def _check_model(folder: Path, rules: _Rules, asked: AskedTask) -> Task:
+    """Its task. Raises JobError where an engine would fail late, or answer from weights that are not there."""
     config = _read_object(folder / "config.json", "model")
     if config.get("auto_map") and not rules.trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -310,12 +313,13 @@ def _check_model(folder: Path, rules: _Rules, task: Task) -> None:
                 f"{folder} brings Python code of its own (auto_map), which is not run unless allowed",
                 "--trust_remote_code true, if you trust its author",
             )
+    task = _task(folder, config) if asked == "auto" else asked
     architectures = [str(name) for name in config.get("architectures") or ()]
-    scoring = [name for name in architectures if re.search(r"For\w*(Classification|Reward\w*)$", name)]
+    scoring = [name for name in architectures if re.search(r"For\w*(Classification|Reward\w*|MaskedLM)$", name)]
     if task == "generate" and scoring:
-        raise JobError(
-            "model", f"{folder} is a {scoring[0]}: it scores text and generates none", "name a model that generates"
-        )
+        does = "fills gaps in text" if scoring[0].endswith("MaskedLM") else "scores text"
+        remedy = "name a model that generates; --task embed serves its vectors"
+        raise JobError("model", f"{folder} is a {scoring[0]}: it {does} and generates none", remedy)
     if not config.get("quantization_config"):
         from swift_dist.converters.safetensors_io import HFFolder
 
@@ -330,6 +334,24 @@ def _check_model(folder: Path, rules: _Rules, task: Task) -> None:
         raise JobError(
             "tokenizer", f"{folder} holds no tokenizer", "copy tokenizer.json and tokenizer_config.json there"
         )
+    return task
+
+
+def _task(folder: Path, config: Mapping[str, Any]) -> Task:
+    """What a model is for, by its folder: embeddings only where that is certain.
+
+    So it is where sentence-transformers wrote how a text's vector is made of hidden states (a Pooling in modules.json),
+    and where the weights are of a model of transformers without a head (``Qwen3Model`` of type ``qwen3``).
+    """
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        if any(str(module.get("type", "")).rsplit(".", 1)[-1] == "Pooling" for module in modules):
+            return "embed"
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or none of sentence-transformers'
+        pass
+    bare = re.sub(r"[^a-z0-9]", "", str(config.get("model_type", "")).lower()) + "model"
+    names = [str(name).lower() for name in config.get("architectures") or ()]
+    return "embed" if names == [bare] and not config.get("auto_map") else "generate"
 
 
 def _read_object(file: Path, key: str) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class Stage:
         one = Version("chat-v1", (self.replica("a"),), 1 - share)
         two = Version("chat-v2", (self.replica("b"),), share)
         other = Version("other/v1 ü", (self.replica("b2"),))
-        return FrontState((Route(("chat", *ODD), (one, two)), Route(("other",), (other,))), self.control)
+        vectors = Version("vectors-v1", (self.replica("c"),))
+        routes = (Route(("chat", *ODD), (one, two)), Route(("other",), (other,)), Route(("vectors",), (vectors,), True))
+        return FrontState(routes, self.control)
 
     @property
     def control(self) -> tuple[str, int]:
@@ -65,7 +67,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     options = FrontOptions(
         port=free_port(), api_keys=str(folder / "keys"), admin_keys=str(folder / "admin"), max_request_bytes=100_000
     )
-    upstreams = {name: Upstream(name) for name in ("a", "b", "b2", "control")}
+    upstreams = {name: Upstream(name) for name in ("a", "b", "b2", "c", "control")}
     front = Front(folder / ("deep" * 20) / ("deeper" * 20), options)  # longer than a unix socket's path may be
     stage = Stage(front, upstreams)
     try:
@@ -90,6 +92,19 @@ def test_a_model_is_answered_by_its_replicas(stage: Stage) -> None:
     answer = stage.post(chat_body("other", "hello"))
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "b2"
     assert answer.headers["x-swift-version"] == "other/v1%20%C3%BC"
+
+
+def test_a_model_answers_what_it_is_for(stage: Stage) -> None:
+    """Embeddings of a model of embeddings, text of the others; what else is asked of them is said, and reaches none."""
+    assert stage.post({"model": "vectors", "input": "hello"}, "/v1/embeddings").status_code == 200
+    asked = [("vectors", path) for path in (CHAT, "/v1/completions", "/v1/responses")]
+    for model, path in [*asked, ("chat", "/v1/embeddings"), (ODD[3], "/v1/embeddings")]:
+        answer = stage.post({"model": model, "input": "hello", "messages": []}, path)
+        said = error(answer)
+        assert (answer.status_code, said["code"], said["param"]) == (400, "unsupported_task", "model"), (model, path)
+        assert said["type"] == "invalid_request_error" and "x-swift-version" not in answer.headers
+        assert f"served for {'embeddings' if model == 'vectors' else 'text'}" in said["message"]
+    assert stage.post({"model": "vectors", "prompt": "hello"}, "/tokenize").status_code == 200
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
@@ -164,11 +179,14 @@ def test_a_name_is_found_behind_deep_values(stage: Stage) -> None:
 
 
 def test_the_only_model_needs_no_name(stage: Stage) -> None:
-    stage.front.update(FrontState(stage.state().routes[1:], stage.control))
+    stage.front.update(FrontState(stage.state().routes[1:2], stage.control))
     try:
         assert stage.post({"messages": []}).json()["choices"][0]["message"]["content"] == "b2"
         assert error(stage.post({"model": "chat"}))["code"] == "model_not_found"
         assert error(stage.post('{"model": "\\u6a21"}'))["code"] == "model_not_found"
+        stage.front.update(FrontState(stage.state().routes[2:], stage.control))
+        assert stage.post({"input": "hello"}, "/v1/embeddings").status_code == 200
+        assert error(stage.post({"messages": []}))["code"] == "unsupported_task"
     finally:
         stage.front.update(stage.state())
 
@@ -298,11 +316,13 @@ def test_metrics(stage: Stage) -> None:
     names = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
     assert {"haproxy_process_uptime_seconds", "haproxy_frontend_http_responses_total"} <= names
     servers = re.findall(r'swift_dist:front_server_info\{server="(r\d+)",version="(.+)",replica="(.+)"\} 1', text)
-    assert sorted(names for _, *names in servers) == [["chat-v1", "a"], ["chat-v2", "b"], ["other/v1 ü", "b2"]]
+    assert sorted(names for _, *names in servers) == [
+        *(["chat-v1", "a"], ["chat-v2", "b"], ["other/v1 ü", "b2"], ["vectors-v1", "c"])
+    ]
     served = dict(re.findall(r'haproxy_server_sessions_total\{.*server="(r\d+)"\} (\d+)', text))
     assert int(served[next(server for server, _, replica in servers if replica == "b2")]) > 0
     proxies = set(re.findall(r'haproxy_backend_status\{proxy="(v\d+)"', text))
-    assert len(proxies) == 3, "of 64 slots those that are used"
+    assert len(proxies) == 4, "of 64 slots those that are used"
 
 
 def test_a_port_that_cannot_be_had(stage: Stage, tmp_path: Path) -> None:

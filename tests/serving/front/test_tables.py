@@ -37,7 +37,7 @@ def states(draw: st.DrawFn) -> FrontState:
             versions.append(
                 Version(f"{name}-{index}", tuple(Replica(i, "10.0.0.1", 1 + n) for n, i in enumerate(ids)), share)
             )
-        routes.append(Route((name, *(names[3:] if number == 0 else ())), tuple(versions)))
+        routes.append(Route((name, *(names[3:] if number == 0 else ())), tuple(versions), draw(st.booleans())))
     return FrontState(tuple(routes), CONTROL)
 
 
@@ -53,6 +53,7 @@ def test_every_name_leads_to_its_versions_in_their_shares(state: FrontState) -> 
     for route in state.routes:
         for name in route.names:
             first = int(made.models[name.encode().hex().upper()])
+            assert divmod(first, DRAWS)[1] == 0 and (first // DRAWS) % 2 == route.embeds
             counted = dict.fromkeys((version.id for version in route.versions), 0)
             for drawn, slot in made.shares.items():
                 low, high = map(int, drawn.split(":"))
