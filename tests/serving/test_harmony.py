@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
+from swift_dist.errors import JobError
 from swift_dist.plugins import find
 from swift_dist.serving import reasoning
+from swift_dist.serving.engines.vllm import ENGINE as VLLM
+from swift_dist.serving.engines.vllm import _built_for_cpu
 from swift_dist.serving.families import ROOM
 from swift_dist.serving.hf.answers import ChatAnswer, message_of
 from swift_dist.serving.hf.requests import Token
+from swift_dist.serving.options import EngineOptions, ServedModel
 from tests.support.tool_call_answers import ARGUMENTS, SCHEMAS, WRITTEN
 
 PROMPT = "<|start|>user<|message|>hi<|end|><|start|>assistant"
@@ -166,3 +170,20 @@ def test_openais_own_reader_says_the_same(name):
     said = "\n".join(text for channel, to, text in messages if channel != "analysis" and not to)
     calls = [(to.removeprefix("functions."), json.loads(text)) for _, to, text in messages if to]
     assert (thought, said, calls) == (wanted[0] or "", wanted[1] or "", wanted[2])
+
+
+@pytest.mark.skipif(VLLM.why_not() is not None, reason="vLLM is not installed")
+@pytest.mark.parametrize(("key", "given"), [("chat_template", "given.jinja"), ("agent_format", "react")])
+def test_vllm_refuses_what_it_would_not_hear(key, given, tmp_path):
+    """It writes gpt-oss's prompts without a template."""
+    (tmp_path / "given.jinja").write_text("{{ messages }}")
+    config = {"model_type": "gpt_oss", "head_dim": 64, "num_attention_heads": 2, "hidden_size": 64, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text("<|channel|>analysis<|message|> <|call|>")
+    use_gpu = not _built_for_cpu()
+    options = EngineOptions(**{key: str(tmp_path / given) if key == "chat_template" else given})
+    with pytest.raises(JobError, match="without a template"):
+        VLLM.check(ServedModel("tiny", str(tmp_path), options, use_gpu=use_gpu))
+    words = VLLM.command(ServedModel("tiny", str(tmp_path), EngineOptions(), use_gpu=use_gpu), "127.0.0.1", 1)
+    assert words[words.index("--tool-call-parser") + 1] == "openai"
+    assert words[words.index("--reasoning-parser") + 1] == "openai_gptoss"
