@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -276,6 +277,13 @@ def check_errors(target: Target) -> None:
         body = error.value.body
         assert isinstance(body, dict) and isinstance(body["message"], str) and body["message"], body
         assert {"message", "type", "code"} <= body.keys()
+    no_text = httpx.post(
+        f"{target.url}/v1/chat/completions",
+        content=b'{"messages": "\xff"}',
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert no_text.status_code == 400 and no_text.json()["error"]["message"]
     assert target.chat().choices  # none of it did harm
 
 
