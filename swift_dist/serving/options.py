@@ -17,7 +17,7 @@ class EngineOptions(Section):
         "auto", description="vllm, lmdeploy or hf (default: auto, the first of vllm and hf that can run here)"
     )
     task: Literal["auto", "generate", "embed"] = Field(
-        "auto", description="what the model is for: generate (text), embed (embeddings; auto: if its folder says so)"
+        "auto", description="what the model is for: generate (text), embed (embeddings; auto: if the model says so)"
     )
     accelerator: Literal["auto", "gpu", "cpu"] = Field(
         "auto", description="what engines compute on (auto: GPUs where there are some)"

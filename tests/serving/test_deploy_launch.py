@@ -93,6 +93,7 @@ ALL_PATHS = {
     "model": "model", "tokenizer": "model", "hf_config": "config.json", "cache": "not-yet", "follow": "other",
     "api_keys": "keys", "admin_keys": "admin", "chat_template": "template.jinja", "output": "run",
     "adapters": ("a=adapter", "adapter"), "models": ("b=other",), "adapter_root": ("root",),
+    "model_options": ("b.chat_template=template.jinja",),
 }  # fmt: skip
 OF_CHANGES = {"update", "load_adapter"}
 
