@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import openai_suite
 import pytest
 from openai_reference import save_adapter, save_model
 from openai_suite import CHECKS, EMBEDDING_CHECKS, Target
-from process_tree import gone_within
+from process_tree import exists, gone_within
 
 from swift_dist.lifetime import descendants
 from swift_dist.serving.engines.choose import find_engine
@@ -142,8 +143,10 @@ def test_nothing_of_vllm_survives(model, tmp_path, victim):
         assert owner.stdout and owner.stdout.readline() == "ready\n"
         below = descendants(owner.pid)
         assert len(_workers(below)) == 2 and len(below) >= 6  # guard, server, EngineCore, multiprocessing's trackers
+        began = time.monotonic()
         os.kill([owner.pid, *below][["owner", "guard", "server"].index(victim)], signal.SIGKILL)
-        assert gone_within(below, 10)
+        assert gone_within(below, 60), [pid for pid in below if exists(pid)]  # a busy machine; what is left stays
+        print(f"{victim}: {len(below)} processes gone after {time.monotonic() - began:.1f} s")
     finally:
         owner.kill()  # and with it all that a failure left
         owner.communicate()
