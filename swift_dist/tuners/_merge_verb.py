@@ -25,13 +25,14 @@ class MergeOptions(Section):
 
 
 def run(options: MergeOptions) -> dict[str, Any]:
-    """Merge; the whole base is in memory meanwhile, in fp32.
+    """Merge; as a rule one module's weights are in memory at a time. See `swift_dist.tuners.merge`.
 
     Returns:
         ``{"base", "adapter", "output"}``.
 
     Raises:
         JobError: the folders are none, or do not belong together; nothing was written.
+        RunError: the disk has no room.
     """
     from swift_dist.models import model_folder
     from swift_dist.tuners import merge
