@@ -151,6 +151,7 @@ class Front:
                 return True
             with contextlib.suppress(OSError, RunError):  # it may end at any time; the next call sees it
                 self._clear()
+                self._runtime.cut_unreachable()
             self._rotate()
             return False
 

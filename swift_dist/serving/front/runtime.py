@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from swift_dist.serving.front.config import ADMIN_SOCKET, METRICS_SOCKET, MODELS
 from swift_dist.serving.front.tables import Server, Tables, first_number
 
 _SECONDS = 10.0
+_UNREACHABLE_SECONDS = 6  # longer than keepalive takes; that a server is down is found 2 to 4 seconds after it went
 
 
 def connect(folder: Path, name: str) -> socket.socket:
@@ -65,16 +67,36 @@ class Use:
 
 def use(folder: Path) -> dict[str, Use]:
     """What each slot is doing."""
-    lines = ask(folder, "show stat -1 2 -1")[0].splitlines()
-    columns = lines[0].lstrip("# ").split(",")
-    name, waiting, running = (columns.index(column) for column in ("pxname", "qcur", "scur"))
-    rows = [line.split(",") for line in lines[1:] if line]
     # A backend's scur counts those that wait, too.
     return {
-        row[name]: Use(int(row[running]) - int(row[waiting]), int(row[waiting]))
-        for row in rows
-        if re.fullmatch(r"v\d+", row[name])
+        row["pxname"]: Use(int(row["scur"]) - int(row["qcur"]), int(row["qcur"]))
+        for row in _statistics(folder, _BACKENDS)
+        if _SLOT.fullmatch(row["pxname"])
     }
+
+
+def unreachable(folder: Path, seconds: int) -> list[str]:
+    """Servers (``slot/name``) whose node has answered nothing for that long since they were found to be down.
+
+    One that refuses connections is not among them: its kernel is there, and ends those connections that are over.
+    """
+    return [
+        f"{row['pxname']}/{row['svname']}"
+        for row in _statistics(folder, _SERVERS)
+        if _SLOT.fullmatch(row["pxname"])
+        and row["status"] == "DOWN"
+        and int(row["lastchg"]) >= seconds
+        and (row["check_status"].endswith("L4TOUT") or row["last_chk"] == "No route to host")
+    ]
+
+
+_BACKENDS, _SERVERS = 2, 4
+_SLOT = re.compile(r"v\d+")
+
+
+def _statistics(folder: Path, kind: int) -> Iterable[dict[str, str]]:
+    """The lines of ``show stat`` (HAProxy's management guide, 9.1)."""
+    return csv.DictReader(ask(folder, f"show stat -1 {kind} -1")[0].removeprefix("# ").splitlines())
 
 
 def metrics(folder: Path) -> str:
@@ -204,6 +226,19 @@ class Runtime:
             if gone := [f"del map {SERVERS} {name}" for name in _map(shown) if name not in there]:
                 ask(self.folder, *gone)
         return [slot for slot in idle if not found.get(slot)]
+
+    def cut_unreachable(self) -> None:
+        """End the connections to servers whose nodes have vanished; what had no answer yet is sent to other servers.
+
+        Keepalive's probes find connections that wait for an answer. They are not sent while something is not
+        acknowledged, such as a request that was on its way when the node went, and HAProxy has no time-out for that
+        (``tcp-ut``) on servers that are added at run time.
+
+        Raises:
+            OSError: HAProxy does not answer.
+        """
+        if servers := unreachable(self.folder, _UNREACHABLE_SECONDS):
+            ask(self.folder, *(f"shutdown sessions server {path}" for path in servers))
 
     def _coming(self, path: str, server: Server, found: Found | None) -> list[str]:
         if found is None:
