@@ -70,7 +70,7 @@ def _shape_every_error() -> None:
     from starlette.exceptions import HTTPException
     from vllm.entrypoints.serve.exception_handling import register
 
-    register.HTTPException = HTTPException  # FastAPI's is a kind of it
+    vars(register)["HTTPException"] = HTTPException  # FastAPI's is a kind of it
 
 
 def main() -> None:
