@@ -45,6 +45,10 @@ class Adapters:
         """Those that new requests may name."""
         return tuple(name for name in tuple(self._mixable) if name not in self._retired)
 
+    def has(self, name: str) -> bool:
+        """Whether it is in the model: it may be computed with, though new requests may not name it any more."""
+        return name in self._inner
+
     def load(self, name: str, path: str) -> None:
         """Put an adapter into the model.
 

@@ -24,7 +24,7 @@ from swift_dist.serving.hf import runners
 from swift_dist.serving.hf.adapters import Adapters
 from swift_dist.serving.hf.cache import Blocks, blocks_for
 from swift_dist.serving.hf.guides import Guides
-from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, Sampling, TextGenerator
+from swift_dist.serving.hf.requests import Event, Finished, GeneratorFailed, RequestFailed, Sampling, TextGenerator
 from swift_dist.serving.hf.sampling import RowSampler
 from swift_dist.serving.hf.scheduler import Running, Scheduler
 from swift_dist.serving.hf.text import Detokenizer, StopTexts, decoder
@@ -128,7 +128,7 @@ class Generator:
             deliver=mail.deliver,
             blocks=Blocks(blocks_for(self.model_max_length) if self._runner.batched else 0),
         )
-        self._send(lambda: self._scheduler.add(sequence))
+        self._send(lambda: self._add(sequence))
         return _Answer(mail, sequence)
 
     async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
@@ -261,6 +261,12 @@ class Generator:
         """After an error: raises where the model is not what it was."""
         for call, _ in self._adapters.calls([None]):
             self._sound.check(call)
+
+    def _add(self, sequence: Running) -> None:
+        if sequence.adapter is None or self._adapters.has(sequence.adapter):
+            self._scheduler.add(sequence)
+        else:  # unloaded since `submit` looked: without this the model alone would answer
+            sequence.deliver([RequestFailed(f"the adapter {sequence.adapter!r} has been unloaded")])
 
     def _retire(self, name: str, gone: Future[None]) -> None:
         self._adapters.retire(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from generating import answers, asked, generated, prompts
 
 from swift_dist.errors import JobError
 from swift_dist.serving.hf.generator import Generator
-from swift_dist.serving.hf.requests import Sampling
+from swift_dist.serving.hf.requests import RequestFailed, Sampling
 from swift_dist.serving.options import EngineOptions, ServedModel
 
 GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
@@ -138,6 +139,35 @@ def test_loaded_and_unloaded_while_others_generate(generator: Generator, folders
     assert not [name for name, _ in generator._loaded.model.named_modules() if "lora" in name]
     with pytest.raises(KeyError):
         asyncio.run(generator.unload_adapter("one"))
+
+
+def test_an_adapter_that_goes_while_it_is_asked_for_is_not_stood_in_for(
+    generator: Generator, folders: dict[str, Path], alone: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own answer is not given, nor is what it computed taken for a later adapter's of this name."""
+    draws, prompt = generator._draws, prompts(4, 30)[1] * 3
+
+    def meanwhile(seed: int | None) -> torch.Generator:
+        monkeypatch.undo()
+        unloading = threading.Thread(target=lambda: asyncio.run(generator.unload_adapter("one")))
+        unloading.start()
+        unloading.join()
+        return draws(seed)
+
+    async def conversation() -> list[int]:
+        await generator.load_adapter("one", str(folders["one"]))
+        monkeypatch.setattr(generator, "_draws", meanwhile)
+        with pytest.raises(RequestFailed, match="'one' has been unloaded"):
+            await asked(generator, prompt, GREEDY, "one")
+        await generator.load_adapter("one", str(folders["two"]))
+        again = (await asked(generator, prompt, GREEDY, "one")).ids
+        await generator.unload_adapter("one")
+        return again
+
+    again = asyncio.run(conversation())
+    asyncio.run(generator.load_adapter("other", str(folders["two"])))
+    assert again == answers(generator, [(prompt, GREEDY, "other")])[0].ids
+    asyncio.run(generator.unload_adapter("other"))
 
 
 def test_a_caller_that_leaves_breaks_nothing(generator: Generator, folders: dict[str, Path], alone: dict) -> None:
