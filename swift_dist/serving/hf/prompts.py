@@ -14,6 +14,7 @@ from swift_dist.serving.agents import agent_template
 from swift_dist.serving.hf.failures import bad_request
 from swift_dist.serving.hf.protocol import ChatRequest, Message, OtherPart, Tokenize, Tool
 from swift_dist.serving.options import EngineOptions
+from swift_dist.serving.reasoning import HARMONY, tags_of
 
 # Arguments of apply_chat_template that chat_template_kwargs may not reach: they are no variables of the template.
 _RESERVED = {"tokenize", "chat_template", "conversation", "tools", "documents", "return_tensors", "return_dict"} | {
@@ -98,6 +99,9 @@ class ChatPrompts:
             plain["reasoning_content"] = thought
             if "message.thinking" in self.template:  # gpt-oss has a name of its own for it
                 plain["thinking"] = thought
+                if message.tool_calls and plain["content"] and tags_of(self.template) == HARMONY:
+                    # whose template refuses both beside a call, and writes either as thinking
+                    plain |= {"thinking": f"{thought}\n{plain['content']}", "content": ""}
         if message.tool_calls:
             plain["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

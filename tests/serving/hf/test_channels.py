@@ -28,7 +28,9 @@ HARMONY_TEMPLATE = """\
 {%- for tool in tools %}{{ tool.function.name }} {% endfor %}<|end|>{% endif %}
 {%- for message in messages %}
 {%- if message.tool_calls %}
-{%- if message.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{% endif %}
+{%- if message.content and message.thinking %}{{ raise_exception("Cannot pass both content and thinking") }}
+{%- elif message.content %}<|start|>assistant<|channel|>analysis<|message|>{{ message.content }}<|end|>
+{%- elif message.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{% endif %}
 {%- set call = message.tool_calls[0].function %}<|start|>assistant to=functions.{{ call.name -}}
 <|channel|>commentary json<|message|>{{ call.arguments | tojson }}<|call|>
 {%- elif message.role == "assistant" %}<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|end|>
@@ -164,6 +166,10 @@ def test_a_call_with_what_was_thought_and_said_before_it(family: tuple[str, Serv
     assert called in prompt
     if name == "openai":
         assert "<|start|>assistant<|channel|>analysis<|message|>Rain?<|end|>" + called in prompt
+        # with what was said before the call: gpt-oss's template has one place for both
+        given["content"] = "I look."
+        _, _, (prompt, _) = message(serving, "x", messages=[*USER, given, result], tools=[TOOL])
+        assert "<|start|>assistant<|channel|>analysis<|message|>Rain?\nI look.<|end|>" + called in prompt
 
 
 def test_thinking_is_told_from_the_answer_without_tools(family: tuple[str, Serving]) -> None:
