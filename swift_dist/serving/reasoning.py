@@ -38,6 +38,8 @@ _SIGNS = (
     ("<channel|>", _GEMMA),
     ("<|channel|>analysis", HARMONY),
 )
+# What ends the thinking as well, and is part of what follows: Gemma may call a tool without closing it.
+_CALLS = {_GEMMA: "<|tool_call>"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class ReasoningSplitter:
 
     def __init__(self, tags: tuple[str, str], prompt: str) -> None:
         self._open, self._close = tags
+        self._call = _CALLS.get(tags, "")
         opened = prompt.rstrip().endswith(self._open)
         self._state: Literal["before", "thinking", "answering"] = "thinking" if opened else "before"
         self._held, self._said = "", ""
@@ -86,12 +89,16 @@ class ReasoningSplitter:
                 self._state, self._said = "answering", "content"
         if self._state == "thinking":
             before, tag, after = self._held.partition(self._close)
+            if self._call and self._call in before:
+                before, tag, after = before.partition(self._call)
+                after = tag + self._held[len(before) + len(tag) :]
             if tag:
                 pieces.append(self._next("reasoning", before.rstrip()))
                 self._state, self._held, self._said = "answering", after, ""
             else:
                 # white space before the closing tag is not thought
-                certain = before[: len(before) - len(overlap(before, self._close))].rstrip()
+                begun = max(overlap(before, self._close), overlap(before, self._call), key=len)
+                certain = before[: len(before) - len(begun)].rstrip()
                 pieces.append(self._next("reasoning", certain))
                 self._held = before[len(certain) :] if self._said else before[len(certain) :].lstrip()
         if self._state == "answering":

@@ -199,6 +199,17 @@ def test_thinking_and_answer(prompt, answer, thought, said):
         assert "".join(part.text for part in found if part.kind == "content") == said
 
 
+@pytest.mark.parametrize("said", ["", "It rains."])
+def test_gemma_may_call_from_within_its_thinking(said):
+    call = "<|tool_call>call:now{}<tool_call|>"
+    answer = f"<|channel>thought\nRain? <|to{call}{said}"
+    for pieces in ([answer], list(answer)):
+        splitter = ReasoningSplitter(PARSERS["gemma4"], "<|turn>model\n")
+        found = [part for piece in pieces for part in splitter.feed(piece)] + splitter.finish()
+        assert "".join(part.text for part in found if part.kind == "reasoning") == "Rain? <|to"
+        assert "".join(part.text for part in found if part.kind == "content") == call + said
+
+
 def test_the_tags_are_those_of_the_template():
     assert tags_of("{{ '[THINK]' }}{{ '[/THINK]' }}") == ("[THINK]", "[/THINK]")
     assert tags_of("{{ messages }}") is None
