@@ -99,6 +99,7 @@ class Scheduler:
         self._check, self._most, self._most_adapters = check, most, most_adapters
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []
+        self._shared = runner.pool if isinstance(runner, PooledRunner) and runner.shares else None
         self._texts: dict[str | None, int] = {}  # of the model and of each adapter, for `KeyValuePool.adopt`
 
     def add(self, sequence: Running) -> None:
@@ -156,12 +157,18 @@ class Scheduler:
 
     def _adopt(self, sequence: Running) -> None:
         """Begin a sequence after the tokens that are computed already; where its prompt is scored, all are wanted."""
-        if isinstance(self._runner, PooledRunner) and self._runner.shares:
-            pool = self._runner.pool
-            text = self._texts.setdefault(sequence.adapter, pool.empty_text())
-            sequence.cached = pool.adopt(sequence.blocks, text, () if sequence.scoring else sequence.tokens)
+        if self._shared:
+            text = self._texts.setdefault(sequence.adapter, self._shared.empty_text())
+            sequence.cached = self._shared.adopt(sequence.blocks, text, () if sequence.scoring else sequence.tokens)
             if len(sequence.tokens) == sequence.prompt:
                 sequence.reused = sequence.cached
+
+    def _adopt_again(self, sequence: Running) -> None:
+        """`_adopt` for one that waited after it joined: others with the same prompt may have been computed since."""
+        if self._shared:
+            self._give_back(sequence)
+            self._adopt(sequence)
+            self._reserve(sequence, len(sequence.tokens))  # in place of the blocks that it gave back
 
     def _reserve(self, sequence: Running, tokens: int) -> bool:
         if isinstance(self._runner, PooledRunner):
@@ -195,6 +202,8 @@ class Scheduler:
         rows: list[Running] = []
         new: list[int] = []
         for sequence in self.running:
+            if not sequence.cached and sequence.pending > 1 and not sequence.scoring:
+                self._adopt_again(sequence)
             if sequence.pending < 2 and not sequence.scoring:
                 continue
             number = min(sequence.pending, PROMPT_TOKENS) if self._runner.batched else sequence.pending
@@ -242,8 +251,8 @@ class Scheduler:
             logits = logits[-1:]
         for row, number in zip(rows, new, strict=True):
             row.cached += number
-            if isinstance(self._runner, PooledRunner) and self._runner.shares:
-                self._runner.pool.keep(row.blocks, row.tokens, row.cached)
+            if self._shared:
+                self._shared.keep(row.blocks, row.tokens, row.cached)
         done = [at for at, row in enumerate(rows) if row.pending == 0]
         if not done:
             return
