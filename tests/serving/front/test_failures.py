@@ -116,12 +116,13 @@ def test_streams_that_did_not_begin_are_retried(make_upstream, make_front) -> No
     replicas = [make_upstream(name) for name in "ab"]
     front = make_front(routed(version("v1", *replicas)))
     body = chat_body("m", "x", stream=True, held_at=0)
-    with Load(front.url, [body], concurrency=16, requests=16).in_background():
+    with Load(front.url, [body], concurrency=16, requests=16).in_background() as running:
         wait_for(lambda: sum(replica.seen()["running"] for replica in replicas) == 16)
         assert replicas[0].seen()["running"] >= 7
         replicas[0].kill()
         replicas[1].release()
     assert replicas[1].seen()["began"] == 16
+    assert len(running.report.good) == 16, running.report.describe()
     wait_for(lambda: {line["status"] for line in lines(front)} == {200})
 
 
