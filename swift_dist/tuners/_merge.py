@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+_POOLING = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*")
 
 
 def merge(
@@ -32,9 +33,10 @@ def merge(
 ) -> Path:
     """Write the model that an adapter makes of its base: W + s B A of LoRA, and so on, for every kind that PEFT merges.
 
-    Products are added in fp32 and rounded once, to the dtype of the base's weights. The tokenizer's files come from the
-    adapter's folder, where it has them, else from the base's. One module's weights are in memory at a time, beside the
-    adapter; where an adapter or an architecture does not allow that, a warning says why, and what the whole needs.
+    Products are added in fp32 and rounded once, to the dtype of the base's weights. The tokenizer's files, and what
+    sentence-transformers wrote of a model for embeddings, come from the adapter's folder, where it has them, else from
+    the base's. One module's weights are in memory at a time, beside the adapter; where an adapter or an architecture
+    does not allow that, a warning says why, and what the whole needs.
 
     Args:
         base_folder: whole weights, not quantised.
@@ -71,16 +73,25 @@ def merge(
         for pattern in _BESIDE:
             for file in {f.name: f for folder in (base, adapter) for f in folder.glob(pattern) if f.is_file()}.values():
                 shutil.copyfile(file, new / file.name)
+        for folder in [f for f in (adapter, base) if (f / "modules.json").is_file()][:1]:
+            _copy_pooling(folder, new)
     return folder_out
+
+
+def _copy_pooling(folder: Path, new: Path) -> None:
+    """How sentence-transformers makes a text's vector of hidden states: files, and a folder for each step."""
+    for pattern in _POOLING:
+        for found in folder.glob(pattern):
+            (shutil.copytree if found.is_dir() else shutil.copyfile)(found, new / found.name)
 
 
 def _say_whole(base: Path, reason: Exception) -> None:
     files = [*base.glob("*.safetensors")] or [*base.glob("*.bin")]
     size = sum(file.stat().st_size for file in files)
     log.warning(
-        "the whole model is held in memory, in fp32, to merge this adapter (%s): for %.1f GiB of weights in 16 bits "
-        "that takes %.1f GiB and what the adapter needs",
-        *(reason, size / 2**30, 2 * size / 2**30),
+        "the whole model is held in memory, in fp32, to merge this adapter (%s): %.1f GiB if its files are in 16 bits, "
+        "%.1f GiB if they are in fp32, and what the adapter needs",
+        *(reason, 2 * size / 2**30, size / 2**30),
     )
 
 
@@ -123,18 +134,20 @@ def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-def _base_kind(adapter: Path) -> tuple[Any, dict[str, Any]]:
+def _base_kind(base: Path, adapter: Path) -> tuple[Any, dict[str, Any]]:
     """(transformers' class with the head that the adapter's task asks for, what its config says otherwise than the
     base's)."""
     import transformers
     from safetensors import SafetensorError, safe_open
 
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    if task == "FEATURE_EXTRACTION" or (task is None and _has_no_head(base)):
+        return transformers.AutoModel, {}
     classes = {
         "SEQ_CLS": transformers.AutoModelForSequenceClassification,
         "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     }
-    kind = classes.get(config.get("task_type"), transformers.AutoModelForCausalLM)
+    kind = classes.get(task, transformers.AutoModelForCausalLM)
     if kind is transformers.AutoModelForCausalLM:
         return kind, {}
     try:
@@ -143,6 +156,14 @@ def _base_kind(adapter: Path) -> tuple[Any, dict[str, Any]]:
             return kind, {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
     except (OSError, SafetensorError) as error:
         raise JobError("adapter", f"{adapter / WEIGHTS} cannot be read: {error}", "get the adapter again") from None
+
+
+def _has_no_head(base: Path) -> bool:
+    """Whether a folder's weights are of a model that gives hidden states."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return MODEL_MAPPING_NAMES.get(config.get("model_type")) in (config.get("architectures") or ())
 
 
 def _empty_model(base: Path, adapter: Path, trust_remote_code: bool) -> Callable[[], Any]:
@@ -156,7 +177,7 @@ def _empty_model(base: Path, adapter: Path, trust_remote_code: bool) -> Callable
     from swift_dist.tuners._merge_by_module import empty
     from swift_dist.tuners._stored import NotStreamed
 
-    kind, changes = _base_kind(adapter)
+    kind, changes = _base_kind(base, adapter)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **changes)
     if getattr(config, "quantization_config", None):
         raise NotStreamed("the base is quantised")
@@ -165,7 +186,7 @@ def _empty_model(base: Path, adapter: Path, trust_remote_code: bool) -> Callable
 
 def _whole_model(base: Path, adapter: Path, trust_remote_code: bool) -> Any:
     """The base in the dtype of its weights."""
-    kind, changes = _base_kind(adapter)
+    kind, changes = _base_kind(base, adapter)
     model = kind.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code, **changes)
     if getattr(model, "is_quantized", False):
         raise JobError("base", f"{base} is quantised", "merge into the weights it was quantised from")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
 
 from swift_dist.converters.safetensors_io import HFFolder
 from swift_dist.errors import JobError, RunError
@@ -213,6 +213,26 @@ def test_what_the_model_does_not_read_is_kept(folders: dict[str, Path], tmp_path
     save_file(tensors(folders["half llama"]) | more, base / "model.safetensors")
     adapter = adapter_of(base, "llama", peft.LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
     require_equal(tensors(merge(base, adapter, tmp_path / "merged")), by_peft(base, "llama", adapter) | more)
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+def test_an_adapter_of_a_model_for_embeddings(task: str | None, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The model has no head, and how a text's vector is made of its hidden states goes with it."""
+    base = tmp_path / "base"
+    AutoModel.from_pretrained(folders["half llama"]).save_pretrained(base)
+    (base / "modules.json").write_text('[{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]')
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    config = peft.LoraConfig(target_modules=ATTENTION, task_type=task, init_lora_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "adapter")
+    folder = merge(base, tmp_path / "adapter", tmp_path / "merged")
+    theirs: Any = model.merge_and_unload(safe_merge=True)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    require_equal(tensors(folder), tensors(tmp_path / "theirs"))
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert (folder / name).read_text() == (base / name).read_text()
 
 
 def test_tied_weights_of_one_file_or_two(folders: dict[str, Path], tmp_path: Path) -> None:
