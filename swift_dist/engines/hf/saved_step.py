@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHARD_BYTES = 5_000_000_000  # as `HFEngine.export` has it
-_OF_THE_BASE = ("full", "freeze")  # tuners under which a weight has the base's name, whether it learns or not
+_OF_THE_BASE = ("full", "freeze", "lisa")  # tuners under which a weight has the base's name, whether it learns or not
 
 
 def export_checkpoint(checkpoint: Checkpoint, job: JobConfig, folder: Path) -> Path:
@@ -236,6 +236,9 @@ class _Saved:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
                 if found:
                     load(found, storage_reader=self._reader, no_dist=True)
-        except (Exception, CheckpointException) as error:  # torch's has no Exception for a base
+        except CheckpointException as error:  # no Exception is its base, and its text is a traceback
+            reason = next(iter(error.failures.values()))[0]
+            raise RunError(f"{self._path} cannot be read: {reason}", "use another checkpoint") from error
+        except Exception as error:  # torch's errors of damaged files have no common base
             raise RunError(f"{self._path} cannot be read: {error}", "use another checkpoint") from error
         return {name: found[f"model.{name}"] for name in names}
