@@ -138,7 +138,7 @@ def chosen_name(options: InferOptions, source: Source) -> str:
         JobError: it is not clear, there is no such adapter, or the model is one of embeddings.
     """
     if source.task == "embed":
-        raise JobError("model", f"{source.description} is for embeddings; infer generates text", "swift-dist deploy")
+        raise JobError("model", f"{source.description} is for embeddings", "swift-dist deploy, or --task generate")
     names = [source.base_name, *source.adapters]
     if options.adapter is not None:
         if options.adapter not in names:
@@ -191,7 +191,7 @@ def one_server(options: InferOptions) -> Iterator[tuple[str, str, list[str], Cal
         from swift_dist.serving.sources.made import in_use
         from swift_dist.serving.sources.source import resolve_options
 
-        source = resolve_options(options, trust_remote_code=options.trust_remote_code)
+        source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
         name = chosen_name(options, source)
         stack.enter_context(in_use(*source.folders))
         engines = engine_for(options, source)
@@ -275,7 +275,7 @@ def answer_rows(options: InferOptions) -> dict[str, Any]:
     else:
         from swift_dist.serving.sources.source import resolve_options
 
-        source = resolve_options(options, trust_remote_code=options.trust_remote_code)
+        source = resolve_options(options, trust_remote_code=options.trust_remote_code, task=options.task)
         name = chosen_name(options, source)
     identity = identity_of(options, rows, source, name)
     assert options.output is not None

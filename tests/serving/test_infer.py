@@ -20,6 +20,7 @@ from typing import Any
 import chat_model
 import pytest
 from process_tree import gone_within
+from toy_engine import save_toy_model
 
 import swift_dist
 from swift_dist.data.rows._formats import formats
@@ -314,6 +315,19 @@ def test_wrong_flags_are_told_before_anything_starts(
 
     assert main(["infer", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_model_beats_what_its_folder_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from swift_dist.cli import main
+
+    model = save_toy_model(tmp_path / "model", "hello")
+    (model / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]')
+    words = ["infer", "--model", str(model), "--infer_backend", "toy_engine:ENGINE", "--prompt", "x"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "is for embeddings" in said and "--task generate" in said
+    assert main([*words, "--task", "generate"]) == 2
+    assert "chat_template: " in capsys.readouterr().err, "the next thing that this model lacks"
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
