@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from swift_dist.config.keys import did_you_mean
 from swift_dist.config.load import build, parse_words
 from swift_dist.config.section import part_of
 from swift_dist.errors import JobError
@@ -48,6 +49,9 @@ def own_options(options: Any) -> OwnOptions:
     words: dict[str, list[str]] = {}
     for entry in options.model_options:
         name, key, value = split(entry)
+        if key not in EngineOptions.model_fields:
+            hint = did_you_mean(key, EngineOptions.model_fields) or f"one of {', '.join(EngineOptions.model_fields)}"
+            raise JobError("model_options", f"{key} is no key of an engine", hint)
         if key in OF_ALL:
             raise JobError("model_options", f"{key} is the same for all models", f"--{key}, without a name")
         word = f"--{key}={value}"
