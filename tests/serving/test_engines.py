@@ -27,8 +27,7 @@ CONFIG = {"model_type": "qwen3", "dtype": "bfloat16", "hidden_size": 128, "num_a
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
+    (folder := tmp_path / "model").mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "chat_template.jinja").write_text("{{ '<think></think>' }}<tool_call>{{ messages }}")
     return folder

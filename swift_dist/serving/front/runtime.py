@@ -18,6 +18,8 @@ from swift_dist.serving.front.tables import Server, Tables, first_number
 
 _SECONDS = 10.0
 _UNREACHABLE_SECONDS = 6  # longer than keepalive takes; that a server is down is found 2 to 4 seconds after it went
+_BACKENDS, _SERVERS = 2, 4  # kinds of lines of `show stat`
+_SLOT = re.compile(r"v\d+")
 
 
 def connect(folder: Path, name: str) -> socket.socket:
@@ -78,7 +80,8 @@ def use(folder: Path) -> dict[str, Use]:
 def unreachable(folder: Path, seconds: int) -> list[str]:
     """Servers (``slot/name``) whose node has answered nothing for that long since they were found to be down.
 
-    One that refuses connections is not among them: its kernel is there, and ends those connections that are over.
+    One that refuses connections is not among them: its kernel is there, and ends those connections that are over. One
+    that hangs looks like a vanished node only once its queue of new connections is full (uvicorn's has 2,048).
     """
     return [
         f"{row['pxname']}/{row['svname']}"
@@ -88,10 +91,6 @@ def unreachable(folder: Path, seconds: int) -> list[str]:
         and int(row["lastchg"]) >= seconds
         and (row["check_status"].endswith("L4TOUT") or row["last_chk"] == "No route to host")
     ]
-
-
-_BACKENDS, _SERVERS = 2, 4
-_SLOT = re.compile(r"v\d+")
 
 
 def _statistics(folder: Path, kind: int) -> Iterable[dict[str, str]]:
