@@ -46,6 +46,7 @@ async def embed(serving: Serving, request: Request, body: EmbeddingRequest) -> R
         for index, vector in enumerate(vectors)
     ]
     total = sum(len(ids) for ids in prompts)
+    serving.metrics.prompt_tokens.inc(total)
     usage = {"prompt_tokens": total, "total_tokens": total}
     return JSONResponse({"object": "list", "data": data, "model": body.model or serving.served.name, "usage": usage})
 

@@ -29,7 +29,7 @@ class Metrics:
         self.prompt_tokens = Counter("swift_dist:prompt_tokens", "Tokens of prompts.", registry=registry)
         self.generation_tokens = Counter("swift_dist:generation_tokens", "Tokens of answers.", registry=registry)
         self.prefix_cache_queries = Counter(
-            "swift_dist:prefix_cache_queries", "Tokens of prompts, of each answer.", registry=registry
+            "swift_dist:prefix_cache_queries", "Tokens of prompts, once for each answer.", registry=registry
         )
         self.prefix_cache_hits = Counter(
             "swift_dist:prefix_cache_hits", "Of these, tokens that earlier requests had computed.", registry=registry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +60,14 @@ def load(served: ServedModel) -> Loaded:
                 "save a tokenizer.json",
             )
         auto = AutoModel if served.options.task == "embed" else AutoModelForCausalLM
-        model = auto.from_pretrained(
-            served.path, dtype=_DTYPES[served.options.dtype], trust_remote_code=trust, local_files_only=True
+        model, info = auto.from_pretrained(
+            served.path,
+            dtype=_DTYPES[served.options.dtype],
+            trust_remote_code=trust,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        _require_whole(served, info["missing_keys"])
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, JobError):
             raise
@@ -72,6 +78,15 @@ def load(served: ServedModel) -> Loaded:
     log.info("%s: %s, %s on %s", served.name, config.model_type, str(model.dtype).removeprefix("torch."), device)
     ends = _ends(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer.eos_token_id)
     return Loaded(model, tokenizer, device, length_of(config, served.options), ends)
+
+
+def _require_whole(served: ServedModel, missing: Iterable[str]) -> None:
+    """Transformers would fill what is missing with random numbers. A pooler is not used: vectors are hidden states'."""
+    lacking = sorted(name for name in missing if not (served.options.task == "embed" and "pooler" in name.split(".")))
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        remedy = "copy its files again" if served.options.task == "embed" else "copy its files again, or --task embed"
+        raise JobError("model", f"{served.path} lacks the weight {lacking[0]}{more}", remedy)
 
 
 def device_of(served: ServedModel) -> torch.device:

@@ -279,6 +279,8 @@ def test_embeddings(tmp_path):
     try:
         texts = ["the red moon", "a bird"]
         plain = post(serving, "/v1/embeddings", {"input": texts}).json()
+        told = f"swift_dist:prompt_tokens_total {plain['usage']['total_tokens']}.0"
+        assert told in serving.metrics.text().decode()
         assert [round(math.hypot(*one["embedding"]), 4) for one in plain["data"]] == [1, 1]
         packed = post(serving, "/v1/embeddings", {"input": texts, "encoding_format": "base64"}).json()
         for one, other in zip(plain["data"], packed["data"], strict=True):

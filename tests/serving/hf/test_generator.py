@@ -305,6 +305,11 @@ def test_folders_that_hold_no_decoder_or_no_fast_tokenizer(tmp_path: Path) -> No
         started(tmp_path / "t5")
     with pytest.raises(RunError, match="cannot be loaded"):
         started(tmp_path / "nothing")
+    headless = transformers.LlamaModel(transformers.LlamaConfig(**{**DECODER, "tie_word_embeddings": False}))
+    save_tokenizer(tmp_path / "headless")
+    headless.save_pretrained(tmp_path / "headless")
+    with pytest.raises(JobError, match=r"lacks the weight lm_head\.weight"):
+        started(tmp_path / "headless")
     slow = save_model(tmp_path / "slow", transformers.LlamaConfig(**DECODER))
     (slow / "tokenizer.json").unlink()
     transformers.ByT5Tokenizer().save_pretrained(slow)
