@@ -139,8 +139,9 @@ def test_each_model_has_the_keys_that_are_its_own(model):
     assert (vectors.seed, vectors.cpu_cache_gib, vectors.max_model_len, vectors.dtype) == (None, 1.0, 64, "fp32")
     assert (last.max_model_len, last.dtype, last.engine_args) == (None, "bf16", ("--log_level=info",))
     assert describe(plan)["models"]["v.1"]["task"] == "embed"
-    with pytest.raises(JobError, match=r"seed: v\.1: a model that is served for embeddings"):
+    with pytest.raises(JobError, match=r"v\.1\.seed: a model that is served for embeddings") as refused:
         make_plan(DeployOptions(**given, **shared, model_options=["v.1.seed=1"]))
+    assert refused.value.remedy == "leave out v.1.seed"
     with pytest.raises(JobError, match="seed: "):
         make_plan(DeployOptions(**given, **shared, task="embed"))
     generates = make_plan(DeployOptions(**given, model_options=["v.1.task=generate"]))

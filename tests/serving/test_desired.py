@@ -19,7 +19,12 @@ def replicas(version: str, count: int) -> list[Replica]:
 
 
 def shares(model: ModelState) -> dict[str, float]:
-    return {version.id: version.share for version in desired.route(model, {}).versions}
+    found = {version.id: version.share for version in desired.route(model, {}).versions}
+    if model.live:
+        assert {k: v for k, v in found.items() if v} == {
+            v.id: model.share_of(v) for v in model.versions if model.share_of(v)
+        }, "what the status says"
+    return found
 
 
 def test_the_first_version_answers_as_soon_as_one_replica_is_ready():

@@ -122,7 +122,7 @@ def deployed_options(folder: DeploymentFolder, name: str | None) -> EngineOption
     """
     given = folder.read()["engine_options"]
     if name is None and len(given) > 1:
-        raise JobError("served_model_name", f"there are several models: {', '.join(given)}", "say which")
+        raise JobError("served_model_name", f"there are several models: {', '.join(given)}", "say which one is meant")
     if name is not None and name not in given:
         raise JobError("served_model_name", f"no model is called {name!r}", f"one of {', '.join(given)}")
     return EngineOptions.model_validate(given[name or next(iter(given))])
@@ -192,7 +192,8 @@ def settle_change(
 def _progress(status: dict[str, Any], version: dict[str, Any]) -> str:
     """How far a version is, in words."""
     ready = sum(r["version"] == version["id"] and r["state"] == "ready" for r in status["replicas"])
-    share = f", {version['share']:.0%} of the requests" if version["share"] else ""
+    is_asked = version["role"] == "candidate" and version["share"]
+    share = f", {version['share']:.0%} of the requests" if is_asked else ""
     return f"{version['id']}: {ready} of {version['num_replicas']} replicas answer{share}"
 
 

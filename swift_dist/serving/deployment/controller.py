@@ -200,7 +200,7 @@ class Controller:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
-            raise Refused(f"there are several models: say which (over HTTP: model), {', '.join(self.models)}")
+            raise Refused(f"several models: --served_model_name (over HTTP: model) is one of {', '.join(self.models)}")
         if name not in self.models:
             raise Refused(f"no model is called {name!r}: there are {', '.join(self.models)}")
         return self.models[name]

@@ -85,6 +85,12 @@ class ModelState(Section):
     def candidate(self) -> VersionState | None:
         return self._of("candidate")
 
+    def share_of(self, version: VersionState) -> float:
+        """Of the model's requests, that a version gets now."""
+        if version is self.live:
+            return 1.0 - (self.candidate.share if self.candidate else 0.0)
+        return version.share
+
 
 def _with(model: ModelState, version: VersionState, **changes: object) -> ModelState:
     """`model` with fields of one of its versions changed."""

@@ -45,12 +45,11 @@ def _own(controller: Controller) -> list[Any]:
         "swift_dist:replica_restart_seconds", "From a replica's loss until another answers", labels=["version"]
     )
     for model in controller.models.values():
-        part = model.candidate.share if model.candidate else 0.0
         for version in (v for v in (model.live, model.candidate) if v):
             states = replica_states(controller, version.id)
             for state, count in {"wanted": version.num_wanted, **states}.items():
                 replicas.add_metric([model.name, version.id, state], count)
-            share.add_metric([model.name, version.id], version.share if version is model.candidate else 1 - part)
+            share.add_metric([model.name, version.id], model.share_of(version))
     for name, losses in controller.registry.losses.items():
         lost.add_metric([name], len(losses.open) + len(losses.seconds))
         restarts.add_metric([name], len(losses.seconds), sum(losses.seconds))

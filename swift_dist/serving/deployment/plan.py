@@ -165,6 +165,10 @@ def check_models(plan: Plan) -> None:
         try:
             plan.engine.check(plan.served(model))
         except JobError as error:
+            if error.key in model.own:
+                name = f"{model.name}.{error.key}"
+                remedy = error.remedy.replace(f"--{error.key}", name)
+                raise JobError("model_options", f"{name}: {error.message}", remedy) from None
             if len(plan.models) == 1 or error.key not in EngineOptions.model_fields or error.key in OF_ALL:
                 raise
             remedy = f"{error.remedy.rstrip('.')}; of this model alone: --model_options {model.name}.{error.key}=..."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swift_dist.serving.deployment.controller import Controller
+    from swift_dist.serving.deployment.desired import ModelState
     from swift_dist.serving.deployment.registry import Seen
 
 
@@ -18,13 +19,18 @@ def deployment_status(controller: Controller) -> dict[str, Any]:
         "ready": controller.is_ready(),
         "in_force": controller.is_in_force(),
         "stopping": controller.stopping,
-        "models": [model.model_dump() for model in controller.models.values()],
+        "models": [_model(model) for model in controller.models.values()],
         "replicas": [_shown(seen) for seen in controller.registry.seen.values()],
         "lost": {version: len(of.open) for version, of in losses.items() if of.open},
         "restart_seconds": {version: of.seconds for version, of in losses.items() if of.seconds},
         "logs": str(controller.folder.logs),
         "events": [{"time": event.time, "text": event.text} for event in controller.registry.events],
     }
+
+
+def _model(model: ModelState) -> dict[str, Any]:
+    versions = [version.model_dump() | {"share": model.share_of(version)} for version in model.versions]
+    return model.model_dump() | {"versions": versions}
 
 
 def ready_replicas(controller: Controller) -> dict[str, int]:
