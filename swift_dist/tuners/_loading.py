@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from swift_dist.errors import JobError
-from swift_dist.tuners._peft import ADAPTER, adapted_ties
+from swift_dist.errors import JobError, listed
+from swift_dist.tuners._peft import ADAPTER, WEIGHTS, adapted_ties
 from swift_dist.tuners._stored import NotStreamed
 
 
@@ -57,8 +57,10 @@ def load_adapter(model: Any, adapter: Path, config: Any, *, on_meta: bool) -> An
     except NotImplementedError as error:
         raise NotStreamed(f"PEFT needs values to load it: {error}") from error
     except Exception as error:  # shapes, names, a damaged file: PEFT, torch and safetensors raise what they meet
+        refuse_torn(adapter)
+        said = listed((line.strip() for line in str(error).splitlines()), 4)  # torch's heading, then a line each
         raise JobError(
-            "adapter", f"{adapter} does not fit its base: {error}", "name the base that it was trained on"
+            "adapter", f"{adapter} does not fit its base: {said}", "name the base that it was trained on"
         ) from error
     shared = ("vblora_vector_bank", ".tinylora_v.", ".unilora_theta_d.")  # PEFT stores these once for all modules
     for problem, names in (("lacks", found.missing_keys), ("has", found.unexpected_keys)):
@@ -70,6 +72,20 @@ def load_adapter(model: Any, adapter: Path, config: Any, *, on_meta: bool) -> An
                 "name the base that it was trained on, or get the adapter again",
             )
     return wrapped
+
+
+def refuse_torn(adapter: Path) -> None:
+    """Raises JobError where an adapter's weights are not there, or not whole."""
+    from swift_dist.converters.safetensors_io import read_bin, read_safetensors
+
+    for file, read in ((adapter / WEIGHTS, read_safetensors), (adapter / "adapter_model.bin", read_bin)):
+        if file.is_file():  # PEFT reads the first one that is
+            try:
+                read(file)
+            except (OSError, ValueError) as error:
+                raise JobError("adapter", f"{file} is not a whole weight file: {error}", "copy it again") from None
+            return
+    raise JobError("adapter", f"{adapter} holds no {WEIGHTS}", "copy the whole folder")
 
 
 def _stay_on_the_cpu(wrapped: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def merge(
         `target`.
 
     Raises:
-        JobError: the folders are none, or do not belong together, or one of them is not whole.
+        JobError: the folders are none, or do not belong together, or one of them is not whole; `target` cannot be made.
         RunError: the disk has no room.
     """
     base, adapter, folder_out = Path(base_folder), Path(adapter_folder), Path(target)
@@ -61,7 +61,7 @@ def merge(
 
     shard_bytes = parse_size(max_shard_size)
     config = read_config(adapter)
-    with written_whole(folder_out) as new:
+    with _new_folder(folder_out) as new:
         try:
             empty_model = _empty_model(base, adapter, trust_remote_code)
             merge_by_module(base, adapter, config, empty_model, new, shard_bytes)
@@ -76,6 +76,21 @@ def merge(
         for folder in [f for f in (adapter, base) if (f / "modules.json").is_file()][:1]:
             _copy_pooling(folder, new)
     return folder_out
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """`written_whole`, with a JobError where there can be no such folder."""
+    with ExitStack() as stack:
+        try:
+            new = stack.enter_context(written_whole(target))
+        except OSError as error:
+            raise JobError(
+                "target",
+                f"{target} cannot be made: {error.strerror}: {error.filename}",
+                "name a new folder in one that can be written to",
+            ) from None
+        yield new
 
 
 def _copy_pooling(folder: Path, new: Path) -> None:
@@ -140,6 +155,8 @@ def _base_kind(base: Path, adapter: Path) -> tuple[Any, dict[str, Any]]:
     import transformers
     from safetensors import SafetensorError, safe_open
 
+    from swift_dist.tuners._loading import refuse_torn
+
     task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
     if task == "FEATURE_EXTRACTION" or (task is None and _has_no_head(base)):
         return transformers.AutoModel, {}
@@ -155,6 +172,7 @@ def _base_kind(base: Path, adapter: Path) -> tuple[Any, dict[str, Any]]:
             heads = [n for n in file.keys() if n.rsplit(".", 2)[-2] in ("score", "classifier") and n.endswith("weight")]  # noqa: SIM118
             return kind, {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
     except (OSError, SafetensorError) as error:
+        refuse_torn(adapter)
         raise JobError("adapter", f"{adapter / WEIGHTS} cannot be read: {error}", "get the adapter again") from None
 
 

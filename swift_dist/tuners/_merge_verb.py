@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,16 @@ def run(options: MergeOptions) -> dict[str, Any]:
         JobError: the folders are none, or do not belong together; nothing was written.
         RunError: the disk has no room.
     """
-    from swift_dist.models import model_folder
     from swift_dist.tuners import merge
 
     adapter, target = Path(options.adapter), Path(options.target)
-    if target.exists():
+    if os.path.lexists(target):  # a link to nothing, too; False where the name itself is impossible
         raise JobError("target", f"{target} exists", "name a new folder")
     if not (adapter / _CONFIG).is_file() and (adapter / "adapter" / _CONFIG).is_file():
         raise JobError("adapter", f"{adapter} is a run folder", f"its adapter is {adapter / 'adapter'}")
     base = options.base or _named_base(adapter)
     merge(
-        model_folder(base, weights=True),
+        _base_folder(base, adapter, given=options.base is not None),
         adapter,
         target,
         max_shard_size=options.max_shard_size,
@@ -63,6 +63,21 @@ def _named_base(adapter: Path) -> str:
     if not base:
         raise JobError("base", f"{adapter / _CONFIG} names none", "give --base, the adapter's model")
     return str(base)
+
+
+def _base_folder(base: str, adapter: Path, *, given: bool) -> Path:
+    from swift_dist.models import model_folder
+
+    try:
+        return model_folder(base, weights=True)
+    except JobError as error:  # it speaks of a job's model.path
+        if given:
+            raise JobError("base", error.message, error.remedy) from None
+        raise JobError(
+            "base",
+            f"{adapter / _CONFIG} names {base}: {error.message}",
+            f"give --base, the adapter's model, or {error.remedy}",
+        ) from None
 
 
 def render(result: dict[str, Any]) -> str:

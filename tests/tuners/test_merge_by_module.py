@@ -290,24 +290,33 @@ def test_what_is_damaged_or_does_not_belong_together_is_said(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
 
-    broken = other("broken", weights)
+    broken, torn, bare = other("broken", weights), other("torn", weights), other("bare", weights)
     (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    (torn / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:-8])
+    (bare / "adapter_model.safetensors").unlink()
+    (tmp_path / "rows").touch()
+    shapes = r"does not fit its base: Error.*(\n  size mismatch.*){3}\n  and 5 more\n  remedy: name the base"
     cases = [
         (base("cut", cut), adapter, "is not a whole weight file"),
         (base("gone", lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink()), adapter, "is missing"),
         (base("lacks", without), adapter, "lacks model.norm.weight"),
         (base("wider", wider), adapter, r"has the shape \[32, 16\], config.json says \[48, 16\]"),
-        (tiny_folder(tmp_path / "large", "llama", hidden_size=32), adapter, "does not fit its base"),
+        (tiny_folder(tmp_path / "large", "llama", hidden_size=32), adapter, shapes),
         (tiny_folder(tmp_path / "low", "llama", num_hidden_layers=2), adapter, r"has .*layers\.[23]\."),
         (folders["llama"], other("short", {n: v for n, v in weights.items() if n != first}), "lacks "),
         (folders["llama"], other("nan", weights | {first: value * float("nan")}), "cannot be merged"),
-        (folders["llama"], broken, "does not fit its base"),
+        (folders["llama"], broken, "adapter_model.safetensors is not a whole weight file"),
+        (folders["llama"], torn, r"is not a whole weight file(.*\n)+  remedy: copy it again"),
+        (folders["llama"], bare, "holds no adapter_model.safetensors"),
     ]
     for folder, given, says in cases:
         with pytest.raises(JobError, match=says):
             merge(folder, given, tmp_path / "merged")
     with pytest.raises(JobError, match="'much' is no size"):
         merge(folders["llama"], adapter, tmp_path / "merged", max_shard_size="much")
+    for target in (tmp_path / "rows" / "x", Path("/proc/foo"), tmp_path / ("x" * 300)):
+        with pytest.raises(JobError, match=rf"^target: {target} cannot be made: (.*\n)+  remedy: name a new folder"):
+            merge(folders["llama"], adapter, target)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(RunError, match="the disk is full"):

@@ -149,11 +149,17 @@ def test_the_verb_merges_into_the_base_that_the_adapter_names(bases, tmp_path, c
     assert cli.main(["merge", str(adapter), str(target)]) == 0
     assert f"wrote {target}" in capsys.readouterr().out
     assert difference(logits(load(target)), logits(model)) < 2e-6
+    gone, nowhere = tmp_path / "adapter" / "gone", tmp_path / "nowhere"
+    gone.mkdir()
+    (gone / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(nowhere)}))
     for words, says in (
         ([str(adapter), str(target)], "merged exists"),
+        ([str(adapter), str(tmp_path / ("x" * 300))], "target: "),
+        ([str(gone), "x"], f"base: {gone}/adapter_config.json names {nowhere}: there is no folder"),
+        ([str(gone), "x"], "remedy: give --base"),
         ([str(target), "x"], "no adapter_config.json"),
         ([str(tmp_path), "x"], f"its adapter is {adapter}"),
-        ([str(adapter), str(tmp_path / "x"), "--base", str(tmp_path / "nowhere")], "nowhere"),
+        ([str(adapter), str(tmp_path / "x"), "--base", str(nowhere)], f"base: there is no folder {nowhere}"),
         ([str(adapter)], "target"),
     ):
         assert cli.main(["merge", *words]) == 2
