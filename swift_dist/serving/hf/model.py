@@ -60,13 +60,14 @@ def load(served: ServedModel) -> Loaded:
                 "save a tokenizer.json",
             )
         auto = AutoModel if served.options.task == "embed" else AutoModelForCausalLM
-        model, info = auto.from_pretrained(
+        found: Any = auto.from_pretrained(
             served.path,
             dtype=_DTYPES[served.options.dtype],
             trust_remote_code=trust,
             local_files_only=True,
             output_loading_info=True,
         )
+        model, info = found
         _require_whole(served, info["missing_keys"])
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, JobError):
