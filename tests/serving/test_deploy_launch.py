@@ -283,4 +283,5 @@ def test_a_deployment_on_a_ray_cluster_outlives_its_terminal_and_is_found_again(
     assert "stopped" in asked(cluster, "--stop", *here)["message"]
     assert folder.read()["state"] == "stopped" and not folder.runs()
     gone = swift_dist(cluster, "deploy", "--status", *here)
-    assert gone.returncode == 2 and "has ended" in gone.stderr
+    # Ray says a moment later than the folder that the job has ended.
+    assert gone.returncode == 2 and ("has ended" in gone.stderr or "no deployment runs" in gone.stderr)
