@@ -12,6 +12,21 @@ import torch
 from swift_dist.serving.hf.requests import Event, Finished, Prompt, Sampling, Token
 
 VOCABULARY = 336  # of the tokenizer that `save_tokenizer` trains, rounded up
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+}
+"""Sizes of a small decoder, for transformers' configurations."""
 
 
 @dataclass

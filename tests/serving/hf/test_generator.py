@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from chat_model import save_tokenizer
-from generating import VOCABULARY, answers, asked, generated, prompts, save_model
+from generating import DECODER, VOCABULARY, answers, asked, generated, prompts, save_model
 
 from swift_dist.errors import JobError, RunError
 from swift_dist.serving.hf import scheduler
@@ -22,17 +22,6 @@ from swift_dist.serving.hf.runners import PooledRunner, SerialRunner
 from swift_dist.serving.options import EngineOptions, ServedModel
 
 SMALL = {"vocab_size": VOCABULARY, "eos_token_id": 2, "bos_token_id": 0, "initializer_range": 0.2}
-DECODER = {
-    **SMALL,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 1,
-}
 SLIDING = {"sliding_window": 16, "query_pre_attn_scalar": 8}
 MAMBA = {
     **SMALL,

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from chat_model import save_chat_model
-from generating import VOCABULARY, Answer, answers, asked, generated, save_model
+from generating import DECODER, Answer, answers, asked, generated, save_model
 
 from swift_dist.serving.hf.app import create_app
 from swift_dist.serving.hf.cache import BLOCK, Blocks, KeyValuePool, LayerShape
@@ -25,20 +25,7 @@ from swift_dist.serving.hf.requests import Sampling
 from swift_dist.serving.hf.server import load
 from swift_dist.serving.options import EngineOptions, ServedModel
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "eos_token_id": 2,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-}
+SIZES = {**DECODER, "max_position_embeddings": 512}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 MODELS = {
     "full": transformers.LlamaConfig(**SIZES),
